@@ -33,7 +33,7 @@ DEPTHS = (16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class Measurement:
     """One kernel or collective: its seconds here, and how the planner computes them."""
 
     name: str
@@ -56,17 +56,17 @@ def calibrate(start_from: str, output: str) -> str:
     hardware = load_hardware(start_from)
     if platform.device.type == "cpu":
         hardware = _cpu_peaks(hardware, platform)
-    measured = [*measure_products(platform), *measure_memory(platform), *measure_attention(platform)]
+    measurements = [*measure_products(platform), *measure_memory(platform), *measure_attention(platform)]
     if launch.world_size > 1:
         start_distributed(platform, ParallelConfig(), launch)
-        measured += measure_collectives(platform, launch.local_world_size)
+        measurements += measure_collectives(platform, launch.local_world_size)
         stop_distributed()
-    hardware = fit_kernels(hardware, measured)
+    hardware = fit_kernels(hardware, measurements)
     if launch.rank != 0:
         return ""
     with output_file_lock(output):
         write_file(output, _yaml(hardware))
-    return describe(hardware, measured, output)
+    return describe(hardware, measurements, output)
 
 
 def _seconds(platform: Platform, run: Callable[[], Any]) -> float:
@@ -91,7 +91,7 @@ def _cpu_peaks(hardware: Hardware, platform: Platform) -> Hardware:
     return replace(hardware, peak_tflops=peak, memory_gb_per_second=speed)
 
 
-def measure_products(platform: Platform) -> list[Measured]:
+def measure_products(platform: Platform) -> list[Measurement]:
     """Matrix products of bf16: every pair of neighbouring sides, deep and shallow."""
     sides, found = SIDES[platform.device.type], []
     for index, (rows, columns) in enumerate(zip(sides, sides[1:] + sides[:1], strict=True)):
@@ -102,11 +102,11 @@ def measure_products(platform: Platform) -> list[Measured]:
             def planned(hardware: Hardware, shape: tuple[int, int, int] = (rows, columns, depth)) -> float:
                 return matmul_seconds(hardware, *shape)
 
-            found.append(Measured(f"product {rows} x {columns} x {depth}", seconds, planned, index % 2 == 0))
+            found.append(Measurement(f"product {rows} x {columns} x {depth}", seconds, planned, index % 2 == 0))
     return found
 
 
-def measure_memory(platform: Platform) -> list[Measured]:
+def measure_memory(platform: Platform) -> list[Measurement]:
     """Additions of bf16 tensors: two read, one written."""
     found = []
     for index, exponent in enumerate((27, 26, 25) if platform.device.type == "cuda" else (24, 23, 22)):
@@ -118,11 +118,11 @@ def measure_memory(platform: Platform) -> list[Measured]:
         def planned(hardware: Hardware, num_bytes: int = num_bytes) -> float:
             return memory_seconds(hardware, num_bytes)
 
-        found.append(Measured(f"addition of {a.numel():,} elements", seconds, planned, index % 2 == 0))
+        found.append(Measurement(f"addition of {a.numel():,} elements", seconds, planned, index % 2 == 0))
     return found
 
 
-def measure_attention(platform: Platform) -> list[Measured]:
+def measure_attention(platform: Platform) -> list[Measurement]:
     """Causal attention without dropout, forwards, and forwards with backwards."""
     length, heads = (8192, 16) if platform.device.type == "cuda" else (512, 2)
     shape = (1, heads, length, 128)
@@ -137,12 +137,12 @@ def measure_attention(platform: Platform) -> list[Measured]:
 
     ahead, whole = _seconds(platform, forward), _seconds(platform, both)
     return [
-        Measured("attention forwards", ahead, lambda hardware: flash_seconds(hardware, flops)[0], True),
-        Measured("attention backwards", max(whole - ahead, 1e-9), lambda hardware: flash_seconds(hardware, flops)[1], True),
+        Measurement("attention forwards", ahead, lambda hardware: flash_seconds(hardware, flops)[0], True),
+        Measurement("attention backwards", max(whole - ahead, 1e-9), lambda hardware: flash_seconds(hardware, flops)[1], True),
     ]
 
 
-def measure_collectives(platform: Platform, in_node: int) -> list[Measured]:
+def measure_collectives(platform: Platform, in_node: int) -> list[Measurement]:
     """All-reduces between all ranks."""
     ranks, found = Group(dist.get_world_size(), min(in_node, dist.get_world_size())), []
     for index, exponent in enumerate((26, 24, 22, 18) if platform.device.type == "cuda" else (22, 20, 18, 14)):
@@ -152,11 +152,11 @@ def measure_collectives(platform: Platform, in_node: int) -> list[Measured]:
         def planned(hardware: Hardware, num_bytes: int = tensor.nbytes) -> float:
             return all_reduce_seconds(hardware, ranks, num_bytes)
 
-        found.append(Measured(f"all-reduce of {tensor.nbytes:,} bytes", seconds, planned, index % 2 == 0))
+        found.append(Measurement(f"all-reduce of {tensor.nbytes:,} bytes", seconds, planned, index % 2 == 0))
     return found
 
 
-def fit_kernels(hardware: Hardware, measured: list[Measured]) -> Hardware:
+def fit_kernels(hardware: Hardware, measurements: list[Measurement]) -> Hardware:
     """The efficiencies with which the fitted kernels come out right on average, and the depth that spreads them least."""
     kinds = {
         "product": "matmul_efficiency",
@@ -165,18 +165,18 @@ def fit_kernels(hardware: Hardware, measured: list[Measured]) -> Hardware:
         "attention backwards": "attention_backward_efficiency",
         "all-reduce": "collective_efficiency",
     }
-    products = [one for one in measured if one.name.startswith("product") and one.is_fitted]
+    products = [one for one in measurements if one.name.startswith("product") and one.is_fitted]
     unhindered = replace(hardware, memory_efficiency=1.0)
     hardware = replace(
         hardware,
         matmul_half_depth=min(DEPTHS, key=lambda depth: _spread(replace(unhindered, matmul_half_depth=depth), products)),
     )
     for start, key in kinds.items():
-        chosen = [one for one in measured if one.name.startswith(start) and one.is_fitted]
+        chosen = [one for one in measurements if one.name.startswith(start) and one.is_fitted]
         if chosen:
             ideal = replace(hardware, **_only(key, 1.0))
-            share = math.exp(statistics.mean(math.log(one.planned(ideal) / one.seconds) for one in chosen))
-            hardware = replace(hardware, **_only(key, min(max(share, 1e-3), 1.0)))
+            efficiency = math.exp(statistics.mean(math.log(one.planned(ideal) / one.seconds) for one in chosen))
+            hardware = replace(hardware, **_only(key, min(max(efficiency, 1e-3), 1.0)))
     return hardware
 
 
@@ -184,21 +184,21 @@ def _only(key: str, value: float) -> dict[str, Any]:
     return {key: value}
 
 
-def _spread(hardware: Hardware, measured: list[Measured]) -> float:
+def _spread(hardware: Hardware, measurements: list[Measurement]) -> float:
     """How differently a hardware is off on several kernels: standard deviation of the logarithms."""
-    return statistics.pstdev(math.log(one.planned(hardware) / one.seconds) for one in measured)
+    return statistics.pstdev(math.log(one.planned(hardware) / one.seconds) for one in measurements)
 
 
-def describe(hardware: Hardware, measured: list[Measured], output: str) -> str:
+def describe(hardware: Hardware, measurements: list[Measurement], output: str) -> str:
     """Every kernel with its seconds and the planner's, then the errors on fitted and on other ones."""
     lines = [f"{'kernel':<36}  {'measured s':>10}  {'planned s':>10}  {'error':>7}"]
-    for one in measured:
+    for one in measurements:
         mark = "" if one.is_fitted else "  not fitted"
         lines.append(
             f"{one.name:<36}  {one.seconds:>10.6f}  {one.planned(hardware):>10.6f}  {one.error(hardware):>+7.1%}{mark}"
         )
     for words, is_fitted in (("fitted", True), ("not fitted", False)):
-        found = [abs(one.error(hardware)) for one in measured if one.is_fitted == is_fitted]
+        found = [abs(one.error(hardware)) for one in measurements if one.is_fitted == is_fitted]
         lines.append(f"{words}: {statistics.mean(found):.1%} off on average, {max(found):.1%} at most")
     return "\n".join([*lines, f"{output}: ledom plan-run --hardware {output}"]) + "\n"
 

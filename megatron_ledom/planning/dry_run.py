@@ -15,7 +15,7 @@ from megatron_ledom.planning import dry_run_rows as rows
 from megatron_ledom.planning.hardware import load_hardware
 from megatron_ledom.planning.plan import Plan
 from megatron_ledom.planning.plan_text import Row, summary_rows, titled
-from megatron_ledom.planning.verdicts import Verdict, disk_verdict, memory_verdict, planned
+from megatron_ledom.planning.verdicts import Verdict, disk_verdict, memory_verdict, plan_of_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ def dry_run(config: RunConfig, world_size: int) -> DryRun:
     if manifests:
         check_manifests(config, manifests)
     model = known_model(config, manifests)
-    plan, sources = planned(config, world_size, model), _planned_sources(config, manifests)
+    plan, sources = plan_of_config(config, world_size, model), _planned_sources(config, manifests)
     verdicts = [memory_verdict(config, plan), _disk_of_another_machine(disk_verdict(config, model)), *_repeats(config, sources)]
     top = "".join(f"# {verdict.line()}\n" for verdict in verdicts)
     tables = _tables(config, world_size, model, plan)
@@ -50,7 +50,7 @@ def _tables(config: RunConfig, world_size: int, model: ModelConfig, plan: Plan |
     groups: dict[str, list[Row]] = {
         "model": [*rows.model_rows(config, model)],
         "layout": [*rows.layout_rows(config, world_size, model)],
-        "engine": [*rows.engine_rows(config)],
+        "engine": [*rows.execution_rows(config)],
         "batch": [*rows.batch_rows(config, world_size)],
         "run": [*rows.run_rows(config, model)],
         "compute": [*rows.compute_rows(config, model)],

@@ -66,7 +66,7 @@ def state_gibibytes(config: RunConfig, model: ModelConfig, world_size: int) -> f
     return sum(state_bytes(shape, layout, max(stages))) / GIB
 
 
-def engine_rows(config: RunConfig) -> Iterator[Row]:
+def execution_rows(config: RunConfig) -> Iterator[Row]:
     """Yield the layers' implementation and how ranks communicate; what only the machine knows is said as a condition."""
     model, parallel = config.model, config.parallel
     yield "implementation", _layers_in_words(config)
@@ -203,7 +203,7 @@ def operation_rows(config: RunConfig) -> Iterator[Row]:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RankPosition:
     """The coordinates of a rank in the layout."""
 
     tensor: int
@@ -212,26 +212,26 @@ class Place:
     pipeline: int
 
 
-def rank_place(rank: int, parallel: ParallelConfig, world_size: int) -> Place:
-    """Return the place of a rank: tensor-parallel neighbours come first, then context, data and pipeline, as in megatron-core."""
+def rank_position(rank: int, parallel: ParallelConfig, world_size: int) -> RankPosition:
+    """Return the position of a rank: tensor-parallel neighbours come first, then context, data and pipeline, as in megatron-core."""
     rest, tensor = divmod(rank, parallel.tensor_model_parallel_size)
     rest, context = divmod(rest, parallel.context_parallel_size)
     pipeline, data = divmod(rest, data_parallel_size(parallel, world_size))
-    return Place(tensor, context, data, pipeline)
+    return RankPosition(tensor, context, data, pipeline)
 
 
 def rank_lines(config: RunConfig, world_size: int) -> list[str]:
-    """Return a line for each group of tensor-parallel neighbours: their ranks and their places in the other dimensions."""
+    """Return a line for each group of tensor-parallel neighbours: their ranks and their positions in the other dimensions."""
     tensor = config.parallel.tensor_model_parallel_size
     lines = []
     for first in range(0, world_size, tensor):
-        place = rank_place(first, config.parallel, world_size)
+        position = rank_position(first, config.parallel, world_size)
         ranks = f"{first}" if tensor == 1 else f"{first}-{first + tensor - 1}"
         parts = [
             f"TP 0-{tensor - 1}" if tensor > 1 else "TP 0",
-            f"CP {place.context}",
-            f"DP {place.data}",
-            f"PP {place.pipeline}",
+            f"CP {position.context}",
+            f"DP {position.data}",
+            f"PP {position.pipeline}",
         ]
         lines.append(f"{ranks:<13}  {'  '.join(f'{part:<7}' for part in parts)}".rstrip())
     return _shortened(lines)
@@ -243,7 +243,7 @@ def parameter_lines(config: RunConfig, model: ModelConfig) -> list[str]:
         return ["not known without the vocabulary"]
     rows: list[tuple[str, ...]] = [("stage", "layers", *PARTS, "sum")]
     for stage in range(config.parallel.pipeline_model_parallel_size):
-        layers = ", ".join(f"{stretch[0] + 1}-{stretch[-1] + 1}" for stretch in stage_layers(config, stage))
+        layers = ", ".join(f"{layers[0] + 1}-{layers[-1] + 1}" for layers in stage_layers(config, stage))
         counts = parameters_of_rank(config, model, stage)
         rows.append((str(stage), layers, *[f"{counts[part]:,}" for part in PARTS], f"{sum(counts.values()):,}"))
     lines = aligned_lines(rows)

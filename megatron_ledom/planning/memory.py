@@ -16,7 +16,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
+class SavedTensor:
     """A tensor kept from the forward to the backward pass of one micro-batch."""
 
     name: str
@@ -53,33 +53,33 @@ class StageMemory:
         return self.state + self.activations + self.logits + self.working + self.buffers
 
 
-def layer_tensors(model: Architecture, layout: Layout, counting: Counting) -> list[Saved]:
+def layer_tensors(model: Architecture, layout: Layout, counting: Counting) -> list[SavedTensor]:
     """Everything one layer keeps of one micro-batch when nothing is recomputed, in the order of the forward pass."""
     sharded, tokens = layout.spread_tokens, layout.tokens
     e, hidden = model.element_bytes, model.hidden_size
-    mask = Saved("dropout mask", (e if counting == "cpu" else 1) * hidden * sharded)
+    mask = SavedTensor("dropout mask", (e if counting == "cpu" else 1) * hidden * sharded)
     found = [*_norm("input norm", model, sharded, counting)]
-    found += [Saved("input of the qkv product", e * hidden * sharded)]
+    found += [SavedTensor("input of the qkv product", e * hidden * sharded)]
     found += _attention(model, layout, counting)
-    found += [Saved("input of the output product", e * model.query_width // layout.tensor * tokens)]
+    found += [SavedTensor("input of the output product", e * model.query_width // layout.tensor * tokens)]
     found += [mask] if model.hidden_dropout else []
     found += [*_norm("pre-mlp norm", model, sharded, counting)]
-    found += [Saved("input of the first mlp product", e * hidden * sharded, "mlp input")]
+    found += [SavedTensor("input of the first mlp product", e * hidden * sharded, "mlp input")]
     found += _feed_forward(model, layout)
     return found + ([mask] if model.hidden_dropout else [])
 
 
-def _norm(name: str, model: Architecture, tokens: int, counting: Counting) -> Iterator[Saved]:
+def _norm(name: str, model: Architecture, tokens: int, counting: Counting) -> Iterator[SavedTensor]:
     """What a norm keeps: on a CPU torch computes it in fp32, with a copy of the input and the normalised values."""
     e, hidden = model.element_bytes, model.hidden_size
     if counting == "cpu":
-        yield Saved(f"{name}: input in fp32", 4 * hidden * tokens)
-        yield Saved(f"{name}: 1 / root mean square", 4 * tokens)
-        yield Saved(f"{name}: normalised", 4 * hidden * tokens)
+        yield SavedTensor(f"{name}: input in fp32", 4 * hidden * tokens)
+        yield SavedTensor(f"{name}: 1 / root mean square", 4 * tokens)
+        yield SavedTensor(f"{name}: normalised", 4 * hidden * tokens)
     else:
-        yield Saved(f"{name}: input", e * hidden * tokens)
+        yield SavedTensor(f"{name}: input", e * hidden * tokens)
         if counting == "cuda":
-            yield Saved(f"{name}: statistics", 4 * tokens * (2 if model.biased else 1))
+            yield SavedTensor(f"{name}: statistics", 4 * tokens * (2 if model.biased else 1))
 
 
 def _key_heads(model: Architecture, layout: Layout) -> int:
@@ -87,66 +87,69 @@ def _key_heads(model: Architecture, layout: Layout) -> int:
     return max(1, model.num_query_groups // layout.tensor)
 
 
-def _attention(model: Architecture, layout: Layout, counting: Counting) -> list[Saved]:
+def _attention(model: Architecture, layout: Layout, counting: Counting) -> list[SavedTensor]:
     e, tokens = model.element_bytes, layout.tokens
     queries = model.query_width // layout.tensor
     keys = _key_heads(model, layout) * model.head_dim
     heads = model.num_attention_heads // layout.tensor
-    found: list[Saved] = []
+    found: list[SavedTensor] = []
     if counting != "published" and model.layers != "fused":
         angles = layout.seq_length // layout.context * model.head_dim * e
-        found += [Saved("cosines and sines of queries and keys", 4 * angles)]
+        found += [SavedTensor("cosines and sines of queries and keys", 4 * angles)]
     if counting == "cpu" and layout.context > 1:
         return found + _attention_over_ranks(model, layout)
-    found += [Saved("queries", e * queries * tokens), Saved("keys", e * keys * tokens)]
+    found += [SavedTensor("queries", e * queries * tokens), SavedTensor("keys", e * keys * tokens)]
     if counting == "published" or model.layers == "fused":
-        found += [Saved("values", e * keys * tokens)]
+        found += [SavedTensor("values", e * keys * tokens)]
     else:  # values are a view of the whole product, which therefore stays
         width = queries + 2 * keys
         if model.num_query_groups < layout.tensor:  # megatron-core gathers the product over all ranks, and takes a part of it
             width = model.query_width + 2 * model.head_dim * model.num_query_groups
-        found += [Saved("values, as a view of queries, keys and values", e * width * tokens)]
+        found += [SavedTensor("values, as a view of queries, keys and values", e * width * tokens)]
     if model.flash:
-        found += [Saved("log-sum-exp of the scores", 4 * heads * tokens, "core_attn")] if counting != "published" else []
+        found += [SavedTensor("log-sum-exp of the scores", 4 * heads * tokens, "core_attn")] if counting != "published" else []
     else:
         scores = heads * tokens * layout.seq_length
-        found += [Saved("softmax of the scores", e * scores, "core_attn")]
+        found += [SavedTensor("softmax of the scores", e * scores, "core_attn")]
         if model.attention_dropout:
-            found += [Saved("mask of dropped scores", scores, "core_attn"), Saved("dropped scores", e * scores, "core_attn")]
+            found += [
+                SavedTensor("mask of dropped scores", scores, "core_attn"),
+                SavedTensor("dropped scores", e * scores, "core_attn"),
+            ]
     return found
 
 
-def _attention_over_ranks(model: Architecture, layout: Layout) -> list[Saved]:
+def _attention_over_ranks(model: Architecture, layout: Layout) -> list[SavedTensor]:
     """This package's own context parallelism: keys and values of the whole sequence, two chunks of queries under masks."""
     e, tokens = model.element_bytes, layout.tokens
     queries, keys = model.query_width // layout.tensor, _key_heads(model, layout) * model.head_dim
     chunk = layout.seq_length // (2 * layout.context)
     masks = (2 * layout.context + 1) * chunk * chunk
     return [
-        Saved("queries", e * queries * tokens),
-        Saved("places of the chunks", 16 * layout.context),
-        Saved("keys and values of all ranks", 2 * e * keys * tokens * layout.context),
-        Saved("masks of both chunks", e * masks, "core_attn"),
-        Saved("log-sum-exp of the scores", 4 * (model.num_attention_heads // layout.tensor) * tokens, "core_attn"),
-        Saved("outputs of both chunks", e * queries * tokens, "core_attn"),
+        SavedTensor("queries", e * queries * tokens),
+        SavedTensor("places of the chunks", 16 * layout.context),
+        SavedTensor("keys and values of all ranks", 2 * e * keys * tokens * layout.context),
+        SavedTensor("masks of both chunks", e * masks, "core_attn"),
+        SavedTensor("log-sum-exp of the scores", 4 * (model.num_attention_heads // layout.tensor) * tokens, "core_attn"),
+        SavedTensor("outputs of both chunks", e * queries * tokens, "core_attn"),
     ]
 
 
-def _feed_forward(model: Architecture, layout: Layout) -> list[Saved]:
+def _feed_forward(model: Architecture, layout: Layout) -> list[SavedTensor]:
     e, width, tokens = model.element_bytes, model.ffn_hidden_size // layout.tensor, layout.tokens
     if not model.gated:
-        inner = [Saved("input of GELU", e * width * tokens, "mlp")]
+        inner = [SavedTensor("input of GELU", e * width * tokens, "mlp")]
     else:
         inner = [
-            Saved("gate and up projection", 2 * e * width * tokens, "mlp"),
-            *(_apart(e * width * tokens) if model.layers == "unfused" else []),
+            SavedTensor("gate and up projection", 2 * e * width * tokens, "mlp"),
+            *(_unfused_copies(e * width * tokens) if model.layers == "unfused" else []),
         ]
-    return [*inner, Saved("input of the second mlp product", e * width * tokens, "mlp")]
+    return [*inner, SavedTensor("input of the second mlp product", e * width * tokens, "mlp")]
 
 
-def _apart(num_bytes: int) -> list[Saved]:
+def _unfused_copies(num_bytes: int) -> list[SavedTensor]:
     """Copies that SwiGLU's single operators keep; one operator computes them again."""
-    return [Saved("silu of the gate", num_bytes, "mlp"), Saved("up projection with its offset", num_bytes, "mlp")]
+    return [SavedTensor("silu of the gate", num_bytes, "mlp"), SavedTensor("up projection with its offset", num_bytes, "mlp")]
 
 
 def counting_for(model: Architecture, layout: Layout, is_cpu: bool) -> Counting:

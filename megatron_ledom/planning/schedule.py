@@ -43,8 +43,8 @@ class PassTimes:
 
 def num_warmup(stage: int, stages: int, chunks: int, microbatches: int) -> int:
     """Forward passes of a stage before its first backward pass may follow."""
-    behind = stages - stage - 1
-    return min(microbatches * chunks, behind if chunks == 1 else 2 * behind + (chunks - 1) * stages)
+    later_stages = stages - stage - 1
+    return min(microbatches * chunks, later_stages if chunks == 1 else 2 * later_stages + (chunks - 1) * stages)
 
 
 @cache
@@ -52,10 +52,10 @@ def stage_order(stage: int, stages: int, chunks: int, microbatches: int) -> tupl
     """What one stage does, in order: warm-up of forwards, then one forward and one backward in turn, then the backwards left."""
     total = microbatches * chunks
     warmup = num_warmup(stage, stages, chunks, microbatches)
-    forwards = [Op(True, *_place(index, stages, chunks)) for index in range(total)]
+    forwards = [Op(True, *_chunk_and_microbatch(index, stages, chunks)) for index in range(total)]
     backwards = []
     for index in range(total):
-        chunk, microbatch = _place(index, stages, chunks)
+        chunk, microbatch = _chunk_and_microbatch(index, stages, chunks)
         backwards.append(Op(False, chunks - 1 - chunk, microbatch))
     order = forwards[:warmup]
     for index in range(total - warmup):
@@ -63,7 +63,7 @@ def stage_order(stage: int, stages: int, chunks: int, microbatches: int) -> tupl
     return tuple(order + backwards[total - warmup :])
 
 
-def _place(index: int, stages: int, chunks: int) -> tuple[int, int]:
+def _chunk_and_microbatch(index: int, stages: int, chunks: int) -> tuple[int, int]:
     """Chunk and micro-batch of the index-th pass: rounds of `stages` micro-batches through each chunk in turn."""
     if chunks == 1:
         return 0, index
@@ -76,10 +76,10 @@ def _place(index: int, stages: int, chunks: int) -> tuple[int, int]:
 def most_in_flight(stage: int, stages: int, chunks: int, microbatches: int) -> tuple[int, ...]:
     """Micro-batches of each chunk that a stage holds activations of, when it holds most: after its warm-up and one more."""
     forwards = min(num_warmup(stage, stages, chunks, microbatches) + 1, microbatches * chunks)
-    held = [0] * chunks
+    counts = [0] * chunks
     for index in range(forwards):
-        held[_place(index, stages, chunks)[0]] += 1
-    return tuple(held)
+        counts[_chunk_and_microbatch(index, stages, chunks)[0]] += 1
+    return tuple(counts)
 
 
 def simulate(times: PassTimes, microbatches: int) -> list[Event]:
@@ -135,8 +135,8 @@ def pipeline_seconds(times: PassTimes, microbatches: int) -> float:
     rest = microbatches % stages
     if microbatches <= long or (len(times.forward[0]) > 1 and rest):
         return last_end(simulate(times, microbatches))
-    begun, more = last_end(simulate(times, short)), last_end(simulate(times, long))
-    return more + (microbatches - long) * (more - begun) / stages
+    short_end, long_end = last_end(simulate(times, short)), last_end(simulate(times, long))
+    return long_end + (microbatches - long) * (long_end - short_end) / stages
 
 
 def last_end(events: Sequence[Event]) -> float:

@@ -35,7 +35,7 @@ MOST_DEVICES = 16_384
 
 
 @dataclass(frozen=True, slots=True)
-class Rejected:
+class RejectedLayout:
     """A layout, or several at once, and why it cannot be."""
 
     layout: str
@@ -46,7 +46,7 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class UsableLayout:
     """A layout that keeps the rules and fits."""
 
     config: RunConfig
@@ -56,30 +56,30 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What a search found."""
+class SearchResult:
+    """The result of a search."""
 
     ranked: list[tuple[RunConfig, Plan]]
     """Quickest first; their schedules are simulated."""
-    slower: list[Candidate]
+    slower: list[UsableLayout]
     """Those that fit too, behind the ranked ones by their bound."""
-    rejected: list[Rejected]
+    rejected: list[RejectedLayout]
 
     @property
-    def num_candidates(self) -> int:
+    def num_layouts(self) -> int:
         """Layouts that were looked at."""
         return len(self.ranked) + len(self.slower) + len(self.rejected)
 
 
-def search(config: RunConfig, num_devices: int, hardware: Hardware) -> Found:
+def search(config: RunConfig, num_devices: int, hardware: Hardware) -> SearchResult:
     """Rank the layouts of `num_devices`. Raises ConfigError, which says what would do, when there is none."""
-    usable, rejected = gather(config, num_devices, hardware)
+    usable, rejected = try_layouts(config, num_devices, hardware)
     if not usable:
-        raise ConfigError(nothing_works(config, num_devices, hardware, rejected))
-    usable.sort(key=lambda candidate: candidate.bound)
+        raise ConfigError(no_layout_message(config, num_devices, hardware, rejected))
+    usable.sort(key=lambda layout: layout.bound)
     plans = [(one.config, make_plan(one.config, num_devices, hardware)) for one in usable[:SIMULATED]]
     plans.sort(key=lambda pair: _rank(pair[1]))
-    return Found(plans, usable[SIMULATED:], rejected)
+    return SearchResult(plans, usable[SIMULATED:], rejected)
 
 
 def _rank(plan: Plan) -> tuple[float, int, int, int]:
@@ -88,20 +88,20 @@ def _rank(plan: Plan) -> tuple[float, int, int, int]:
     return round(math.log(plan.time.total) / 0.005), layout.context, layout.pipeline * layout.chunks, -layout.sequence_parallel
 
 
-def gather(
+def try_layouts(
     config: RunConfig, num_devices: int, hardware: Hardware, *, first_only: bool = False
-) -> tuple[list[Candidate], list[Rejected]]:
+) -> tuple[list[UsableLayout], list[RejectedLayout]]:
     """What of all layouts works, with the least recompute that fits, and what does not; `first_only` stops at one."""
     model = architecture_of(config.model)
-    usable: list[Candidate] = []
-    rejected: list[Rejected] = []
+    usable: list[UsableLayout] = []
+    rejected: list[RejectedLayout] = []
     for name, shape in shapes(config, num_devices, hardware):
-        faults = rule_faults(shape, num_devices)
-        if faults and rule_faults(with_batch(shape, 1, 1), num_devices) == faults:  # nothing below can cure it
-            rejected.append(Rejected(name, "rule", faults[0]))
+        problems = rule_problems(shape, num_devices)
+        if problems and rule_problems(with_batch(shape, 1, 1), num_devices) == problems:  # nothing below can cure it
+            rejected.append(RejectedLayout(name, "rule", problems[0]))
             continue
         for variant in variants(shape):
-            found = judge(model, variant, num_devices, hardware, rejected)
+            found = try_layout(model, variant, num_devices, hardware, rejected)
             usable += [found] if found else []
             if found and first_only:
                 return usable, rejected
@@ -157,19 +157,19 @@ def with_batch(config: RunConfig, micro_batch_size: int, global_batch_size: int 
     return replace(config, train=train if global_batch_size is None else replace(train, global_batch_size=global_batch_size))
 
 
-def rule_faults(config: RunConfig, world_size: int) -> list[str]:
+def rule_problems(config: RunConfig, world_size: int) -> list[str]:
     """What the rules of `config/checks.py` say against a layout."""
-    faults = [fault for rule in RULES for fault in rule(config)]
-    return faults or [fault for rule in WORLD_RULES for fault in rule(config, world_size)]
+    problems = [problem for rule in RULES for problem in rule(config)]
+    return problems or [problem for rule in WORLD_RULES for problem in rule(config, world_size)]
 
 
-def judge(
-    model: Architecture, config: RunConfig, num_devices: int, hardware: Hardware, rejected: list[Rejected]
-) -> Candidate | None:
+def try_layout(
+    model: Architecture, config: RunConfig, num_devices: int, hardware: Hardware, rejected: list[RejectedLayout]
+) -> UsableLayout | None:
     """A variant with the least recompute with which it fits; what does not work goes to `rejected`."""
-    faults = rule_faults(config, num_devices)
-    if faults:
-        rejected.append(Rejected(name_config(config, num_devices), "rule", faults[0]))
+    problems = rule_problems(config, num_devices)
+    if problems:
+        rejected.append(RejectedLayout(name_config(config, num_devices), "rule", problems[0]))
         return None
     for index, recompute in enumerate(RECOMPUTES):
         tried = replace(config, parallel=replace(config.parallel, **recompute))
@@ -178,10 +178,10 @@ def judge(
         if needed <= hardware.memory_gib:
             more = [replace(config, parallel=replace(config.parallel, **other)) for other in RECOMPUTES[index + 1 :]]
             reason = f"computes again what fits without: {name_layout(layout)}"
-            rejected += [Rejected(name_layout(layout_of(one, num_devices)), "spare", reason) for one in more]
-            return Candidate(tried, layout, time_bound(model, layout, hardware))
+            rejected += [RejectedLayout(name_layout(layout_of(one, num_devices)), "spare", reason) for one in more]
+            return UsableLayout(tried, layout, time_bound(model, layout, hardware))
         reason = f"needs {needed:.1f} GiB of {hardware.memory_gib:g}"
-        rejected.append(Rejected(name_layout(layout), "memory", reason, needed))
+        rejected.append(RejectedLayout(name_layout(layout), "memory", reason, needed))
     return None
 
 
@@ -216,7 +216,7 @@ def time_bound(model: Architecture, layout: Layout, hardware: Hardware) -> float
     return rounds * slowest + data + optimizer_seconds(model, layout, hardware) + hardware.iteration_ms * 1e-3
 
 
-def nothing_works(config: RunConfig, num_devices: int, hardware: Hardware, rejected: list[Rejected]) -> str:
+def no_layout_message(config: RunConfig, num_devices: int, hardware: Hardware, rejected: list[RejectedLayout]) -> str:
     """Why no layout works, and what would."""
     too_large = [one for one in rejected if one.kind == "memory"]
     if not too_large:
@@ -233,7 +233,7 @@ def nothing_works(config: RunConfig, num_devices: int, hardware: Hardware, rejec
 def _more_devices(config: RunConfig, num_devices: int, hardware: Hardware) -> str:
     count = 2 * num_devices
     while count <= MOST_DEVICES:
-        usable, _ = gather(config, count, hardware, first_only=True)
+        usable, _ = try_layouts(config, count, hardware, first_only=True)
         if usable:
             return f"it fits on {count} devices ({name_layout(usable[0].layout)})"
         count *= 2
@@ -244,37 +244,37 @@ def _other_numbers(config: RunConfig, num_devices: int, hardware: Hardware) -> s
     """The next smaller and larger number of devices that some layout divides."""
     near = []
     for numbers in (range(num_devices - 1, 0, -1), range(num_devices + 1, 2 * num_devices + 1)):
-        works = (count for count in numbers if any(not rule_faults(one, count) for _, one in shapes(config, count, hardware)))
+        works = (count for count in numbers if any(not rule_problems(one, count) for _, one in shapes(config, count, hardware)))
         near += [str(count) for count in (next(works, None),) if count is not None]
     return f"numbers that work: {' or '.join(near)}" if near else "no number near it works either"
 
 
-def describe_found(found: Found, most: int = 10) -> str:
+def describe_search(result: SearchResult, most: int = 10) -> str:
     """The ranked layouts, then what was rejected by reason."""
     rows = [("rank", "s/iteration", "MFU", "GiB", "layout")]
-    for index, (_, plan) in enumerate(found.ranked[:most], 1):
+    for index, (_, plan) in enumerate(result.ranked[:most], 1):
         rows.append(
             (str(index), f"{plan.time.total:.2f}", f"{plan.mfu:.1%}", f"{plan.needed_gib:.1f}", name_layout(plan.layout))
         )
     lines = aligned_lines(rows, "rrrrl")
-    fitting = len(found.ranked) + len(found.slower)
+    fitting = len(result.ranked) + len(result.slower)
     lines += ["", "layouts within half a per cent of each other: simplest first"]
-    lines += [f"{found.num_candidates:,} layouts: {fitting:,} work, {len(found.rejected):,} do not"]
+    lines += [f"{result.num_layouts:,} layouts: {fitting:,} work, {len(result.rejected):,} do not"]
     words = {"rule": "break a rule", "memory": "do not fit", "spare": "compute again what fits without"}
     for kind, text in words.items():
-        of_kind = [one for one in found.rejected if one.kind == kind]
+        of_kind = [one for one in result.rejected if one.kind == kind]
         if of_kind:
             lines.append(f"  {len(of_kind):,} {text}, such as {of_kind[0].layout}: {of_kind[0].reason}")
     return "\n".join(lines)
 
 
-def table_of(found: Found) -> str:
+def table_of(result: SearchResult) -> str:
     """Every layout with seconds and GiB, or the reason against it, as tab-separated lines."""
     lines = ["layout\tverdict\tseconds\tGiB\treason"]
-    for _, plan in found.ranked:
+    for _, plan in result.ranked:
         lines.append(f"{name_layout(plan.layout)}\tworks\t{plan.time.total:.4f}\t{plan.needed_gib:.2f}\t")
-    lines += [f"{name_layout(one.layout)}\tworks\t{one.bound:.4f}\t\tby the bubble's formula" for one in found.slower]
-    for one in found.rejected:
+    lines += [f"{name_layout(one.layout)}\tworks\t{one.bound:.4f}\t\tby the bubble's formula" for one in result.slower]
+    for one in result.rejected:
         needed = f"{one.needed_gib:.2f}" if one.needed_gib else ""
         lines.append(f"{one.layout}\t{one.kind}\t\t{needed}\t{one.reason}")
     return "\n".join(lines) + "\n"

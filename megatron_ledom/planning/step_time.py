@@ -169,8 +169,8 @@ def _mlp_again(forward: Cost, model: Architecture) -> Cost:
     """The feed-forward block's share of a layer's forward pass, by its weights; half of the collectives."""
     keys = model.head_dim * model.num_query_groups
     mlp = model.gates * model.hidden_size * model.ffn_hidden_size
-    share = mlp / (mlp + 2 * model.hidden_size * (model.query_width + keys))
-    return Cost(matmul=share * forward.matmul, memory=0.5 * forward.memory, tensor_comm=0.5 * forward.tensor_comm)
+    fraction = mlp / (mlp + 2 * model.hidden_size * (model.query_width + keys))
+    return Cost(matmul=fraction * forward.matmul, memory=0.5 * forward.memory, tensor_comm=0.5 * forward.tensor_comm)
 
 
 def _products(model: Architecture, layout: Layout, hardware: Hardware) -> tuple[float, float, float]:
@@ -304,13 +304,13 @@ def group(size: int, stride: int, hardware: Hardware) -> Group:
 
 def matmul_seconds(hardware: Hardware, rows: int, columns: int, depth: int, element_bytes: int = 2, added: int = 0) -> float:
     """A product [rows, depth] x [depth, columns]; `added`: bytes besides, such as a gradient that is read and added to."""
-    share = shape_share(rows, columns, depth, hardware.multiprocessors, hardware.matmul_half_depth)
-    compute = 2 * rows * columns * depth / (hardware.peak_tflops * 1e12 * hardware.matmul_efficiency * share)
+    fraction = shape_efficiency(rows, columns, depth, hardware.multiprocessors, hardware.matmul_half_depth)
+    compute = 2 * rows * columns * depth / (hardware.peak_tflops * 1e12 * hardware.matmul_efficiency * fraction)
     return max(compute, memory_seconds(hardware, element_bytes * (rows * depth + depth * columns + rows * columns) + added))
 
 
 @cache
-def shape_share(rows: int, columns: int, depth: int, multiprocessors: int, half_depth: float) -> float:
+def shape_efficiency(rows: int, columns: int, depth: int, multiprocessors: int, half_depth: float) -> float:
     """What of the best efficiency a product [rows, depth] x [depth, columns] can have: its tiles fill whole waves of units."""
     best = 0.0
     for high, wide in TILES:
@@ -345,6 +345,6 @@ def all_reduce_seconds(hardware: Hardware, ranks: Group, num_bytes: float) -> fl
     return 2 * gather_seconds(hardware, ranks, num_bytes)
 
 
-def exposed(hardware: Hardware, collective: float, beside: float) -> float:
+def exposed(hardware: Hardware, collective: float, kernel_seconds: float) -> float:
     """What of a collective is left when `beside` seconds of kernels run meanwhile."""
-    return max(0.0, collective - hardware.overlap_efficiency * beside)
+    return max(0.0, collective - hardware.overlap_efficiency * kernel_seconds)

@@ -34,7 +34,7 @@ class Verdict:
         return f"{self.subject}: {'' if self.holds else 'NO: '}{self.text}"
 
 
-def planned(config: RunConfig, world_size: int, model: ModelConfig) -> Plan | None:
+def plan_of_config(config: RunConfig, world_size: int, model: ModelConfig) -> Plan | None:
     """Return the plan on the configured hardware; None where that, or the vocabulary, is not known."""
     if config.parallel.hardware is None or model.vocab_size is None:
         return None
@@ -58,12 +58,12 @@ def disk_verdict(config: RunConfig, model: ModelConfig) -> Verdict:
         return Verdict("disk", "not planned: the vocabulary is not known yet")
     folder = checkpoint_folder(config)
     each, count = bytes_of_checkpoint(model), checkpoints_to_come(config, list(finished_checkpoints(folder)))
-    place = _existing(folder)
-    free = shutil.disk_usage(place).free
+    nearest = _existing(folder)
+    free = shutil.disk_usage(nearest).free
     kept = "all are kept" if config.checkpoint.keep_last is None else f"checkpoint.keep_last={config.checkpoint.keep_last}"
     text = (
         f"{count:,} more checkpoints of {scaled_bytes(each)} at one time ({kept}) need {scaled_bytes(count * each)},"
-        f" {scaled_bytes(free)} are free in {place}"
+        f" {scaled_bytes(free)} are free in {nearest}"
     )
     remedy = "set checkpoint.keep_last (with checkpoint.keep_interval), save less often, or set run_dir to a larger disk"
     return Verdict("disk", text, count * each <= free, remedy)
@@ -89,9 +89,9 @@ def refuse(verdicts: Sequence[Verdict], *, accepted: bool) -> None:
     """Raise PlanError with every verdict against the run, unless it was accepted as it is."""
     against = [verdict for verdict in verdicts if not verdict.holds and not (accepted and verdict.is_estimate)]
     if against:
-        faults = "; ".join(f"{verdict.line()}: {verdict.remedy}" for verdict in against)
+        problems = "; ".join(f"{verdict.line()}: {verdict.remedy}" for verdict in against)
         accept = f"; or accept it with {ACCEPT}" if any(verdict.is_estimate for verdict in against) else ""
-        raise PlanError(faults + accept)
+        raise PlanError(problems + accept)
 
 
 def scaled_bytes(number: float) -> str:

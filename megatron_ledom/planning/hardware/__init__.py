@@ -12,7 +12,7 @@ from megatron_ledom.errors import ConfigError
 
 FOLDER = Path(__file__).parent
 PositiveFloat = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -35,20 +35,20 @@ class Hardware:
     """What a device sends between nodes, each way: its share of the node's network cards, 1e9 byte/s."""
     multiprocessors: Annotated[int, Field(gt=0)]
     """Units that tiles of a matrix product are dealt out to."""
-    matmul_efficiency: Share
+    matmul_efficiency: Fraction
     """Of the peak, for a large matrix product whose tiles fill every unit."""
     matmul_half_depth: PositiveFloat
     """Inner size of a product at which half of that is reached."""
-    attention_efficiency: Share
+    attention_efficiency: Fraction
     """Of the peak, for flash attention forwards, counting the causal half of the scores."""
-    attention_backward_efficiency: Share
+    attention_backward_efficiency: Fraction
     """The same backwards, whose five products are counted."""
-    memory_efficiency: Share
+    memory_efficiency: Fraction
     """Of the memory's peak, for element-wise kernels."""
-    collective_efficiency: Share
+    collective_efficiency: Fraction
     """Of the links, for collectives of ring algorithms."""
-    overlap_efficiency: Share
-    """Share of a kernel's time in which a collective beside it makes progress."""
+    overlap_efficiency: Fraction
+    """Fraction of a kernel's time in which a collective beside it makes progress."""
     latency_us: PositiveFloat
     """Microseconds that each step of a collective takes besides its bytes."""
     iteration_ms: Annotated[float, Field(ge=0)]
@@ -95,5 +95,7 @@ def load_hardware(name: str) -> Hardware:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg'].lower()}" for fault in error.errors()]
-        raise ConfigError(f"{path} does not describe hardware: {'; '.join(faults)}") from error
+        problems = [
+            f"{'.'.join(map(str, problem['loc'])) or 'the file'}: {problem['msg'].lower()}" for problem in error.errors()
+        ]
+        raise ConfigError(f"{path} does not describe hardware: {'; '.join(problems)}") from error

@@ -40,7 +40,7 @@ class LayerPoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OpenPoint:
+class UncertainPoint:
     """A published time whose layout or program is not all known: the planner gives an interval over what it may have been."""
 
     name: str
@@ -63,14 +63,14 @@ class Published:
     software: dict[str, Software]
     """The program of each family of points."""
     layers: list[LayerPoint]
-    open_points: list[OpenPoint]
+    uncertain_points: list[UncertainPoint]
     table_3: dict[str, tuple[Architecture, dict[str, Any], list[float]]]
     """Models and layouts of Korthikanti et al. 2022, arXiv 2205.05198, table 3, and GiB a device by its formulas."""
 
     @property
-    def peaks(self) -> list[OpenPoint]:
+    def peaks(self) -> list[UncertainPoint]:
         """Points whose memory was measured too."""
-        return [point for point in self.open_points if point.num_bytes]
+        return [point for point in self.uncertain_points if point.num_bytes]
 
 
 @cache
@@ -88,7 +88,7 @@ def published() -> Published:
         points=points,
         software={family: Software(**found["software"]) for family, found in data["families"].items()},
         layers=[LayerPoint(Layout(**row["layout"]), row["forward"], row["backward"]) for row in data["layers"]],
-        open_points=[_open_point(row, models[row["model"]]) for row in data["open"]],
+        uncertain_points=[_uncertain_point(row, models[row["model"]]) for row in data["open"]],
         table_3={name: (models[name], row["layout"], row["gib"]) for name, row in data["table_3"].items()},
     )
 
@@ -135,10 +135,10 @@ def hardware_flops(model: Architecture, layout: Layout) -> float:
     return 96.0 * layout.tokens_per_iteration * layers * h * h * correction
 
 
-def _open_point(row: dict[str, Any], model: Architecture) -> OpenPoint:
+def _uncertain_point(row: dict[str, Any], model: Architecture) -> UncertainPoint:
     layouts, fused = list(_layouts(model, row["layout"])), row["fused"]
     programs = [Software(fused=one) for one in (fused if isinstance(fused, list) else [fused])]
-    return OpenPoint(
+    return UncertainPoint(
         **{key: row[key] for key in ("name", "source", "hardware", "unknown", "gpu", "num_bytes") if key in row},
         model=model,
         variants=list(itertools.product(layouts, programs)),

@@ -9,7 +9,7 @@ from megatron.core.parallel_state import RankGenerator
 from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import ParallelConfig, RunConfig
 from megatron_ledom.model.arithmetic import count_parameters
-from megatron_ledom.planning.dry_run_rows import parameters_of_rank, rank_lines, rank_place, stage_layers
+from megatron_ledom.planning.dry_run_rows import parameters_of_rank, rank_lines, rank_position, stage_layers
 from tests.support.paths import ROOT
 
 QUICKSTART = str(ROOT / "examples/configs/quickstart_reverse.yaml")
@@ -23,11 +23,11 @@ def load(*overrides: str) -> RunConfig:
 def test_places_are_those_of_megatron_core(tensor: int, context: int, pipeline: int, data: int) -> None:
     sizes = {"tensor_model_parallel_size": tensor, "context_parallel_size": context, "pipeline_model_parallel_size": pipeline}
     parallel, world_size = ParallelConfig(**sizes), tensor * context * pipeline * data
-    places = [rank_place(rank, parallel, world_size) for rank in range(world_size)]
+    positions = [rank_position(rank, parallel, world_size) for rank in range(world_size)]
     groups = RankGenerator(tp=tensor, ep=1, dp=data, pp=pipeline, cp=context, order="tp-cp-ep-dp-pp")
     for name, field in (("tp", "tensor"), ("cp", "context"), ("dp", "data"), ("pp", "pipeline")):
         for ranks in groups.get_ranks(name):
-            assert [getattr(places[rank], field) for rank in ranks] == list(range(len(ranks)))
+            assert [getattr(positions[rank], field) for rank in ranks] == list(range(len(ranks)))
 
 
 def test_the_map_of_ranks_is_short() -> None:

@@ -24,7 +24,7 @@ from megatron_ledom.planning.memory import (
 )
 from megatron_ledom.planning.shapes import Layout, architecture_of, layout_of
 from megatron_ledom.planning.validation.accuracy import planned_peak
-from megatron_ledom.planning.validation.published import OpenPoint, published
+from megatron_ledom.planning.validation.published import UncertainPoint, published
 from tests.support.paths import ROOT
 
 TABLE = {  # GiB of parameters and optimizer; of activations without recompute; with sequence parallelism and selective recompute
@@ -167,7 +167,7 @@ def test_kept_bytes_are_those_counted_on_the_real_layers(name: str, counted: dic
 
 
 @pytest.mark.parametrize("peak", published().peaks, ids=lambda peak: f"{peak.name}, {peak.gpu}")
-def test_peaks_that_were_measured_on_gpus_are_planned_within_five_per_cent(peak: OpenPoint) -> None:
+def test_peaks_that_were_measured_on_gpus_are_planned_within_five_per_cent(peak: UncertainPoint) -> None:
     assert planned_peak(peak) == pytest.approx(peak.num_bytes, rel=0.05)
 
 

@@ -34,9 +34,9 @@ def test_rounds_that_repeat_are_added_exactly(stages: int, chunks: int) -> None:
 @pytest.mark.parametrize(("stages", "chunks", "microbatches"), [(4, 1, 8), (4, 2, 8), (3, 3, 6)])
 def test_every_pass_happens_once_and_after_what_it_needs(stages: int, chunks: int, microbatches: int) -> None:
     events = simulate(even(stages, chunks, transfer=0.25), microbatches)
-    places = Counter((event.op.is_forward, event.op.chunk * stages + event.stage, event.op.microbatch) for event in events)
-    assert set(places.values()) == {1}
-    assert len(places) == 2 * stages * chunks * microbatches
+    passes = Counter((event.op.is_forward, event.op.chunk * stages + event.stage, event.op.microbatch) for event in events)
+    assert set(passes.values()) == {1}
+    assert len(passes) == 2 * stages * chunks * microbatches
     ends = {(e.op.is_forward, e.op.chunk * stages + e.stage, e.op.microbatch): e.end for e in events}
     for event in events:
         virtual = event.op.chunk * stages + event.stage
@@ -75,8 +75,8 @@ def test_a_blocking_send_takes_the_senders_time() -> None:
 @pytest.mark.parametrize(("stages", "chunks", "microbatches"), [(4, 1, 8), (4, 1, 2), (4, 3, 8), (2, 2, 2)])
 def test_nothing_later_in_the_order_holds_more(stages: int, chunks: int, microbatches: int) -> None:
     for stage in range(stages):
-        held, most = [0] * chunks, [0] * chunks
+        counts, most = [0] * chunks, [0] * chunks
         for op in stage_order(stage, stages, chunks, microbatches):
-            held[op.chunk] += 1 if op.is_forward else -1
-            most = list(held) if sum(held) > sum(most) else most
+            counts[op.chunk] += 1 if op.is_forward else -1
+            most = list(counts) if sum(counts) > sum(most) else most
         assert most_in_flight(stage, stages, chunks, microbatches) == tuple(most)

@@ -13,7 +13,7 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.errors import ConfigError, UsageError
 from megatron_ledom.planning.hardware import load_hardware
 from megatron_ledom.planning.plan import make_plan
-from megatron_ledom.planning.search import SIMULATED, describe_found, search, table_of
+from megatron_ledom.planning.search import SIMULATED, describe_search, search, table_of
 from megatron_ledom.planning.shapes import layout_of
 from megatron_ledom.reports.plans import plan_run
 from tests.support.forked import run_forked
@@ -47,10 +47,10 @@ def test_512_devices_are_few_thousand_candidates() -> None:
     """What bounds the seconds of a search: the candidates, and the schedules that are simulated."""
     found = search(load_config(SEVEN, ["parallel.world_size=512"]), 512, load_hardware("h100-sxm"))
     assert len(found.ranked) <= SIMULATED
-    assert 1000 < found.num_candidates < 10_000
+    assert 1000 < found.num_layouts < 10_000
     table = table_of(found).splitlines()
-    assert len(table) == found.num_candidates + 1
-    assert "do not fit" in describe_found(found)
+    assert len(table) == found.num_layouts + 1
+    assert "do not fit" in describe_search(found)
 
 
 def test_the_chosen_layout_is_a_config_the_trainer_takes(tmp_path: Path) -> None:

@@ -12,13 +12,20 @@ from megatron_ledom.model.arithmetic import flops_per_token
 from megatron_ledom.planning.hardware import hardware_files, load_hardware
 from megatron_ledom.planning.plan import make_plan
 from megatron_ledom.planning.shapes import architecture_of, layout_of
-from megatron_ledom.planning.step_time import all_reduce_seconds, gather_seconds, group, matmul_seconds, shape_share, step_time
+from megatron_ledom.planning.step_time import (
+    all_reduce_seconds,
+    gather_seconds,
+    group,
+    matmul_seconds,
+    shape_efficiency,
+    step_time,
+)
 from megatron_ledom.planning.validation.accuracy import (
     PRIORS,
+    compare_points,
     errors,
     exact_memory,
     fit,
-    judge,
     validation_page,
     worked_examples,
 )
@@ -41,9 +48,9 @@ IDEAL = replace(
 
 
 def test_unfitted_points_are_within_the_goal() -> None:
-    judged = judge(A100)
-    mean, most = errors(judged, "unfitted")
-    assert sum(one.point.use == "unfitted" for one in judged) == 10
+    comparisons = compare_points(A100)
+    mean, most = errors(comparisons, "unfitted")
+    assert sum(one.point.use == "unfitted" for one in comparisons) == 10
     assert mean < 0.03
     assert most < 0.08
 
@@ -89,10 +96,12 @@ def test_a_ring_moves_its_share_of_the_bytes() -> None:
 
 
 def test_small_products_are_less_efficient() -> None:
-    assert shape_share(128, 128, 4096, 108, 256.0) < 0.02  # one tile for 108 units
-    assert shape_share(8192, 8192, 8192, 108, 256.0) > 0.85
+    assert shape_efficiency(128, 128, 4096, 108, 256.0) < 0.02  # one tile for 108 units
+    assert shape_efficiency(8192, 8192, 8192, 108, 256.0) > 0.85
     full = matmul_seconds(A100, 8192, 8192, 8192)
-    assert full == pytest.approx(2 * 8192**3 / (312e12 * A100.matmul_efficiency * shape_share(8192, 8192, 8192, 108, 276.6)))
+    assert full == pytest.approx(
+        2 * 8192**3 / (312e12 * A100.matmul_efficiency * shape_efficiency(8192, 8192, 8192, 108, 276.6))
+    )
 
 
 def test_more_of_what_costs_time_takes_longer() -> None:
