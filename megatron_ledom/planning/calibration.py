@@ -1,6 +1,6 @@
-"""Measures this machine for the planner: kernels of several shapes, collectives between the ranks it is launched on.
+"""Measurements of this machine for the planner: kernels of several shapes, and collectives between the launched ranks.
 
-Efficiencies are fitted on every other shape; the shapes in between say how far the model of kernels is off here.
+Efficiencies are fitted on every second shape. The other shapes show the error of the model of kernels on this machine.
 """
 
 import math
@@ -26,15 +26,15 @@ from megatron_ledom.storage.files import write_file
 from megatron_ledom.storage.locks import output_file_lock
 
 SIDES = {"cuda": (1024, 2048, 4096, 6144, 8192, 12288), "cpu": (128, 192, 256, 384, 512, 768)}
-"""Rows, columns and depths of the measured products are chosen from these."""
+"""Rows, columns and depths of the measured matrix products."""
 REPEATS = 5
 DEPTHS = (16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0)
-"""Tried as matmul_half_depth."""
+"""Values that the fit tries for `matmul_half_depth`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One kernel or collective: its seconds here, and how the planner computes them."""
+    """One kernel or collective: its measured seconds, and the function that plans them."""
 
     name: str
     seconds: float
@@ -42,14 +42,15 @@ class Measurement:
     is_fitted: bool
 
     def error(self, hardware: Hardware) -> float:
-        """Relative: 0.1 is ten per cent too slow in the plan."""
+        """Return the relative error: 0.1 if the plan is ten per cent too slow."""
         return self.planned(hardware) / self.seconds - 1
 
 
 def calibrate(start_from: str, output: str) -> str:
-    """Measure, write the YAML `output`, and say how far the planner is off on what was measured; on rank 0 only.
+    """Measure this machine, write the hardware file `output`, and return the planner's errors as text.
 
-    start_from: the hardware file whose peaks, links, prices and memory are kept. On a CPU the peaks are measured, too.
+    Only rank 0 writes the file and returns the text; the others return "". start_from: the hardware file that supplies
+    peaks, links, prices and memory. On a CPU the peaks are measured too.
     """
     launch = read_launch()
     platform = prepare_platform(1 if launch.world_size > 1 or not torch.cuda.is_available() else None, launch)
@@ -70,7 +71,7 @@ def calibrate(start_from: str, output: str) -> str:
 
 
 def _seconds(platform: Platform, run: Callable[[], Any]) -> float:
-    """Median of some runs after a first one."""
+    """Return the median seconds of `REPEATS` calls after a first one."""
     run()
     found = []
     for _ in range(REPEATS):
@@ -83,7 +84,7 @@ def _seconds(platform: Platform, run: Callable[[], Any]) -> float:
 
 
 def _cpu_peaks(hardware: Hardware, platform: Platform) -> Hardware:
-    """Peaks of one rank on a CPU, which no maker states: the best product, and a copy that fits no cache."""
+    """Measure the peaks of one CPU rank: the fastest matrix product, and a copy that fits no cache."""
     large = torch.zeros(1 << 24)
     target = torch.empty_like(large)
     speed = 2 * large.nbytes / _seconds(platform, lambda: target.copy_(large)) / 1e9
@@ -92,7 +93,7 @@ def _cpu_peaks(hardware: Hardware, platform: Platform) -> Hardware:
 
 
 def measure_products(platform: Platform) -> list[Measurement]:
-    """Matrix products of bf16: every pair of neighbouring sides, deep and shallow."""
+    """Measure bf16 matrix products: every pair of neighbouring sides, deep and shallow."""
     sides, found = SIDES[platform.device.type], []
     for index, (rows, columns) in enumerate(zip(sides, sides[1:] + sides[:1], strict=True)):
         for depth in (sides[0], columns):
@@ -107,7 +108,7 @@ def measure_products(platform: Platform) -> list[Measurement]:
 
 
 def measure_memory(platform: Platform) -> list[Measurement]:
-    """Additions of bf16 tensors: two read, one written."""
+    """Measure additions of bf16 tensors, which read two elements and write one."""
     found = []
     for index, exponent in enumerate((27, 26, 25) if platform.device.type == "cuda" else (24, 23, 22)):
         a = torch.randn(1 << exponent, device=platform.device).bfloat16()
@@ -123,7 +124,7 @@ def measure_memory(platform: Platform) -> list[Measurement]:
 
 
 def measure_attention(platform: Platform) -> list[Measurement]:
-    """Causal attention without dropout, forwards, and forwards with backwards."""
+    """Measure causal attention without dropout, forward and backward."""
     length, heads = (8192, 16) if platform.device.type == "cuda" else (512, 2)
     shape = (1, heads, length, 128)
     q, k, v = (torch.randn(*shape, device=platform.device).bfloat16().requires_grad_() for _ in range(3))
@@ -143,7 +144,7 @@ def measure_attention(platform: Platform) -> list[Measurement]:
 
 
 def measure_collectives(platform: Platform, in_node: int) -> list[Measurement]:
-    """All-reduces between all ranks."""
+    """Measure all-reduces between all ranks."""
     ranks, found = Group(dist.get_world_size(), min(in_node, dist.get_world_size())), []
     for index, exponent in enumerate((26, 24, 22, 18) if platform.device.type == "cuda" else (22, 20, 18, 14)):
         tensor = torch.zeros(1 << exponent, device=platform.device, dtype=torch.bfloat16)
@@ -157,7 +158,11 @@ def measure_collectives(platform: Platform, in_node: int) -> list[Measurement]:
 
 
 def fit_kernels(hardware: Hardware, measurements: list[Measurement]) -> Hardware:
-    """The efficiencies with which the fitted kernels come out right on average, and the depth that spreads them least."""
+    """Return the hardware with fitted efficiencies and `matmul_half_depth`.
+
+    With these efficiencies the planned seconds of the fitted kernels are right on average. The depth is the one with which
+    the errors on matrix products differ least.
+    """
     kinds = {
         "product": "matmul_efficiency",
         "addition": "memory_efficiency",
@@ -185,12 +190,12 @@ def _only(key: str, value: float) -> dict[str, Any]:
 
 
 def _spread(hardware: Hardware, measurements: list[Measurement]) -> float:
-    """How differently a hardware is off on several kernels: standard deviation of the logarithms."""
+    """Return the standard deviation of log(planned / measured) over several kernels."""
     return statistics.pstdev(math.log(one.planned(hardware) / one.seconds) for one in measurements)
 
 
 def describe(hardware: Hardware, measurements: list[Measurement], output: str) -> str:
-    """Every kernel with its seconds and the planner's, then the errors on fitted and on other ones."""
+    """Return a table of measured and planned seconds, then the errors on fitted and on other kernels."""
     lines = [f"{'kernel':<36}  {'measured s':>10}  {'planned s':>10}  {'error':>7}"]
     for one in measurements:
         mark = "" if one.is_fitted else "  not fitted"
@@ -205,7 +210,5 @@ def describe(hardware: Hardware, measurements: list[Measurement], output: str) -
 
 def _yaml(hardware: Hardware) -> str:
     values = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in asdict(hardware).items()}
-    values["source"] = (
-        f"measured by tools/calibrate_hardware.py; what it cannot measure is that of {hardware.name}"  # house: a result
-    )
+    values["source"] = f"measured by ledom calibrate-hardware; the other numbers are those of {hardware.name}"
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)

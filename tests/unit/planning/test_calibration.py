@@ -1,4 +1,4 @@
-"""Calibration: it finds the efficiencies that made its measurements, and writes a file that the planner takes."""
+"""Calibration: it recovers known efficiencies from measurements, and writes a file that the planner can load."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ TRUTH = replace(
 
 
 def measurements_of(hardware: object) -> list[Measurement]:
-    """What a machine that is exactly `hardware` would measure."""
+    """Return the measurements of a machine that is exactly `hardware`."""
     found = []
     for index, depth in enumerate((256, 1024, 4096, 8192)):
         planned = lambda machine, depth=depth: matmul_seconds(machine, 8192, 8192, depth)  # noqa: E731
@@ -37,7 +37,7 @@ def measurements_of(hardware: object) -> list[Measurement]:
     return found + [Measurement(name, planned(hardware), planned, True) for name, planned in kernels.items()]
 
 
-def test_it_finds_the_efficiencies_that_made_its_measurements() -> None:
+def test_fit_recovers_the_efficiencies_that_made_the_measurements() -> None:
     guessed = replace(load_hardware("a100-80"), latency_us=1e-6)
     found = fit_kernels(guessed, measurements_of(TRUTH))
     assert found.matmul_half_depth == 128.0
@@ -46,7 +46,7 @@ def test_it_finds_the_efficiencies_that_made_its_measurements() -> None:
     assert "not fitted: 0.0% off on average" in describe(found, measurements_of(TRUTH), "own.yaml")
 
 
-def test_this_machine_is_measured_into_a_file_that_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibration_writes_a_hardware_file_for_the_planner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(calibration.SIDES, "cpu", (64, 96, 128))
     own = tmp_path / "own.yaml"
     text = calibrate("cpu", str(own))
