@@ -23,7 +23,7 @@ class SavedTensor:
     name: str
     num_bytes: int
     module: str = ""
-    """The module that selective recompute would compute again to drop the tensor: core_attn or mlp."""
+    """The part of the layer that keeps the tensor; selective recompute of core_attn or mlp drops it."""
 
 
 @dataclass(frozen=True, slots=True)
