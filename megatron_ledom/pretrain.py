@@ -185,7 +185,7 @@ def check_start(config: RunConfig, num_ranks: int, *, accept_plan: bool = False)
     Raises PlanError if memory or disk space is too small, unless `accept_plan` is set.
     """
     from megatron_ledom.data.blends.sources import load_run_tokenizer, load_sources
-    from megatron_ledom.planning.verdicts import disk_verdict, memory_verdict, planned, refuse
+    from megatron_ledom.planning.verdicts import disk_verdict, memory_verdict, plan_of_config, refuse
     from megatron_ledom.training.history import check_history
     from megatron_ledom.training.preflight import check_environment, is_complete
 
@@ -203,7 +203,7 @@ def check_start(config: RunConfig, num_ranks: int, *, accept_plan: bool = False)
 
         check_resumable(config, sources, checkpoint)
     model = replace(config.model, vocab_size=sources.provenance.vocab_size)
-    verdicts = [memory_verdict(config, planned(config, num_ranks, model)), disk_verdict(config, model)]
+    verdicts = [memory_verdict(config, plan_of_config(config, num_ranks, model)), disk_verdict(config, model)]
     refuse(verdicts, accepted=accept_plan)
     start = f"{num_ranks} ranks would start from iteration {iteration} of {config.train.train_iters}"
     return "\n".join([start, *(verdict.line() for verdict in verdicts)])

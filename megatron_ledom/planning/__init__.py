@@ -1,1 +1,1 @@
-"""Memory, time and cost of a run before it starts, and what a dry run says."""
+"""Memory, time and cost of a run before it starts, and the text of a dry run."""

@@ -1,6 +1,6 @@
-"""Measures this machine for the planner: kernels of several shapes, collectives between the ranks it is launched on.
+"""Measurements of this machine for the planner: kernels of several shapes, and collectives between the launched ranks.
 
-Efficiencies are fitted on every other shape; the shapes in between say how far the model of kernels is off here.
+Efficiencies are fitted on every second shape. The other shapes show the error of the model of kernels on this machine.
 """
 
 import math
@@ -26,15 +26,15 @@ from megatron_ledom.storage.files import write_file
 from megatron_ledom.storage.locks import output_file_lock
 
 SIDES = {"cuda": (1024, 2048, 4096, 6144, 8192, 12288), "cpu": (128, 192, 256, 384, 512, 768)}
-"""Rows, columns and depths of the measured products are chosen from these."""
+"""Rows, columns and depths of the measured matrix products."""
 REPEATS = 5
 DEPTHS = (16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0)
-"""Tried as matmul_half_depth."""
+"""Values that the fit tries for `matmul_half_depth`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """One kernel or collective: its seconds here, and how the planner computes them."""
+class Measurement:
+    """One kernel or collective: its measured seconds, and the function that plans them."""
 
     name: str
     seconds: float
@@ -42,35 +42,36 @@ class Measured:
     is_fitted: bool
 
     def error(self, hardware: Hardware) -> float:
-        """Relative: 0.1 is ten per cent too slow in the plan."""
+        """Return the relative error: 0.1 if the plan is ten per cent too slow."""
         return self.planned(hardware) / self.seconds - 1
 
 
 def calibrate(start_from: str, output: str) -> str:
-    """Measure, write the YAML `output`, and say how far the planner is off on what was measured; on rank 0 only.
+    """Measure this machine, write the hardware file `output`, and return the planner's errors as text.
 
-    start_from: the hardware file whose peaks, links, prices and memory are kept. On a CPU the peaks are measured, too.
+    Only rank 0 writes the file and returns the text; the others return "". start_from: the hardware file that supplies
+    peaks, links, prices and memory. On a CPU the peaks are measured too.
     """
     launch = read_launch()
     platform = prepare_platform(1 if launch.world_size > 1 or not torch.cuda.is_available() else None, launch)
     hardware = load_hardware(start_from)
     if platform.device.type == "cpu":
         hardware = _cpu_peaks(hardware, platform)
-    measured = [*measure_products(platform), *measure_memory(platform), *measure_attention(platform)]
+    measurements = [*measure_products(platform), *measure_memory(platform), *measure_attention(platform)]
     if launch.world_size > 1:
         start_distributed(platform, ParallelConfig(), launch)
-        measured += measure_collectives(platform, launch.local_world_size)
+        measurements += measure_collectives(platform, launch.local_world_size)
         stop_distributed()
-    hardware = fit_kernels(hardware, measured)
+    hardware = fit_kernels(hardware, measurements)
     if launch.rank != 0:
         return ""
     with output_file_lock(output):
         write_file(output, _yaml(hardware))
-    return describe(hardware, measured, output)
+    return describe(hardware, measurements, output)
 
 
 def _seconds(platform: Platform, run: Callable[[], Any]) -> float:
-    """Median of some runs after a first one."""
+    """Return the median seconds of `REPEATS` calls after a first one."""
     run()
     found = []
     for _ in range(REPEATS):
@@ -83,7 +84,7 @@ def _seconds(platform: Platform, run: Callable[[], Any]) -> float:
 
 
 def _cpu_peaks(hardware: Hardware, platform: Platform) -> Hardware:
-    """Peaks of one rank on a CPU, which no maker states: the best product, and a copy that fits no cache."""
+    """Measure the peaks of one CPU rank: the fastest matrix product, and a copy that fits no cache."""
     large = torch.zeros(1 << 24)
     target = torch.empty_like(large)
     speed = 2 * large.nbytes / _seconds(platform, lambda: target.copy_(large)) / 1e9
@@ -91,8 +92,8 @@ def _cpu_peaks(hardware: Hardware, platform: Platform) -> Hardware:
     return replace(hardware, peak_tflops=peak, memory_gb_per_second=speed)
 
 
-def measure_products(platform: Platform) -> list[Measured]:
-    """Matrix products of bf16: every pair of neighbouring sides, deep and shallow."""
+def measure_products(platform: Platform) -> list[Measurement]:
+    """Measure bf16 matrix products: every pair of neighbouring sides, deep and shallow."""
     sides, found = SIDES[platform.device.type], []
     for index, (rows, columns) in enumerate(zip(sides, sides[1:] + sides[:1], strict=True)):
         for depth in (sides[0], columns):
@@ -102,12 +103,12 @@ def measure_products(platform: Platform) -> list[Measured]:
             def planned(hardware: Hardware, shape: tuple[int, int, int] = (rows, columns, depth)) -> float:
                 return matmul_seconds(hardware, *shape)
 
-            found.append(Measured(f"product {rows} x {columns} x {depth}", seconds, planned, index % 2 == 0))
+            found.append(Measurement(f"product {rows} x {columns} x {depth}", seconds, planned, index % 2 == 0))
     return found
 
 
-def measure_memory(platform: Platform) -> list[Measured]:
-    """Additions of bf16 tensors: two read, one written."""
+def measure_memory(platform: Platform) -> list[Measurement]:
+    """Measure additions of bf16 tensors, which read two elements and write one."""
     found = []
     for index, exponent in enumerate((27, 26, 25) if platform.device.type == "cuda" else (24, 23, 22)):
         a = torch.randn(1 << exponent, device=platform.device).bfloat16()
@@ -118,12 +119,12 @@ def measure_memory(platform: Platform) -> list[Measured]:
         def planned(hardware: Hardware, num_bytes: int = num_bytes) -> float:
             return memory_seconds(hardware, num_bytes)
 
-        found.append(Measured(f"addition of {a.numel():,} elements", seconds, planned, index % 2 == 0))
+        found.append(Measurement(f"addition of {a.numel():,} elements", seconds, planned, index % 2 == 0))
     return found
 
 
-def measure_attention(platform: Platform) -> list[Measured]:
-    """Causal attention without dropout, forwards, and forwards with backwards."""
+def measure_attention(platform: Platform) -> list[Measurement]:
+    """Measure causal attention without dropout, forward and backward."""
     length, heads = (8192, 16) if platform.device.type == "cuda" else (512, 2)
     shape = (1, heads, length, 128)
     q, k, v = (torch.randn(*shape, device=platform.device).bfloat16().requires_grad_() for _ in range(3))
@@ -137,13 +138,13 @@ def measure_attention(platform: Platform) -> list[Measured]:
 
     ahead, whole = _seconds(platform, forward), _seconds(platform, both)
     return [
-        Measured("attention forwards", ahead, lambda hardware: flash_seconds(hardware, flops)[0], True),
-        Measured("attention backwards", max(whole - ahead, 1e-9), lambda hardware: flash_seconds(hardware, flops)[1], True),
+        Measurement("attention forwards", ahead, lambda hardware: flash_seconds(hardware, flops)[0], True),
+        Measurement("attention backwards", max(whole - ahead, 1e-9), lambda hardware: flash_seconds(hardware, flops)[1], True),
     ]
 
 
-def measure_collectives(platform: Platform, in_node: int) -> list[Measured]:
-    """All-reduces between all ranks."""
+def measure_collectives(platform: Platform, in_node: int) -> list[Measurement]:
+    """Measure all-reduces between all ranks."""
     ranks, found = Group(dist.get_world_size(), min(in_node, dist.get_world_size())), []
     for index, exponent in enumerate((26, 24, 22, 18) if platform.device.type == "cuda" else (22, 20, 18, 14)):
         tensor = torch.zeros(1 << exponent, device=platform.device, dtype=torch.bfloat16)
@@ -152,12 +153,16 @@ def measure_collectives(platform: Platform, in_node: int) -> list[Measured]:
         def planned(hardware: Hardware, num_bytes: int = tensor.nbytes) -> float:
             return all_reduce_seconds(hardware, ranks, num_bytes)
 
-        found.append(Measured(f"all-reduce of {tensor.nbytes:,} bytes", seconds, planned, index % 2 == 0))
+        found.append(Measurement(f"all-reduce of {tensor.nbytes:,} bytes", seconds, planned, index % 2 == 0))
     return found
 
 
-def fit_kernels(hardware: Hardware, measured: list[Measured]) -> Hardware:
-    """The efficiencies with which the fitted kernels come out right on average, and the depth that spreads them least."""
+def fit_kernels(hardware: Hardware, measurements: list[Measurement]) -> Hardware:
+    """Return the hardware with fitted efficiencies and `matmul_half_depth`.
+
+    With these efficiencies the planned seconds of the fitted kernels are right on average. The depth is the one with which
+    the errors on matrix products differ least.
+    """
     kinds = {
         "product": "matmul_efficiency",
         "addition": "memory_efficiency",
@@ -165,18 +170,18 @@ def fit_kernels(hardware: Hardware, measured: list[Measured]) -> Hardware:
         "attention backwards": "attention_backward_efficiency",
         "all-reduce": "collective_efficiency",
     }
-    products = [one for one in measured if one.name.startswith("product") and one.is_fitted]
+    products = [one for one in measurements if one.name.startswith("product") and one.is_fitted]
     unhindered = replace(hardware, memory_efficiency=1.0)
     hardware = replace(
         hardware,
         matmul_half_depth=min(DEPTHS, key=lambda depth: _spread(replace(unhindered, matmul_half_depth=depth), products)),
     )
     for start, key in kinds.items():
-        chosen = [one for one in measured if one.name.startswith(start) and one.is_fitted]
+        chosen = [one for one in measurements if one.name.startswith(start) and one.is_fitted]
         if chosen:
             ideal = replace(hardware, **_only(key, 1.0))
-            share = math.exp(statistics.mean(math.log(one.planned(ideal) / one.seconds) for one in chosen))
-            hardware = replace(hardware, **_only(key, min(max(share, 1e-3), 1.0)))
+            efficiency = math.exp(statistics.mean(math.log(one.planned(ideal) / one.seconds) for one in chosen))
+            hardware = replace(hardware, **_only(key, min(max(efficiency, 1e-3), 1.0)))
     return hardware
 
 
@@ -184,28 +189,26 @@ def _only(key: str, value: float) -> dict[str, Any]:
     return {key: value}
 
 
-def _spread(hardware: Hardware, measured: list[Measured]) -> float:
-    """How differently a hardware is off on several kernels: standard deviation of the logarithms."""
-    return statistics.pstdev(math.log(one.planned(hardware) / one.seconds) for one in measured)
+def _spread(hardware: Hardware, measurements: list[Measurement]) -> float:
+    """Return the standard deviation of log(planned / measured) over several kernels."""
+    return statistics.pstdev(math.log(one.planned(hardware) / one.seconds) for one in measurements)
 
 
-def describe(hardware: Hardware, measured: list[Measured], output: str) -> str:
-    """Every kernel with its seconds and the planner's, then the errors on fitted and on other ones."""
+def describe(hardware: Hardware, measurements: list[Measurement], output: str) -> str:
+    """Return a table of measured and planned seconds, then the errors on fitted and on other kernels."""
     lines = [f"{'kernel':<36}  {'measured s':>10}  {'planned s':>10}  {'error':>7}"]
-    for one in measured:
+    for one in measurements:
         mark = "" if one.is_fitted else "  not fitted"
         lines.append(
             f"{one.name:<36}  {one.seconds:>10.6f}  {one.planned(hardware):>10.6f}  {one.error(hardware):>+7.1%}{mark}"
         )
     for words, is_fitted in (("fitted", True), ("not fitted", False)):
-        found = [abs(one.error(hardware)) for one in measured if one.is_fitted == is_fitted]
+        found = [abs(one.error(hardware)) for one in measurements if one.is_fitted == is_fitted]
         lines.append(f"{words}: {statistics.mean(found):.1%} off on average, {max(found):.1%} at most")
     return "\n".join([*lines, f"{output}: ledom plan-run --hardware {output}"]) + "\n"
 
 
 def _yaml(hardware: Hardware) -> str:
     values = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in asdict(hardware).items()}
-    values["source"] = (
-        f"measured by tools/calibrate_hardware.py; what it cannot measure is that of {hardware.name}"  # house: a result
-    )
+    values["source"] = f"measured by ledom calibrate-hardware; the other numbers are those of {hardware.name}"
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)

@@ -1,4 +1,4 @@
-"""A dry run, without a GPU, data or torch: verdicts, the resolved config and every number that follows from it."""
+"""A dry run: verdicts, the resolved config and every number derived from it. Needs no GPU, data or torch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from megatron_ledom.planning import dry_run_rows as rows
 from megatron_ledom.planning.hardware import load_hardware
 from megatron_ledom.planning.plan import Plan
 from megatron_ledom.planning.plan_text import Row, summary_rows, titled
-from megatron_ledom.planning.verdicts import Verdict, disk_verdict, memory_verdict, planned
+from megatron_ledom.planning.verdicts import Verdict, disk_verdict, memory_verdict, plan_of_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,21 +24,21 @@ class DryRun:
 
     text: str
     verdicts: list[Verdict]
-    """They stand at the top of the text too."""
+    """Also at the top of the text."""
 
 
 def dry_run(config: RunConfig, world_size: int) -> DryRun:
     """Return verdicts as comments, the resolved run as YAML, then its derived numbers and its blend as tables.
 
-    The manifests of shards are read if they are there. Raises ConfigError when the run cannot work on `world_size` ranks, and
-    what a start would raise on these manifests.
+    Reads the manifests of the shards that exist. Raises ConfigError if the run cannot work on `world_size` ranks, and the
+    errors that starting the run would raise for these manifests.
     """
     check_config(config, world_size)
     manifests = stored_manifests(config)
     if manifests:
         check_manifests(config, manifests)
     model = known_model(config, manifests)
-    plan, sources = planned(config, world_size, model), _planned_sources(config, manifests)
+    plan, sources = plan_of_config(config, world_size, model), _planned_sources(config, manifests)
     verdicts = [memory_verdict(config, plan), _disk_of_another_machine(disk_verdict(config, model)), *_repeats(config, sources)]
     top = "".join(f"# {verdict.line()}\n" for verdict in verdicts)
     tables = _tables(config, world_size, model, plan)
@@ -50,7 +50,7 @@ def _tables(config: RunConfig, world_size: int, model: ModelConfig, plan: Plan |
     groups: dict[str, list[Row]] = {
         "model": [*rows.model_rows(config, model)],
         "layout": [*rows.layout_rows(config, world_size, model)],
-        "engine": [*rows.engine_rows(config)],
+        "execution": [*rows.execution_rows(config)],
         "batch": [*rows.batch_rows(config, world_size)],
         "run": [*rows.run_rows(config, model)],
         "compute": [*rows.compute_rows(config, model)],
@@ -66,9 +66,9 @@ def _tables(config: RunConfig, world_size: int, model: ModelConfig, plan: Plan |
 
 
 def _plan_rows(config: RunConfig, plan: Plan | None) -> Iterator[Row]:
-    """Yield the planner's figures for the configured hardware."""
+    """Yield the planner's numbers for the configured hardware."""
     if config.parallel.hardware is None:
-        yield "hardware", "not named: parallel.hardware, or ledom plan-run --hardware, plans memory and time"
+        yield "hardware", "not set: set parallel.hardware, or use ledom plan-run --hardware, to plan memory and time"
     elif plan is None:
         yield "hardware", f"{load_hardware(config.parallel.hardware).name}; no plan without the vocabulary"
     else:
@@ -76,14 +76,14 @@ def _plan_rows(config: RunConfig, plan: Plan | None) -> Iterator[Row]:
 
 
 def _disk_of_another_machine(verdict: Verdict) -> Verdict:
-    """Return a verdict on the disk that refuses nothing: a dry run may be far from it, and leaves the refusal to --check."""
+    """Return the verdict on the disk as one that passes: the dry run may run on another machine. `--check` refuses."""
     if verdict.holds:
         return verdict
     return replace(verdict, text=f"{verdict.text}: too little, if that is the run's disk", holds=True)
 
 
 def _planned_sources(config: RunConfig, manifests: dict[str, ShardManifest]) -> list[PlannedSource]:
-    """Return what the run draws from each shard of its blend."""
+    """Return the tokens and epochs that the run draws from each shard of its blend."""
     blend = config.data.train_blend
     if not blend:
         return []
@@ -92,7 +92,7 @@ def _planned_sources(config: RunConfig, manifests: dict[str, ShardManifest]) -> 
 
 
 def _train_tokens(config: RunConfig, prefix: str, manifest: ShardManifest | None) -> int | None:
-    """Return the tokens that the blend may draw from a shard."""
+    """Return the number of training tokens in a shard; None without its manifest."""
     if manifest is None:
         return None
     if config.data.split is None:
@@ -103,18 +103,18 @@ def _train_tokens(config: RunConfig, prefix: str, manifest: ShardManifest | None
 
 
 def _repeats(config: RunConfig, sources: list[PlannedSource]) -> list[Verdict]:
-    """Return the verdict on shards that would be read more than once without leave."""
+    """Return a failed verdict if shards would repeat and the config does not allow it."""
     repeated = [source for source in sources if source.repeats]
     if not repeated or config.data.allow_repeats:
         return []
     worst = max(repeated, key=lambda source: source.epochs or 0.0)
-    text = f"{len(repeated)} would repeat, {worst.name} most: such a run is refused without data.allow_repeats=true"
+    text = f"shards that would repeat: {len(repeated)}, most often {worst.name}; this needs data.allow_repeats=true"
     remedy = "add shards, or lower train.train_iters or the weight in data.train_blend"
     return [Verdict("data", text, False, remedy, is_estimate=False)]
 
 
 def _blend_lines(config: RunConfig, sources: list[PlannedSource]) -> list[str]:
-    """Return the table of the blend, as it is logged before training; tokens and epochs where the shards are there."""
+    """Return the table of the blend, as training logs it; tokens and epochs only for shards that exist."""
     if not sources:
         return ["none: data.train_blend is empty"]
     lines = describe_sources(sources, total_tokens(config)).splitlines()
@@ -122,13 +122,13 @@ def _blend_lines(config: RunConfig, sources: list[PlannedSource]) -> list[str]:
 
 
 def stored_manifests(config: RunConfig) -> dict[str, ShardManifest]:
-    """Return the manifests of the run's shards that are there, by prefix."""
+    """Return the manifests of those shards of the run that exist, by prefix."""
     prefixes = [prefix for _, blend in named_blends(config.data) for _, prefix in blend]
     return {prefix: load_manifest(prefix) for prefix in prefixes if Path(f"{prefix}.json").exists()}
 
 
 def known_model(config: RunConfig, manifests: dict[str, ShardManifest]) -> ModelConfig:
-    """Return the model with the vocabulary of the shards, where the config leaves it to them and they are there."""
+    """Return the model, with the vocabulary size of the shards if the config sets none and shards exist."""
     if config.model.vocab_size is not None or not manifests:
         return config.model
     return replace(config.model, vocab_size=next(iter(manifests.values())).provenance.vocab_size)

@@ -1,4 +1,4 @@
-"""Rows of the dry run: what follows from a config about model, layout, operators, batch, run, compute and operation."""
+"""Rows of the dry run: numbers derived from a config, on model, layout, execution, batch, run, compute and operation."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from megatron_ledom.planning.shapes import architecture_of, layout_of
 from megatron_ledom.tables import aligned_lines
 
 MOST_LINES = 12
-"""Ranks or stages listed one by one; of more, the first and the last."""
+"""Largest number of listed ranks or stages; of more, the first and the last are listed."""
 PARTS = ("embedding", "attention", "mlp", "norms", "output")
 
 
@@ -36,7 +36,7 @@ def model_rows(config: RunConfig, model: ModelConfig) -> Iterator[Row]:
     yield "layers", f"{model.num_layers:,}"
     yield "heads x width", f"{model.num_attention_heads} x {head_dim(model)}, {query_groups(model)} key-value heads"
     if model.vocab_size is None:
-        yield "vocabulary", "read from the shards, which are not there yet; set model.vocab_size to plan without them"
+        yield "vocabulary", "not known yet: no shard exists; set model.vocab_size to plan without shards"
         return
     padded = padded_rows(model)
     parameters = count_parameters(model, padded)
@@ -46,7 +46,7 @@ def model_rows(config: RunConfig, model: ModelConfig) -> Iterator[Row]:
 
 
 def layout_rows(config: RunConfig, world_size: int, model: ModelConfig) -> Iterator[Row]:
-    """Yield sizes of the groups, and the memory that the model takes on a rank."""
+    """Yield the sizes of the groups, and the memory of the model state on a rank."""
     parallel = config.parallel
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     yield "ranks", f"{world_size:,}"
@@ -56,7 +56,7 @@ def layout_rows(config: RunConfig, world_size: int, model: ModelConfig) -> Itera
     yield "context parallel", f"{parallel.context_parallel_size}"
     yield "data parallel", f"{data_parallel_size(parallel, world_size)}"
     if model.vocab_size is not None:
-        yield "model state a rank", f"about {state_gibibytes(config, model, world_size):,.2f} GiB, activations not counted"
+        yield "model state a rank", f"about {state_gibibytes(config, model, world_size):,.2f} GiB, without activations"
 
 
 def state_gibibytes(config: RunConfig, model: ModelConfig, world_size: int) -> float:
@@ -66,8 +66,8 @@ def state_gibibytes(config: RunConfig, model: ModelConfig, world_size: int) -> f
     return sum(state_bytes(shape, layout, max(stages))) / GIB
 
 
-def engine_rows(config: RunConfig) -> Iterator[Row]:
-    """Yield the layers' implementation and how ranks communicate; what only the machine knows is said as a condition."""
+def execution_rows(config: RunConfig) -> Iterator[Row]:
+    """Yield the implementation of the layers and of communication; choices that depend on the machine are given as conditions."""
     model, parallel = config.model, config.parallel
     yield "implementation", _layers_in_words(config)
     if model.fp8 is not None:
@@ -84,22 +84,22 @@ def engine_rows(config: RunConfig) -> Iterator[Row]:
         [f"high priority for {', '.join(parallel.high_priority_stream_groups)}"] if parallel.high_priority_stream_groups else []
     )
     nccl += ["SHARP for the data-parallel group"] if parallel.use_sharp else []
-    yield "NCCL", f"{'; '.join(nccl)} (nothing of it on a CPU)" if nccl else "as it comes"
+    yield "NCCL", f"{'; '.join(nccl)} (ignored on a CPU)" if nccl else "defaults"
 
 
 def _layers_in_words(config: RunConfig) -> str:
     model = config.model
     if model.fp8 is not None or config.parallel.tp_comm_overlap or model.transformer_impl == "transformer_engine":
-        return "Transformer Engine; refused where it or CUDA is missing"
+        return "Transformer Engine; the run stops if it or CUDA is missing"
     attention = "unfused attention" if model.attention_backend == "unfused" else "SDPA"
-    attention += " and a mask of documents" if config.data.reset_attention_mask else ""
+    attention += " and a document mask" if config.data.reset_attention_mask else ""
     if model.transformer_impl == "torch":
         return f"torch, with {attention}"
     if model.transformer_impl == "fused":
-        return f"our fused operators, with {attention}; refused where they cannot run"
-    ours = f"our fused operators where they can run, else torch; with {attention}"
+        return f"fused operators of this package, with {attention}; the run stops if they cannot run"
+    ours = f"fused operators of this package if they can run, else torch; with {attention}"
     own = config.data.reset_attention_mask or model.attention_backend == "unfused"
-    return ours if own else f"Transformer Engine where it is installed and CUDA is there, else {ours}"
+    return ours if own else f"Transformer Engine if it is installed and CUDA is available, else {ours}"
 
 
 def _recompute_in_words(config: RunConfig) -> str:
@@ -114,7 +114,7 @@ def _recompute_in_words(config: RunConfig) -> str:
 
 
 def batch_rows(config: RunConfig, world_size: int) -> Iterator[Row]:
-    """Yield how the global batch is divided."""
+    """Yield the sizes of micro-batch and global batch."""
     train, length = config.train, config.data.seq_length
     count = num_microbatches(config, world_size)
     yield (
@@ -156,12 +156,12 @@ def _decay_in_words(config: RunConfig) -> str:
 
 
 def _checkpoints(config: RunConfig, model: ModelConfig) -> str:
-    """Return how many are written, how large, and which are kept."""
+    """Return the number and size of checkpoints, and which of them are kept."""
     settings = config.checkpoint
     words = [f"{-(-config.train.train_iters // settings.save_interval):,}"]
     if model.vocab_size is not None:
         words.append(f"about {bytes_of_checkpoint(model) / GIB:,.2f} GiB each")
-    words.append("written while training goes on" if settings.async_save else "training waits for them")
+    words.append("written while training continues" if settings.async_save else "training waits for them")
     if settings.keep_last is not None:
         multiples = f" and those at multiples of {settings.keep_interval:,}" if settings.keep_interval else ""
         words.append(f"the newest {settings.keep_last:,}{multiples} kept")
@@ -169,7 +169,7 @@ def _checkpoints(config: RunConfig, model: ModelConfig) -> str:
 
 
 def compute_rows(config: RunConfig, model: ModelConfig) -> Iterator[Row]:
-    """Yield floating-point operations."""
+    """Yield the numbers of floating-point operations."""
     if model.vocab_size is None:
         yield "FLOPs", "not known without the vocabulary"
         return
@@ -180,16 +180,16 @@ def compute_rows(config: RunConfig, model: ModelConfig) -> Iterator[Row]:
 
 
 def operation_rows(config: RunConfig) -> Iterator[Row]:
-    """Yield what happens when something goes wrong, and what is recorded."""
+    """Yield the reactions to bad iterations and hangs, and the records of the run."""
     train, logs = config.train, config.logging
     yield "loss not finite", train.on_nonfinite.replace("_", " ")
     yield (
         "spike",
         f"{train.on_spike.replace('_', ' ')}, from {train.spike_score:g} deviations above {train.spike_window} iterations",
     )
-    yield "limits", f"{train.max_skips} skips in a row, {train.max_roll_backs} returns to a checkpoint"
+    yield "limits", f"{train.max_skips} skips in a row, {train.max_roll_backs} roll-backs to a checkpoint"
     if train.skip_iterations:
-        yield "left out", f"iterations {', '.join(map(str, train.skip_iterations))}"
+        yield "skipped", f"iterations {', '.join(map(str, train.skip_iterations))}"
     if train.watchdog_seconds:
         yield "watchdog", f"{train.watchdog_seconds:g} s without progress end the run"
     else:
@@ -203,7 +203,7 @@ def operation_rows(config: RunConfig) -> Iterator[Row]:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RankPosition:
     """The coordinates of a rank in the layout."""
 
     tensor: int
@@ -212,26 +212,26 @@ class Place:
     pipeline: int
 
 
-def rank_place(rank: int, parallel: ParallelConfig, world_size: int) -> Place:
-    """Return the place of a rank: tensor-parallel neighbours come first, then context, data and pipeline, as in megatron-core."""
+def rank_position(rank: int, parallel: ParallelConfig, world_size: int) -> RankPosition:
+    """Return the position of a rank. The tensor-parallel index varies fastest, then context, data, pipeline, as in megatron-core."""
     rest, tensor = divmod(rank, parallel.tensor_model_parallel_size)
     rest, context = divmod(rest, parallel.context_parallel_size)
     pipeline, data = divmod(rest, data_parallel_size(parallel, world_size))
-    return Place(tensor, context, data, pipeline)
+    return RankPosition(tensor, context, data, pipeline)
 
 
 def rank_lines(config: RunConfig, world_size: int) -> list[str]:
-    """Return a line for each group of tensor-parallel neighbours: their ranks and their places in the other dimensions."""
+    """Return a line for each tensor-parallel group: its ranks, and their position in the other dimensions."""
     tensor = config.parallel.tensor_model_parallel_size
     lines = []
     for first in range(0, world_size, tensor):
-        place = rank_place(first, config.parallel, world_size)
+        position = rank_position(first, config.parallel, world_size)
         ranks = f"{first}" if tensor == 1 else f"{first}-{first + tensor - 1}"
         parts = [
             f"TP 0-{tensor - 1}" if tensor > 1 else "TP 0",
-            f"CP {place.context}",
-            f"DP {place.data}",
-            f"PP {place.pipeline}",
+            f"CP {position.context}",
+            f"DP {position.data}",
+            f"PP {position.pipeline}",
         ]
         lines.append(f"{ranks:<13}  {'  '.join(f'{part:<7}' for part in parts)}".rstrip())
     return _shortened(lines)
@@ -243,7 +243,7 @@ def parameter_lines(config: RunConfig, model: ModelConfig) -> list[str]:
         return ["not known without the vocabulary"]
     rows: list[tuple[str, ...]] = [("stage", "layers", *PARTS, "sum")]
     for stage in range(config.parallel.pipeline_model_parallel_size):
-        layers = ", ".join(f"{stretch[0] + 1}-{stretch[-1] + 1}" for stretch in stage_layers(config, stage))
+        layers = ", ".join(f"{layers[0] + 1}-{layers[-1] + 1}" for layers in stage_layers(config, stage))
         counts = parameters_of_rank(config, model, stage)
         rows.append((str(stage), layers, *[f"{counts[part]:,}" for part in PARTS], f"{sum(counts.values()):,}"))
     lines = aligned_lines(rows)
@@ -251,7 +251,7 @@ def parameter_lines(config: RunConfig, model: ModelConfig) -> list[str]:
 
 
 def stage_layers(config: RunConfig, stage: int) -> list[range]:
-    """Return the layers of a pipeline stage, from 0, one stretch for each model chunk."""
+    """Return the layers of a pipeline stage, counted from 0, as one range for each model chunk."""
     stages, chunks = config.parallel.pipeline_model_parallel_size, config.parallel.virtual_pipeline_model_parallel_size or 1
     each = config.model.num_layers // (stages * chunks)
     starts = [(chunk * stages + stage) * each for chunk in range(chunks)]
@@ -259,7 +259,7 @@ def stage_layers(config: RunConfig, stage: int) -> list[range]:
 
 
 def parameters_of_rank(config: RunConfig, model: ModelConfig, stage: int) -> dict[str, int]:
-    """Return the weights on each rank of a pipeline stage, by part of the model; matrices are divided by the tensor-parallel ranks."""
+    """Return the number of weights on each rank of a pipeline stage, by part of the model."""
     return stage_parameters(architecture_of(model), layout_of(config, expected_world_size(config)), stage)
 
 
@@ -271,13 +271,13 @@ def _shortened(lines: list[str]) -> list[str]:
 
 
 def padded_rows(model: ModelConfig) -> int:
-    """Return the rows of the embedding; the vocabulary must be known."""
+    """Return the number of rows of the embedding. The vocabulary size must be known."""
     assert model.vocab_size is not None
     return padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by)
 
 
 def scaled(number: float) -> str:
-    """Return a large number to four or five digits: `7.794 B`, `435.37 B`."""
+    """Return a large number with four or five digits, such as `7.794 B` or `435.37 B`."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             count = number / size

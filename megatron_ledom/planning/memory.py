@@ -1,7 +1,8 @@
-"""Bytes that a rank holds, tensor by tensor. docs/planner.md derives the list; a test counts it on the real layers.
+"""Memory of a rank, in bytes, tensor by tensor. docs/planner.md derives the list; a test compares it with the real layers.
 
-Three ways of counting: `published` is Korthikanti et al. 2022 (arXiv 2205.05198, section 4), `cpu` is what torch saves for this
-package's layers on a CPU, `cuda` the same layers with fused norms, as torch and Transformer Engine have them on GPUs.
+There are three ways of counting. `published`: the formulas of Korthikanti et al. 2022 (arXiv 2205.05198, section 4). `cpu`: the
+tensors that torch saves for this package's layers on a CPU. `cuda`: the same with fused norms, as torch and Transformer Engine
+have them on GPUs.
 """
 
 from collections.abc import Iterator
@@ -16,155 +17,158 @@ GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
+class SavedTensor:
     """A tensor kept from the forward to the backward pass of one micro-batch."""
 
     name: str
     num_bytes: int
     module: str = ""
-    """The part of a layer that selective recompute may drop it with: core_attn or mlp."""
+    """The part of the layer that keeps the tensor; selective recompute of core_attn or mlp drops it."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageMemory:
-    """Bytes of one rank of a pipeline stage at its fullest."""
+    """Peak memory of one rank of a pipeline stage, in bytes."""
 
     stage: int
     weights: int
     gradients: int
     optimizer: int
     activations: int
-    """Of all micro-batches in flight."""
+    """Activations of all micro-batches in flight."""
     logits: int
-    """Logits, their gradient (in the same memory) and what the loss keeps."""
+    """Logits, their gradient (in the same memory) and the tensors that the loss keeps."""
     working: int
-    """Computed again or in passing: one recomputed group of layers, gradients of the widest tensors, gathered sequences."""
+    """Short-lived tensors: one recomputed group of layers, gradients of the widest tensors, gathered sequences."""
     buffers: int
-    """Sends and receives between stages."""
+    """Buffers of sends and receives between stages."""
 
     @property
     def state(self) -> int:
-        """What does not depend on the batch."""
+        """Bytes that do not depend on the batch."""
         return self.weights + self.gradients + self.optimizer
 
     @property
     def allocated(self) -> int:
-        """Bytes of tensors; the allocator, CUDA and NCCL come on top (`hardware.Hardware.allowance`)."""
+        """Bytes of all tensors, without the allowance for allocator, CUDA and NCCL (`hardware.Hardware.allowance`)."""
         return self.state + self.activations + self.logits + self.working + self.buffers
 
 
-def layer_tensors(model: Architecture, layout: Layout, counting: Counting) -> list[Saved]:
-    """Everything one layer keeps of one micro-batch when nothing is recomputed, in the order of the forward pass."""
+def layer_tensors(model: Architecture, layout: Layout, counting: Counting) -> list[SavedTensor]:
+    """Return all tensors that one layer keeps of one micro-batch without recompute, in the order of the forward pass."""
     sharded, tokens = layout.spread_tokens, layout.tokens
     e, hidden = model.element_bytes, model.hidden_size
-    mask = Saved("dropout mask", (e if counting == "cpu" else 1) * hidden * sharded)
+    mask = SavedTensor("dropout mask", (e if counting == "cpu" else 1) * hidden * sharded)
     found = [*_norm("input norm", model, sharded, counting)]
-    found += [Saved("input of the qkv product", e * hidden * sharded)]
+    found += [SavedTensor("input of the qkv product", e * hidden * sharded)]
     found += _attention(model, layout, counting)
-    found += [Saved("input of the output product", e * model.query_width // layout.tensor * tokens)]
+    found += [SavedTensor("input of the output product", e * model.query_width // layout.tensor * tokens)]
     found += [mask] if model.hidden_dropout else []
     found += [*_norm("pre-mlp norm", model, sharded, counting)]
-    found += [Saved("input of the first mlp product", e * hidden * sharded, "mlp input")]
+    found += [SavedTensor("input of the first mlp product", e * hidden * sharded, "mlp input")]
     found += _feed_forward(model, layout)
     return found + ([mask] if model.hidden_dropout else [])
 
 
-def _norm(name: str, model: Architecture, tokens: int, counting: Counting) -> Iterator[Saved]:
-    """What a norm keeps: on a CPU torch computes it in fp32, with a copy of the input and the normalised values."""
+def _norm(name: str, model: Architecture, tokens: int, counting: Counting) -> Iterator[SavedTensor]:
+    """Yield the tensors that a norm keeps. On a CPU torch keeps the input and the normalised values in fp32."""
     e, hidden = model.element_bytes, model.hidden_size
     if counting == "cpu":
-        yield Saved(f"{name}: input in fp32", 4 * hidden * tokens)
-        yield Saved(f"{name}: 1 / root mean square", 4 * tokens)
-        yield Saved(f"{name}: normalised", 4 * hidden * tokens)
+        yield SavedTensor(f"{name}: input in fp32", 4 * hidden * tokens)
+        yield SavedTensor(f"{name}: 1 / root mean square", 4 * tokens)
+        yield SavedTensor(f"{name}: normalised", 4 * hidden * tokens)
     else:
-        yield Saved(f"{name}: input", e * hidden * tokens)
+        yield SavedTensor(f"{name}: input", e * hidden * tokens)
         if counting == "cuda":
-            yield Saved(f"{name}: statistics", 4 * tokens * (2 if model.biased else 1))
+            yield SavedTensor(f"{name}: statistics", 4 * tokens * (2 if model.biased else 1))
 
 
 def _key_heads(model: Architecture, layout: Layout) -> int:
-    """Key-value heads on a rank: at least one, each held by several ranks where there are fewer heads than ranks."""
+    """Return the number of key-value heads on a rank. If there are fewer heads than ranks, several ranks have the same head."""
     return max(1, model.num_query_groups // layout.tensor)
 
 
-def _attention(model: Architecture, layout: Layout, counting: Counting) -> list[Saved]:
+def _attention(model: Architecture, layout: Layout, counting: Counting) -> list[SavedTensor]:
     e, tokens = model.element_bytes, layout.tokens
     queries = model.query_width // layout.tensor
     keys = _key_heads(model, layout) * model.head_dim
     heads = model.num_attention_heads // layout.tensor
-    found: list[Saved] = []
+    found: list[SavedTensor] = []
     if counting != "published" and model.layers != "fused":
         angles = layout.seq_length // layout.context * model.head_dim * e
-        found += [Saved("cosines and sines of queries and keys", 4 * angles)]
+        found += [SavedTensor("cosines and sines of queries and keys", 4 * angles)]
     if counting == "cpu" and layout.context > 1:
         return found + _attention_over_ranks(model, layout)
-    found += [Saved("queries", e * queries * tokens), Saved("keys", e * keys * tokens)]
+    found += [SavedTensor("queries", e * queries * tokens), SavedTensor("keys", e * keys * tokens)]
     if counting == "published" or model.layers == "fused":
-        found += [Saved("values", e * keys * tokens)]
-    else:  # values are a view of the whole product, which therefore stays
+        found += [SavedTensor("values", e * keys * tokens)]
+    else:  # values are a view of the whole product, so all of it is kept
         width = queries + 2 * keys
-        if model.num_query_groups < layout.tensor:  # megatron-core gathers the product over all ranks, and takes a part of it
+        if model.num_query_groups < layout.tensor:  # megatron-core gathers the product of all ranks
             width = model.query_width + 2 * model.head_dim * model.num_query_groups
-        found += [Saved("values, as a view of queries, keys and values", e * width * tokens)]
+        found += [SavedTensor("values, as a view of queries, keys and values", e * width * tokens)]
     if model.flash:
-        found += [Saved("log-sum-exp of the scores", 4 * heads * tokens, "core_attn")] if counting != "published" else []
+        found += [SavedTensor("log-sum-exp of the scores", 4 * heads * tokens, "core_attn")] if counting != "published" else []
     else:
         scores = heads * tokens * layout.seq_length
-        found += [Saved("softmax of the scores", e * scores, "core_attn")]
+        found += [SavedTensor("softmax of the scores", e * scores, "core_attn")]
         if model.attention_dropout:
-            found += [Saved("mask of dropped scores", scores, "core_attn"), Saved("dropped scores", e * scores, "core_attn")]
+            found += [
+                SavedTensor("mask of dropped scores", scores, "core_attn"),
+                SavedTensor("dropped scores", e * scores, "core_attn"),
+            ]
     return found
 
 
-def _attention_over_ranks(model: Architecture, layout: Layout) -> list[Saved]:
-    """This package's own context parallelism: keys and values of the whole sequence, two chunks of queries under masks."""
+def _attention_over_ranks(model: Architecture, layout: Layout) -> list[SavedTensor]:
+    """Return the tensors of this package's context parallelism: all keys and values, and two masked chunks of queries."""
     e, tokens = model.element_bytes, layout.tokens
     queries, keys = model.query_width // layout.tensor, _key_heads(model, layout) * model.head_dim
     chunk = layout.seq_length // (2 * layout.context)
     masks = (2 * layout.context + 1) * chunk * chunk
     return [
-        Saved("queries", e * queries * tokens),
-        Saved("places of the chunks", 16 * layout.context),
-        Saved("keys and values of all ranks", 2 * e * keys * tokens * layout.context),
-        Saved("masks of both chunks", e * masks, "core_attn"),
-        Saved("log-sum-exp of the scores", 4 * (model.num_attention_heads // layout.tensor) * tokens, "core_attn"),
-        Saved("outputs of both chunks", e * queries * tokens, "core_attn"),
+        SavedTensor("queries", e * queries * tokens),
+        SavedTensor("positions of the chunks", 16 * layout.context),
+        SavedTensor("keys and values of all ranks", 2 * e * keys * tokens * layout.context),
+        SavedTensor("masks of both chunks", e * masks, "core_attn"),
+        SavedTensor("log-sum-exp of the scores", 4 * (model.num_attention_heads // layout.tensor) * tokens, "core_attn"),
+        SavedTensor("outputs of both chunks", e * queries * tokens, "core_attn"),
     ]
 
 
-def _feed_forward(model: Architecture, layout: Layout) -> list[Saved]:
+def _feed_forward(model: Architecture, layout: Layout) -> list[SavedTensor]:
     e, width, tokens = model.element_bytes, model.ffn_hidden_size // layout.tensor, layout.tokens
     if not model.gated:
-        inner = [Saved("input of GELU", e * width * tokens, "mlp")]
+        inner = [SavedTensor("input of GELU", e * width * tokens, "mlp")]
     else:
         inner = [
-            Saved("gate and up projection", 2 * e * width * tokens, "mlp"),
-            *(_apart(e * width * tokens) if model.layers == "unfused" else []),
+            SavedTensor("gate and up projection", 2 * e * width * tokens, "mlp"),
+            *(_unfused_copies(e * width * tokens) if model.layers == "unfused" else []),
         ]
-    return [*inner, Saved("input of the second mlp product", e * width * tokens, "mlp")]
+    return [*inner, SavedTensor("input of the second mlp product", e * width * tokens, "mlp")]
 
 
-def _apart(num_bytes: int) -> list[Saved]:
-    """Copies that SwiGLU's single operators keep; one operator computes them again."""
-    return [Saved("silu of the gate", num_bytes, "mlp"), Saved("up projection with its offset", num_bytes, "mlp")]
+def _unfused_copies(num_bytes: int) -> list[SavedTensor]:
+    """Return the copies that unfused SwiGLU keeps; the fused operator computes them again."""
+    return [SavedTensor("silu of the gate", num_bytes, "mlp"), SavedTensor("up projection with its offset", num_bytes, "mlp")]
 
 
 def counting_for(model: Architecture, layout: Layout, is_cpu: bool) -> Counting:
-    """How a device's tensors are counted: our fused layer keeps the same on a CPU as on a GPU, our context parallelism does not."""
+    """Return the way of counting for a device. Fused layers keep the same tensors on a CPU as on a GPU; context parallelism does not."""
     return "cpu" if is_cpu and (model.layers != "fused" or layout.context > 1) else "cuda"
 
 
 def kept_of_layer(model: Architecture, layout: Layout, counting: Counting) -> int:
-    """Bytes one layer keeps of one micro-batch, after selective recompute; full recompute is `chunk_bytes`."""
+    """Return the bytes that one layer keeps of one micro-batch, with selective recompute. `chunk_bytes` adds full recompute."""
     dropped = set(layout.recompute_modules) if layout.recompute == "selective" else set()
     kept = sum(tensor.num_bytes for tensor in layer_tensors(model, layout, counting) if tensor.module not in dropped)
-    if layout.recompute == "selective" and counting == "cpu":  # the checkpoint's own argument, the kind of mask
+    if layout.recompute == "selective" and counting == "cpu":  # the kind of mask, an argument that the recompute keeps
         kept += 4 * ("core_attn" in dropped)
     return kept
 
 
 def chunk_bytes(model: Architecture, layout: Layout, counting: Counting, is_first: bool, is_last: bool) -> int:
-    """Bytes a model chunk keeps of one micro-batch, with embedding and final norm where it has them, without logits."""
+    """Return the bytes that a model chunk keeps of one micro-batch, with its embedding and final norm, without logits."""
     layers = model.num_layers // (layout.pipeline * layout.chunks)
     kept = kept_of_layer(model, layout, counting)
     boundary = model.element_bytes * model.hidden_size * layout.spread_tokens
@@ -176,10 +180,10 @@ def chunk_bytes(model: Architecture, layout: Layout, counting: Counting, is_firs
         total = -(-layers // layout.recompute_num_layers) * boundary
     if counting == "published":
         return total
-    if layout.recompute == "full":  # the angles that every checkpoint is given, one tensor
+    if layout.recompute == "full":  # the rotation angles, one tensor for all recomputed layers
         total += 4 * layout.seq_length // layout.context * model.head_dim
     if is_first:
-        total += layout.tokens * (9 if layout.tensor > 1 else 8)  # ids, and which of them this slice holds
+        total += layout.tokens * (9 if layout.tensor > 1 else 8)  # ids, and a mask of the ids in this slice
         total += (
             model.hidden_dropout * (model.element_bytes if counting == "cpu" else 1) * model.hidden_size * layout.spread_tokens
         )
@@ -193,12 +197,12 @@ def chunk_bytes(model: Architecture, layout: Layout, counting: Counting, is_firs
 
 
 def logits_bytes(model: Architecture, layout: Layout) -> int:
-    """Bytes of one micro-batch's logits, and of label, mark and log Z of each token."""
+    """Return the bytes of one micro-batch's logits, and of label, mark and log Z of each token."""
     return (model.element_bytes * model.padded_vocab_size // layout.tensor + 13) * layout.tokens
 
 
 def activation_bytes(model: Architecture, layout: Layout, stage: int, counting: Counting) -> tuple[int, int]:
-    """Bytes of activations and of logits that a rank of `stage` keeps with its most micro-batches in flight."""
+    """Return the bytes of activations and of logits on a rank of `stage` when most micro-batches are in flight."""
     flight = most_in_flight(stage, layout.pipeline, layout.chunks, layout.num_microbatches)
     kept = 0
     for chunk, count in enumerate(flight):
@@ -209,7 +213,7 @@ def activation_bytes(model: Architecture, layout: Layout, stage: int, counting: 
 
 
 def stage_parameters(model: Architecture, layout: Layout, stage: int) -> dict[str, int]:
-    """Weights on each rank of a stage by part of the model; matrices are divided by the tensor-parallel ranks."""
+    """Return the number of weights on each rank of a stage, by part of the model. Tensor parallelism divides the matrices."""
     is_first, is_last = stage == 0, stage == layout.pipeline - 1
     layers, hidden, tensor = model.num_layers // layout.pipeline, model.hidden_size, layout.tensor
     keys = model.head_dim * model.num_query_groups
@@ -226,14 +230,17 @@ def stage_parameters(model: Architecture, layout: Layout, stage: int) -> dict[st
 
 
 def state_bytes(model: Architecture, layout: Layout, parameters: int) -> tuple[int, int, int]:
-    """Bytes of weights, fp32 gradients and Adam's state; bf16 has fp32 weights in the optimizer besides."""
+    """Return the bytes of weights, fp32 gradients and Adam's state; for bf16 the state includes fp32 weights."""
     optimizer = 12 if model.element_bytes == 2 else 8
     copies = layout.data * layout.context if layout.distributed_optimizer else 1
     return parameters * model.element_bytes, parameters * 4, -(-parameters * optimizer // copies)
 
 
 def working_bytes(model: Architecture, layout: Layout, counting: Counting) -> int:
-    """Bytes in passing in the backward pass: what is computed again, the two widest gradients, a gathered sequence."""
+    """Return the bytes of short-lived tensors of the backward pass.
+
+    These are recomputed tensors, the two widest gradients and one gathered sequence.
+    """
     tensors = layer_tensors(model, layout, counting)
     again = 0
     if layout.recompute == "full":
@@ -247,7 +254,7 @@ def working_bytes(model: Architecture, layout: Layout, counting: Counting) -> in
 
 
 def stage_memory(model: Architecture, layout: Layout, stage: int, counting: Counting = "cuda") -> StageMemory:
-    """Bytes that each rank of a pipeline stage holds at its fullest."""
+    """Return the peak memory of each rank of a pipeline stage."""
     weights, gradients, optimizer = state_bytes(model, layout, sum(stage_parameters(model, layout, stage).values()))
     activations, logits = activation_bytes(model, layout, stage, counting)
     boundary = model.element_bytes * model.hidden_size * layout.spread_tokens
@@ -264,5 +271,5 @@ def stage_memory(model: Architecture, layout: Layout, stage: int, counting: Coun
 
 
 def all_stages(model: Architecture, layout: Layout, counting: Counting = "cuda") -> list[StageMemory]:
-    """The memory of every pipeline stage."""
+    """Return the peak memory of every pipeline stage."""
     return [stage_memory(model, layout, stage, counting) for stage in range(layout.pipeline)]

@@ -1,4 +1,4 @@
-"""The plan of one run: memory of every stage, seconds of an iteration, and what the whole run takes."""
+"""The plan of one run: memory of every stage, seconds of an iteration, and duration and cost of the run."""
 
 from dataclasses import dataclass
 
@@ -12,12 +12,12 @@ from megatron_ledom.planning.shapes import Architecture, Layout, architecture_of
 from megatron_ledom.planning.step_time import Software, StepTime, step_time
 
 CHECKPOINT_BYTES = {2: 14, 4: 12}
-"""Bytes a parameter in a checkpoint by those of an element: weight and Adam's moments, in bf16 also fp32 weights."""
+"""Bytes per parameter in a checkpoint, by bytes per element: weight and Adam's moments; for bf16 also the fp32 weight."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run would need and take. Seconds are the middle of an interval of `hardware.uncertainty`."""
+    """Predicted memory, time and cost of a run. Seconds are the middle of an interval of `hardware.uncertainty`."""
 
     model: Architecture
     layout: Layout
@@ -31,57 +31,57 @@ class Plan:
 
     @property
     def needed_gib(self) -> float:
-        """Memory of a device of the fullest stage, with the allowance for allocator, CUDA and NCCL."""
+        """Memory of a device of the fullest stage, in GiB, with the allowance for allocator, CUDA and NCCL."""
         return max(self.stage_gib(stage) for stage in self.stages)
 
     @property
     def fits(self) -> bool:
-        """Whether that is there."""
+        """Return True if the fullest stage fits into the memory of a device."""
         return self.needed_gib <= self.hardware.memory_gib
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Seconds of an iteration, at best and at worst."""
+        """Shortest and longest expected seconds of an iteration."""
         return self.time.total * (1 - self.hardware.uncertainty), self.time.total * (1 + self.hardware.uncertainty)
 
     @property
     def tokens_per_second_per_device(self) -> float:
-        """Throughput of one device."""
+        """Throughput of one device, in tokens per second."""
         return self.layout.tokens_per_iteration / self.time.total / self.layout.num_ranks
 
     @property
     def mfu(self) -> float:
-        """Model FLOP utilisation, by the formula of every MFU this package reports."""
+        """Model FLOP utilisation, as a fraction; the formula is that of every MFU in this package."""
         return model_flops_utilisation(self.tokens_per_second_per_device * self.flops_per_token, self.hardware.peak_tflops)
 
     @property
     def seconds(self) -> float:
-        """The whole run's iterations; validations and what checkpoints hold up are not counted."""
+        """Seconds of all iterations, without validations and waits for checkpoints."""
         return self.train_iters * self.time.total
 
     @property
     def device_hours(self) -> float:
-        """Devices x hours of the run."""
+        """Number of devices times hours of the run."""
         return self.layout.num_ranks * self.seconds / 3600
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Size of one checkpoint."""
+        """Size of one checkpoint, in bytes."""
         return self.parameters * CHECKPOINT_BYTES[self.model.element_bytes]
 
     @property
     def checkpoint_seconds(self) -> float:
-        """Writing one, all nodes at once."""
+        """Seconds to write one checkpoint, all nodes at once."""
         nodes = -(-self.layout.num_ranks // self.hardware.gpus_per_node)
         return self.checkpoint_bytes / (nodes * self.hardware.storage_gb_per_second * 1e9)
 
     def stage_gib(self, stage: StageMemory) -> float:
-        """Memory of a device of a stage, with the allowance."""
+        """Return the memory of a device of a stage, in GiB, with the allowance."""
         return (stage.allocated + self.hardware.allowance(stage.activations + stage.logits + stage.working)) / GIB
 
 
 def make_plan(config: RunConfig, world_size: int, hardware: Hardware, software: Software | None = None) -> Plan:
-    """The plan of a configured run. Raises ConfigError when the run cannot work on `world_size` ranks."""
+    """Return the plan of a configured run. Raises ConfigError if the run cannot work on `world_size` ranks."""
     check_config(config, world_size)
     model, layout = architecture_of(config.model), layout_of(config, world_size)
     return Plan(
@@ -98,13 +98,13 @@ def make_plan(config: RunConfig, world_size: int, hardware: Hardware, software: 
 
 
 def bytes_of_checkpoint(model: ModelConfig) -> int:
-    """Return the size of one checkpoint of a configured model, whose vocabulary must be known."""
+    """Return the bytes of one checkpoint of a configured model. The vocabulary size must be known."""
     shape = architecture_of(model)
     return count_parameters(model, shape.padded_vocab_size) * CHECKPOINT_BYTES[shape.element_bytes]
 
 
 def name_layout(layout: Layout) -> str:
-    """Such as `TP 2+SP, PP 4 x 2, DP 8, micro-batch 1, full recompute`."""
+    """Return the name of a layout, such as `TP 2+SP, PP 4 x 2, DP 8, micro-batch 1, full recompute`."""
     parts = [f"TP {layout.tensor}{'+SP' if layout.sequence_parallel else ''}"]
     if layout.pipeline > 1:
         parts.append(f"PP {layout.pipeline}{f' x {layout.chunks}' if layout.chunks > 1 else ''}")
@@ -114,7 +114,7 @@ def name_layout(layout: Layout) -> str:
 
 
 def name_recompute(layout: Layout) -> str:
-    """Such as `no recompute`, `recompute mlp`, `full recompute`."""
+    """Return the name of the recompute setting, such as `no recompute`, `recompute mlp` or `full recompute`."""
     if layout.recompute is None:
         return "no recompute"
     if layout.recompute == "selective":

@@ -7,13 +7,13 @@ from megatron_ledom.planning.plan import Plan, name_layout
 from megatron_ledom.tables import aligned_lines
 
 MEMORY = ("weights", "gradients", "optimizer", "activations", "logits", "working", "buffers")
-"""Parts of a stage's memory, in the order of the tables and bars."""
+"""Parts of a stage's memory, in the order of tables and plots."""
 MOST_STAGES = 6
 Row = tuple[str, str]
 
 
 def describe_plan(plan: Plan) -> str:
-    """Return the layout, the memory of the stages, the parts of an iteration, and the whole run."""
+    """Return the plan as text: layout, memory of the stages, parts of an iteration, and the whole run."""
     title = f"{name_layout(plan.layout)} on {plan.layout.num_ranks:,} x {plan.hardware.name}"
     fits = f"{plan.needed_gib:.1f} of {plan.hardware.memory_gib:g} GiB a device: {'fits' if plan.fits else 'DOES NOT FIT'}"
     parts = [
@@ -26,7 +26,7 @@ def describe_plan(plan: Plan) -> str:
 
 
 def memory_lines(plan: Plan) -> list[str]:
-    """Return a line for each stage; of many, the first and the last ones."""
+    """Return a line for each stage; of more than `MOST_STAGES`, the first and the last."""
     rows: list[Sequence[str]] = [("stage", *MEMORY, "allowance", "sum", f"of {plan.hardware.memory_gib:g}")]
     rows += [_memory_row(plan, stage) for stage in plan.stages]
     lines = aligned_lines(rows)
@@ -34,7 +34,7 @@ def memory_lines(plan: Plan) -> list[str]:
     if len(plan.stages) > MOST_STAGES:
         lines = [*lines[: half + 1], f"... {len(plan.stages) - MOST_STAGES:,} more", *lines[-half:]]
     fullest = max(plan.stages, key=plan.stage_gib).stage
-    verdict = "fits" if plan.fits else "does not fit: recompute more, or spread it over more devices (--search finds a layout)"
+    verdict = "fits" if plan.fits else "does not fit: recompute more, or use more devices (--search finds a layout)"
     return [*lines, f"stage {fullest} is the fullest; it {verdict}"]
 
 
@@ -50,10 +50,10 @@ def _memory_row(plan: Plan, stage: StageMemory) -> list[str]:
 
 
 def time_rows(plan: Plan) -> Iterable[Row]:
-    """Yield seconds by kind, with their share; kinds that overlap are counted once."""
+    """Yield the seconds of each part of an iteration and their fraction. Overlapped time counts once."""
     time, (low, high) = plan.time, plan.interval
     yield "seconds", f"{time.total:.2f} (between {low:.2f} and {high:.2f})"
-    shares = {
+    parts = {
         "matrix products": time.passes.matmul,
         "attention": time.passes.attention,
         "element-wise": time.passes.memory,
@@ -64,7 +64,7 @@ def time_rows(plan: Plan) -> Iterable[Row]:
         "optimizer": time.optimizer,
         "other": time.other,
     }
-    for name, seconds in shares.items():
+    for name, seconds in parts.items():
         if seconds > 5e-5 * time.total:
             yield name, f"{seconds:8.3f} s  {seconds / time.total:6.1%}"
 
@@ -91,7 +91,7 @@ def run_rows(plan: Plan) -> Iterable[Row]:
 
 
 def summary_rows(plan: Plan) -> Iterable[Row]:
-    """Yield the plan in a few rows, for the dry run."""
+    """Yield the rows of the plan in a dry run."""
     stage = max(plan.stages, key=plan.stage_gib)
     low, high = plan.interval
     yield "hardware", plan.hardware.name

@@ -1,6 +1,6 @@
-"""The pipeline schedules of megatron-core, event by event: 1F1B (Narayanan et al. 2021, arXiv 2104.04473, section 2.2) and interleaved.
+"""Pipeline schedules of megatron-core, event by event: 1F1B and interleaved (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
 
-A virtual stage is a model chunk in its place along the model: chunk c of stage s is virtual stage c x stages + s.
+A virtual stage is a model chunk, numbered along the model: chunk c of stage s is virtual stage c x stages + s.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 
 STEADY_ROUNDS = 4
-"""Rounds of micro-batches after which a schedule only repeats itself: later ones are added, not simulated."""
+"""Number of simulated rounds of micro-batches. The schedule then repeats, so the time of later rounds is extrapolated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Op:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """When a stage computes what, in seconds from the start of the iteration."""
+    """One pass on its stage, with start and end in seconds from the start of the iteration."""
 
     stage: int
     op: Op
@@ -32,30 +32,30 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class PassTimes:
-    """Seconds of each pass by [stage][chunk], and of sending its result to the next virtual stage."""
+    """Seconds of each pass by [stage][chunk], and of the transfer to the next virtual stage."""
 
     forward: tuple[tuple[float, ...], ...]
     backward: tuple[tuple[float, ...], ...]
     transfer: float = 0.0
     transfer_blocks: bool = False
-    """The sender computes nothing meanwhile: megatron-core's plain schedule; the interleaved one overlaps."""
+    """True if the sender waits, as in megatron-core's plain schedule; the interleaved one overlaps."""
 
 
 def num_warmup(stage: int, stages: int, chunks: int, microbatches: int) -> int:
-    """Forward passes of a stage before its first backward pass may follow."""
-    behind = stages - stage - 1
-    return min(microbatches * chunks, behind if chunks == 1 else 2 * behind + (chunks - 1) * stages)
+    """Return the number of forward passes of a stage before its first pair of a forward and a backward pass."""
+    later_stages = stages - stage - 1
+    return min(microbatches * chunks, later_stages if chunks == 1 else 2 * later_stages + (chunks - 1) * stages)
 
 
 @cache
 def stage_order(stage: int, stages: int, chunks: int, microbatches: int) -> tuple[Op, ...]:
-    """What one stage does, in order: warm-up of forwards, then one forward and one backward in turn, then the backwards left."""
+    """Return the passes of one stage in order: warm-up forwards, then pairs of forward and backward, then the last backwards."""
     total = microbatches * chunks
     warmup = num_warmup(stage, stages, chunks, microbatches)
-    forwards = [Op(True, *_place(index, stages, chunks)) for index in range(total)]
+    forwards = [Op(True, *_chunk_and_microbatch(index, stages, chunks)) for index in range(total)]
     backwards = []
     for index in range(total):
-        chunk, microbatch = _place(index, stages, chunks)
+        chunk, microbatch = _chunk_and_microbatch(index, stages, chunks)
         backwards.append(Op(False, chunks - 1 - chunk, microbatch))
     order = forwards[:warmup]
     for index in range(total - warmup):
@@ -63,8 +63,8 @@ def stage_order(stage: int, stages: int, chunks: int, microbatches: int) -> tupl
     return tuple(order + backwards[total - warmup :])
 
 
-def _place(index: int, stages: int, chunks: int) -> tuple[int, int]:
-    """Chunk and micro-batch of the index-th pass: rounds of `stages` micro-batches through each chunk in turn."""
+def _chunk_and_microbatch(index: int, stages: int, chunks: int) -> tuple[int, int]:
+    """Return chunk and micro-batch of the index-th pass. Rounds of `stages` micro-batches pass through one chunk after another."""
     if chunks == 1:
         return 0, index
     rounds, rest = divmod(index, stages * chunks)
@@ -74,16 +74,16 @@ def _place(index: int, stages: int, chunks: int) -> tuple[int, int]:
 
 @cache
 def most_in_flight(stage: int, stages: int, chunks: int, microbatches: int) -> tuple[int, ...]:
-    """Micro-batches of each chunk that a stage holds activations of, when it holds most: after its warm-up and one more."""
+    """Return the largest number of micro-batches in flight on a stage, by chunk: after the warm-up and one more forward."""
     forwards = min(num_warmup(stage, stages, chunks, microbatches) + 1, microbatches * chunks)
-    held = [0] * chunks
+    counts = [0] * chunks
     for index in range(forwards):
-        held[_place(index, stages, chunks)[0]] += 1
-    return tuple(held)
+        counts[_chunk_and_microbatch(index, stages, chunks)[0]] += 1
+    return tuple(counts)
 
 
 def simulate(times: PassTimes, microbatches: int) -> list[Event]:
-    """Every pass of every stage with its start and end; a pass begins when its stage is free and its input has arrived."""
+    """Return all passes with start and end. A pass starts when its stage is free and its input has arrived."""
     stages, chunks = len(times.forward), len(times.forward[0])
     orders = [stage_order(stage, stages, chunks, microbatches) for stage in range(stages)]
     position, free = [0] * stages, [0.0] * stages
@@ -109,12 +109,12 @@ def simulate(times: PassTimes, microbatches: int) -> list[Event]:
                 position[stage] += 1
                 moved = True
         waiting = [stage for stage in waiting if position[stage] < len(orders[stage])]
-        assert moved or not waiting, "a schedule that waits for itself"
+        assert moved or not waiting, "the schedule has a deadlock"
     return events
 
 
 def _input_time(op: Op, virtual: int, last: int, done: dict[tuple[bool, int, int], float], transfer: float) -> float | None:
-    """When the input of a pass is there; None: not known yet."""
+    """Return the time at which the input of a pass arrives; None if it is not known yet."""
     if op.is_forward:
         if virtual == 0:
             return 0.0
@@ -127,7 +127,7 @@ def _input_time(op: Op, virtual: int, last: int, done: dict[tuple[bool, int, int
 
 
 def pipeline_seconds(times: PassTimes, microbatches: int) -> float:
-    """Length of the schedule. Of many micro-batches only the first rounds are simulated: what follows repeats them."""
+    """Return the seconds of the whole schedule. Only the first rounds of many micro-batches are simulated, as they repeat."""
     stages = len(times.forward)
     if stages == 1:
         return microbatches * (sum(times.forward[0]) + sum(times.backward[0]))
@@ -135,10 +135,10 @@ def pipeline_seconds(times: PassTimes, microbatches: int) -> float:
     rest = microbatches % stages
     if microbatches <= long or (len(times.forward[0]) > 1 and rest):
         return last_end(simulate(times, microbatches))
-    begun, more = last_end(simulate(times, short)), last_end(simulate(times, long))
-    return more + (microbatches - long) * (more - begun) / stages
+    short_end, long_end = last_end(simulate(times, short)), last_end(simulate(times, long))
+    return long_end + (microbatches - long) * (long_end - short_end) / stages
 
 
 def last_end(events: Sequence[Event]) -> float:
-    """When the last pass is done, in seconds."""
+    """Return the end of the last pass, in seconds."""
     return max(event.end for event in events)

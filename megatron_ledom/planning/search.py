@@ -1,4 +1,4 @@
-"""Every layout of a number of devices: judged by the config's own rules, then by memory, then by time."""
+"""Search over all layouts of a number of devices: by the rules of the config, then memory, then time."""
 
 import math
 from collections import Counter
@@ -27,16 +27,16 @@ RECOMPUTES: tuple[dict[str, Any], ...] = (
     },
     {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 )
-"""From least to most that is computed again. Core attention alone saves next to nothing with flash attention."""
+"""Recompute settings, from least to most. core_attn alone is omitted: with flash attention it saves next to nothing."""
 SIMULATED = 24
-"""Layouts, the quickest by their bound, whose schedule is simulated."""
+"""Number of layouts with a simulated schedule: the fastest by their bound."""
 MOST_DEVICES = 16_384
-"""Where the look for a number of devices that would do ends."""
+"""Largest number of devices that the search suggests."""
 
 
 @dataclass(frozen=True, slots=True)
-class Rejected:
-    """A layout, or several at once, and why it cannot be."""
+class RejectedLayout:
+    """A layout, or a group of layouts, with the reason against it."""
 
     layout: str
     kind: str
@@ -46,62 +46,65 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """A layout that keeps the rules and fits."""
+class UsableLayout:
+    """A layout that keeps the rules and fits into memory."""
 
     config: RunConfig
     layout: Layout
     bound: float
-    """Seconds of an iteration by the bubble's formula, without a simulation."""
+    """Seconds of an iteration by the formula of the bubble, without simulation."""
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What a search found."""
+class SearchResult:
+    """The result of a search."""
 
     ranked: list[tuple[RunConfig, Plan]]
-    """Quickest first; their schedules are simulated."""
-    slower: list[Candidate]
-    """Those that fit too, behind the ranked ones by their bound."""
-    rejected: list[Rejected]
+    """Fastest first, with simulated schedules."""
+    slower: list[UsableLayout]
+    """The other layouts that fit; their bounds are larger."""
+    rejected: list[RejectedLayout]
 
     @property
-    def num_candidates(self) -> int:
-        """Layouts that were looked at."""
+    def num_layouts(self) -> int:
+        """Number of layouts that the search tried."""
         return len(self.ranked) + len(self.slower) + len(self.rejected)
 
 
-def search(config: RunConfig, num_devices: int, hardware: Hardware) -> Found:
-    """Rank the layouts of `num_devices`. Raises ConfigError, which says what would do, when there is none."""
-    usable, rejected = gather(config, num_devices, hardware)
+def search(config: RunConfig, num_devices: int, hardware: Hardware) -> SearchResult:
+    """Rank the layouts of `num_devices`. Raises ConfigError, with suggestions, if none works."""
+    usable, rejected = try_layouts(config, num_devices, hardware)
     if not usable:
-        raise ConfigError(nothing_works(config, num_devices, hardware, rejected))
-    usable.sort(key=lambda candidate: candidate.bound)
+        raise ConfigError(no_layout_message(config, num_devices, hardware, rejected))
+    usable.sort(key=lambda layout: layout.bound)
     plans = [(one.config, make_plan(one.config, num_devices, hardware)) for one in usable[:SIMULATED]]
     plans.sort(key=lambda pair: _rank(pair[1]))
-    return Found(plans, usable[SIMULATED:], rejected)
+    return SearchResult(plans, usable[SIMULATED:], rejected)
 
 
 def _rank(plan: Plan) -> tuple[float, int, int, int]:
-    """Quickest first; of equals, to half a per cent, the one that is spread in fewer ways."""
+    """Return the sort key: fastest first; of times within half a per cent, the simplest layout first."""
     layout = plan.layout
     return round(math.log(plan.time.total) / 0.005), layout.context, layout.pipeline * layout.chunks, -layout.sequence_parallel
 
 
-def gather(
+def try_layouts(
     config: RunConfig, num_devices: int, hardware: Hardware, *, first_only: bool = False
-) -> tuple[list[Candidate], list[Rejected]]:
-    """What of all layouts works, with the least recompute that fits, and what does not; `first_only` stops at one."""
+) -> tuple[list[UsableLayout], list[RejectedLayout]]:
+    """Return the usable layouts, with the least recompute that fits, and the rejected ones.
+
+    first_only: stop at the first usable layout.
+    """
     model = architecture_of(config.model)
-    usable: list[Candidate] = []
-    rejected: list[Rejected] = []
+    usable: list[UsableLayout] = []
+    rejected: list[RejectedLayout] = []
     for name, shape in shapes(config, num_devices, hardware):
-        faults = rule_faults(shape, num_devices)
-        if faults and rule_faults(with_batch(shape, 1, 1), num_devices) == faults:  # nothing below can cure it
-            rejected.append(Rejected(name, "rule", faults[0]))
+        problems = rule_problems(shape, num_devices)
+        if problems and rule_problems(with_batch(shape, 1, 1), num_devices) == problems:  # no variant can keep these rules
+            rejected.append(RejectedLayout(name, "rule", problems[0]))
             continue
         for variant in variants(shape):
-            found = judge(model, variant, num_devices, hardware, rejected)
+            found = try_layout(model, variant, num_devices, hardware, rejected)
             usable += [found] if found else []
             if found and first_only:
                 return usable, rejected
@@ -109,7 +112,7 @@ def gather(
 
 
 def shapes(config: RunConfig, num_devices: int, hardware: Hardware) -> Iterator[tuple[str, RunConfig]]:
-    """Every factoring into tensor x pipeline x context x data, tensor-parallel ranks inside a node."""
+    """Yield all factorings into tensor x pipeline x context x data, with tensor-parallel groups inside a node."""
     for tensor in divisors(num_devices):
         if tensor > hardware.gpus_per_node:
             break
@@ -139,7 +142,7 @@ def shapes(config: RunConfig, num_devices: int, hardware: Hardware) -> Iterator[
 
 
 def variants(shape: RunConfig) -> Iterator[RunConfig]:
-    """A shape with and without sequence parallelism, with every number of chunks and every micro-batch."""
+    """Yield a shape with and without sequence parallelism, with every number of chunks and every micro-batch size."""
     parallel = shape.parallel
     stages = parallel.pipeline_model_parallel_size
     layers = shape.model.num_layers // stages
@@ -152,24 +155,24 @@ def variants(shape: RunConfig) -> Iterator[RunConfig]:
 
 
 def with_batch(config: RunConfig, micro_batch_size: int, global_batch_size: int | None) -> RunConfig:
-    """The run with another micro-batch, and another global batch if one is given."""
+    """Return the config with another micro-batch size, and another global batch size unless it is None."""
     train = replace(config.train, micro_batch_size=micro_batch_size)
     return replace(config, train=train if global_batch_size is None else replace(train, global_batch_size=global_batch_size))
 
 
-def rule_faults(config: RunConfig, world_size: int) -> list[str]:
-    """What the rules of `config/checks.py` say against a layout."""
-    faults = [fault for rule in RULES for fault in rule(config)]
-    return faults or [fault for rule in WORLD_RULES for fault in rule(config, world_size)]
+def rule_problems(config: RunConfig, world_size: int) -> list[str]:
+    """Return the problems that the rules of `config/checks.py` find in a layout."""
+    problems = [problem for rule in RULES for problem in rule(config)]
+    return problems or [problem for rule in WORLD_RULES for problem in rule(config, world_size)]
 
 
-def judge(
-    model: Architecture, config: RunConfig, num_devices: int, hardware: Hardware, rejected: list[Rejected]
-) -> Candidate | None:
-    """A variant with the least recompute with which it fits; what does not work goes to `rejected`."""
-    faults = rule_faults(config, num_devices)
-    if faults:
-        rejected.append(Rejected(name_config(config, num_devices), "rule", faults[0]))
+def try_layout(
+    model: Architecture, config: RunConfig, num_devices: int, hardware: Hardware, rejected: list[RejectedLayout]
+) -> UsableLayout | None:
+    """Return a variant with the least recompute that fits, None if none does. Appends what does not work to `rejected`."""
+    problems = rule_problems(config, num_devices)
+    if problems:
+        rejected.append(RejectedLayout(name_config(config, num_devices), "rule", problems[0]))
         return None
     for index, recompute in enumerate(RECOMPUTES):
         tried = replace(config, parallel=replace(config.parallel, **recompute))
@@ -177,16 +180,16 @@ def judge(
         needed = needed_gib(model, layout, hardware)
         if needed <= hardware.memory_gib:
             more = [replace(config, parallel=replace(config.parallel, **other)) for other in RECOMPUTES[index + 1 :]]
-            reason = f"computes again what fits without: {name_layout(layout)}"
-            rejected += [Rejected(name_layout(layout_of(one, num_devices)), "spare", reason) for one in more]
-            return Candidate(tried, layout, time_bound(model, layout, hardware))
+            reason = f"recomputes more than needed: {name_layout(layout)} fits"
+            rejected += [RejectedLayout(name_layout(layout_of(one, num_devices)), "spare", reason) for one in more]
+            return UsableLayout(tried, layout, time_bound(model, layout, hardware))
         reason = f"needs {needed:.1f} GiB of {hardware.memory_gib:g}"
-        rejected.append(Rejected(name_layout(layout), "memory", reason, needed))
+        rejected.append(RejectedLayout(name_layout(layout), "memory", reason, needed))
     return None
 
 
 def name_config(config: RunConfig, num_devices: int) -> str:
-    """A layout that breaks rules, so that not all of it can be derived."""
+    """Return the name of a layout that breaks rules, from which `layout_of` cannot derive everything."""
     parallel = config.parallel
     copy = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
     chunks = parallel.virtual_pipeline_model_parallel_size
@@ -198,7 +201,7 @@ def name_config(config: RunConfig, num_devices: int) -> str:
 
 
 def needed_gib(model: Architecture, layout: Layout, hardware: Hardware) -> float:
-    """Memory of the fullest stage: one of the first two or the last one."""
+    """Return the memory of the fullest stage in GiB: one of the first two or the last."""
     most = 0.0
     for stage in {0, min(1, layout.pipeline - 1), layout.pipeline - 1}:
         memory = stage_memory(model, layout, stage, counting_for(model, layout, hardware.is_cpu))
@@ -208,7 +211,7 @@ def needed_gib(model: Architecture, layout: Layout, hardware: Hardware) -> float
 
 
 def time_bound(model: Architecture, layout: Layout, hardware: Hardware) -> float:
-    """Seconds of an iteration whose bubble is (stages - 1) / chunks passes of the slowest stage, without a simulation."""
+    """Return the seconds of an iteration without simulation, with a bubble of (stages - 1) / chunks passes of the slowest stage."""
     times, _ = pass_times(model, layout, hardware, Software())
     slowest = max(sum(forward) + sum(backward) for forward, backward in zip(times.forward, times.backward, strict=True))
     rounds = layout.num_microbatches + (layout.pipeline - 1) / layout.chunks
@@ -216,15 +219,15 @@ def time_bound(model: Architecture, layout: Layout, hardware: Hardware) -> float
     return rounds * slowest + data + optimizer_seconds(model, layout, hardware) + hardware.iteration_ms * 1e-3
 
 
-def nothing_works(config: RunConfig, num_devices: int, hardware: Hardware, rejected: list[Rejected]) -> str:
-    """Why no layout works, and what would."""
+def no_layout_message(config: RunConfig, num_devices: int, hardware: Hardware, rejected: list[RejectedLayout]) -> str:
+    """Return the error message of a search without a usable layout, with suggestions."""
     too_large = [one for one in rejected if one.kind == "memory"]
     if not too_large:
         reason = Counter(one.reason for one in rejected).most_common(1)[0][0]
-        return f"no layout of {num_devices} devices keeps the rules, most often because {reason}; {_other_numbers(config, num_devices, hardware)}"
+        return f"no layout of {num_devices} devices keeps the rules. Most frequent reason: {reason}; {_other_numbers(config, num_devices, hardware)}"
     least = min(too_large, key=lambda one: one.needed_gib)
     return (
-        f"no layout of {num_devices} devices fits {hardware.memory_gib:g} GiB: the least is {least.needed_gib:.1f} GiB with"
+        f"no layout of {num_devices} devices fits {hardware.memory_gib:g} GiB: the smallest needs {least.needed_gib:.1f} GiB:"
         f" {least.layout}; {_more_devices(config, num_devices, hardware)}, or choose devices with more memory, a shorter"
         " data.seq_length or a smaller model"
     )
@@ -233,48 +236,48 @@ def nothing_works(config: RunConfig, num_devices: int, hardware: Hardware, rejec
 def _more_devices(config: RunConfig, num_devices: int, hardware: Hardware) -> str:
     count = 2 * num_devices
     while count <= MOST_DEVICES:
-        usable, _ = gather(config, count, hardware, first_only=True)
+        usable, _ = try_layouts(config, count, hardware, first_only=True)
         if usable:
             return f"it fits on {count} devices ({name_layout(usable[0].layout)})"
         count *= 2
-    return f"nor does it on up to {MOST_DEVICES:,} devices with this global batch of {config.train.global_batch_size:,}"
+    return f"it does not fit on up to {MOST_DEVICES:,} devices with train.global_batch_size={config.train.global_batch_size:,} either"
 
 
 def _other_numbers(config: RunConfig, num_devices: int, hardware: Hardware) -> str:
-    """The next smaller and larger number of devices that some layout divides."""
+    """Suggest the next smaller and the next larger number of devices for which a layout keeps the rules."""
     near = []
     for numbers in (range(num_devices - 1, 0, -1), range(num_devices + 1, 2 * num_devices + 1)):
-        works = (count for count in numbers if any(not rule_faults(one, count) for _, one in shapes(config, count, hardware)))
+        works = (count for count in numbers if any(not rule_problems(one, count) for _, one in shapes(config, count, hardware)))
         near += [str(count) for count in (next(works, None),) if count is not None]
     return f"numbers that work: {' or '.join(near)}" if near else "no number near it works either"
 
 
-def describe_found(found: Found, most: int = 10) -> str:
-    """The ranked layouts, then what was rejected by reason."""
+def describe_search(result: SearchResult, most: int = 10) -> str:
+    """Return the ranked layouts as text, then the number of rejected layouts by reason."""
     rows = [("rank", "s/iteration", "MFU", "GiB", "layout")]
-    for index, (_, plan) in enumerate(found.ranked[:most], 1):
+    for index, (_, plan) in enumerate(result.ranked[:most], 1):
         rows.append(
             (str(index), f"{plan.time.total:.2f}", f"{plan.mfu:.1%}", f"{plan.needed_gib:.1f}", name_layout(plan.layout))
         )
     lines = aligned_lines(rows, "rrrrl")
-    fitting = len(found.ranked) + len(found.slower)
-    lines += ["", "layouts within half a per cent of each other: simplest first"]
-    lines += [f"{found.num_candidates:,} layouts: {fitting:,} work, {len(found.rejected):,} do not"]
-    words = {"rule": "break a rule", "memory": "do not fit", "spare": "compute again what fits without"}
+    fitting = len(result.ranked) + len(result.slower)
+    lines += ["", "layouts whose times differ by less than half a per cent: simplest first"]
+    lines += [f"{result.num_layouts:,} layouts: {fitting:,} work, {len(result.rejected):,} do not"]
+    words = {"rule": "break a rule", "memory": "do not fit", "spare": "recompute more than needed"}
     for kind, text in words.items():
-        of_kind = [one for one in found.rejected if one.kind == kind]
+        of_kind = [one for one in result.rejected if one.kind == kind]
         if of_kind:
             lines.append(f"  {len(of_kind):,} {text}, such as {of_kind[0].layout}: {of_kind[0].reason}")
     return "\n".join(lines)
 
 
-def table_of(found: Found) -> str:
-    """Every layout with seconds and GiB, or the reason against it, as tab-separated lines."""
+def table_of(result: SearchResult) -> str:
+    """Return all layouts as tab-separated lines, with seconds and GiB, or the reason against the layout."""
     lines = ["layout\tverdict\tseconds\tGiB\treason"]
-    for _, plan in found.ranked:
+    for _, plan in result.ranked:
         lines.append(f"{name_layout(plan.layout)}\tworks\t{plan.time.total:.4f}\t{plan.needed_gib:.2f}\t")
-    lines += [f"{name_layout(one.layout)}\tworks\t{one.bound:.4f}\t\tby the bubble's formula" for one in found.slower]
-    for one in found.rejected:
+    lines += [f"{name_layout(one.layout)}\tworks\t{one.bound:.4f}\t\tby the formula of the bubble" for one in result.slower]
+    for one in result.rejected:
         needed = f"{one.needed_gib:.2f}" if one.needed_gib else ""
         lines.append(f"{one.layout}\t{one.kind}\t\t{needed}\t{one.reason}")
     return "\n".join(lines) + "\n"

@@ -1,6 +1,6 @@
-"""What the planner computes with: the shape of a model and how a run is spread, taken from a RunConfig or written by hand.
+"""Input of the planner: the shape of a model and the layout of a run, from a RunConfig or written by hand.
 
-The published models it is judged by have no RunConfig (GELU, biases, dropout, 35 stages of 105 layers): hence types of its own.
+The planner has its own types because no RunConfig can describe the published models that validate it (GELU, biases, dropout).
 """
 
 from dataclasses import dataclass
@@ -12,50 +12,54 @@ from megatron_ledom.errors import ConfigError
 
 Granularity = Literal["selective", "full"]
 Layers = Literal["unfused", "fused_activation", "fused"]
-"""megatron-core's layer of single operators; the same with SwiGLU as one, as with Transformer Engine; this package's fused one."""
+"""Implementation of the layers.
+
+unfused: megatron-core's layer of single operators. fused_activation: the same with SwiGLU as one operator, as with Transformer
+Engine. fused: this package's fused layer.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """A decoder-only transformer."""
+    """Shape and implementation of a decoder-only transformer."""
 
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
-    """Inside the feed-forward block, of each of gate and up projection when gated."""
+    """Width inside the feed-forward block; with SwiGLU, of gate and up projection each."""
     num_attention_heads: int
     num_query_groups: int
     head_dim: int
     padded_vocab_size: int
     gated: bool = True
-    """SwiGLU; otherwise GELU."""
+    """True for SwiGLU, False for GELU."""
     biased: bool = False
-    """Biases in every matrix product, LayerNorm instead of RMSNorm: GPT-3's layer."""
+    """True for GPT-3's layer: biases in every matrix product, and LayerNorm instead of RMSNorm."""
     attention_dropout: bool = False
     hidden_dropout: bool = False
     flash: bool = True
-    """Attention without the matrix of scores in memory."""
+    """True for flash attention, which does not store the matrix of scores."""
     shared_embeddings: bool = False
     learned_positions: int = 0
-    """Rows of a table of learned positions on the first stage, whole on every tensor-parallel rank; 0 has none (RoPE)."""
+    """Rows of the table of learned positions; every tensor-parallel rank of the first stage has all of it. 0: none (RoPE)."""
     layers: Layers = "unfused"
     element_bytes: int = 2
-    """Of weights and activations: 2 in bf16, 4 in fp32."""
+    """Bytes of an element of weights and activations: 2 in bf16, 4 in fp32."""
 
     @property
     def query_width(self) -> int:
-        """Columns of all queries."""
+        """Width of all queries together."""
         return self.num_attention_heads * self.head_dim
 
     @property
     def gates(self) -> int:
-        """Matrices of the feed-forward block."""
+        """Number of matrices of the feed-forward block."""
         return 3 if self.gated else 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How a run is spread over ranks and over micro-batches."""
+    """Sizes of the parallel groups of a run, its micro-batches and its recompute."""
 
     seq_length: int
     micro_batch_size: int
@@ -63,7 +67,7 @@ class Layout:
     tensor: int = 1
     pipeline: int = 1
     chunks: int = 1
-    """Model chunks a stage; 1 is the plain schedule."""
+    """Model chunks per stage; 1 is the plain schedule."""
     context: int = 1
     data: int = 1
     sequence_parallel: bool = False
@@ -77,7 +81,7 @@ class Layout:
 
     @property
     def num_ranks(self) -> int:
-        """Ranks of the whole run."""
+        """Number of ranks of the run."""
         return self.tensor * self.pipeline * self.context * self.data
 
     @property
@@ -87,7 +91,7 @@ class Layout:
 
     @property
     def spread_tokens(self) -> int:
-        """Positions of one micro-batch where sequence parallelism divides them: norms, residuals, dropout."""
+        """Positions of one micro-batch on one rank in norms, residuals and dropout, which sequence parallelism divides."""
         return self.tokens // (self.tensor if self.sequence_parallel else 1)
 
     @property
@@ -97,9 +101,11 @@ class Layout:
 
 
 def architecture_of(model: ModelConfig) -> Architecture:
-    """The shape of a configured model. Raises ConfigError where the vocabulary is not known."""
+    """Return the shape of a configured model. Raises ConfigError if the vocabulary size is not known."""
     if model.vocab_size is None:
-        raise ConfigError("model.vocab_size=null: a plan needs the vocabulary; set model.vocab_size to the tokenizer's ids")
+        raise ConfigError(
+            "model.vocab_size=null, but a plan needs it; set model.vocab_size to the number of the tokenizer's ids"
+        )
     return Architecture(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -118,15 +124,15 @@ def architecture_of(model: ModelConfig) -> Architecture:
 
 
 def layers_of(model: ModelConfig) -> Layers:
-    """What a configured model is made of on a GPU; `auto` is planned as Transformer Engine, which keeps more than our layer."""
+    """Return the layers of a configured model on a GPU. `auto` counts as Transformer Engine, which keeps more than `fused`."""
     if model.transformer_impl == "torch":
         return "unfused"
-    whole = model.transformer_impl == "fused" and not model.qk_layernorm  # those norms stand before the rotation
+    whole = model.transformer_impl == "fused" and not model.qk_layernorm  # qk norms precede the rotation
     return "fused" if whole else "fused_activation"
 
 
 def layout_of(config: RunConfig, world_size: int) -> Layout:
-    """How a configured run is spread over `world_size` ranks; the config has been checked."""
+    """Return the layout of a checked config on `world_size` ranks."""
     parallel = config.parallel
     return Layout(
         seq_length=config.data.seq_length,

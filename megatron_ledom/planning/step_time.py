@@ -1,6 +1,6 @@
-"""Seconds of one iteration: kernels of a layer, collectives beside them, the schedule of the stages, gradients, the optimizer.
+"""Seconds of one iteration: kernels, collectives that overlap with them, pipeline schedule, gradients and optimizer.
 
-A kernel takes the time of a roofline whose height depends on its shape.
+The seconds of a kernel follow a roofline model whose peak depends on the kernel's shape.
 """
 
 import math
@@ -13,22 +13,22 @@ from megatron_ledom.planning.schedule import PassTimes, pipeline_seconds
 from megatron_ledom.planning.shapes import Architecture, Layout
 
 TILES = ((256, 128), (128, 256), (128, 128), (256, 64), (64, 256))
-"""Rows and columns of the tiles that libraries cut a product into; the smaller ones reuse less of what they load."""
+"""Rows and columns of the tiles of a matrix product. Smaller tiles reuse less of the loaded data."""
 
 
 @dataclass(frozen=True, slots=True)
 class Software:
-    """What differs between programs on the same hardware."""
+    """Properties of a program that affect its speed on given hardware."""
 
     fused: bool = False
-    """Element-wise chains (bias, GELU or SwiGLU, dropout, residual, rotation) are one kernel each; what this package has so is in
+    """True if each element-wise chain (bias, GELU or SwiGLU, dropout, residual, rotation) is one kernel. For this package see
     `Architecture.layers`."""
     scattered_transfers: bool = False
-    """Stages send each tensor-parallel rank's part only, also without sequence parallelism."""
+    """True if a rank sends only its tensor-parallel part to the next stage, also without sequence parallelism."""
     blocking_transfers: bool = False
-    """Stages compute nothing while they send, with the interleaved schedule too."""
+    """True if stages wait while they send, also with the interleaved schedule."""
     slowdown: float = 1.0
-    """Every pass takes so much longer: for programs and clusters that the hardware's numbers were not fitted on."""
+    """Factor on the time of every pass, for programs and clusters on which the hardware's numbers were not fitted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,37 +43,37 @@ class Cost:
 
     @property
     def total(self) -> float:
-        """All of it: what is listed does not overlap."""
+        """Sum of the parts, which do not overlap."""
         return self.matmul + self.attention + self.memory + self.tensor_comm + self.context_comm
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(*(getattr(self, name) + getattr(other, name) for name in Cost.__slots__))
 
     def times(self, factor: float) -> "Cost":
-        """The cost of `factor` such passes."""
+        """Return the cost of `factor` such passes."""
         return Cost(*(getattr(self, name) * factor for name in Cost.__slots__))
 
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Seconds of one iteration, and where they go on the first stage."""
+    """Seconds of one iteration, in total and by part."""
 
     total: float
     pipeline: float
-    """From the first forward to the last backward pass."""
+    """Seconds from the start of the first forward to the end of the last backward pass."""
     bubble: float
-    """Of these, what the first stage waits."""
+    """Seconds of the pipeline in which the first stage waits."""
     data_comm: float
-    """Gradients and parameters over the data-parallel ranks, as far as nothing hides it."""
+    """Exposed seconds of the data-parallel traffic of gradients and parameters."""
     optimizer: float
     other: float
     passes: Cost = field(default_factory=Cost)
-    """All passes of the stage that computes most."""
+    """Cost of all passes of the slowest stage."""
     times: PassTimes = field(default_factory=lambda: PassTimes(((0.0,),), ((0.0,),)))
 
 
 def step_time(model: Architecture, layout: Layout, hardware: Hardware, software: Software | None = None) -> StepTime:
-    """One iteration of a run."""
+    """Return the seconds of one iteration of a run."""
     software = software or Software()
     times, passes = pass_times(model, layout, hardware, software)
     pipeline = pipeline_seconds(times, layout.num_microbatches)
@@ -94,7 +94,7 @@ def step_time(model: Architecture, layout: Layout, hardware: Hardware, software:
 
 
 def pass_times(model: Architecture, layout: Layout, hardware: Hardware, software: Software) -> tuple[PassTimes, Cost]:
-    """What the schedule takes of every chunk, and the cost of all passes of the stage that computes most."""
+    """Return the pass times of every chunk, and the cost of all passes of the slowest stage."""
     cells: dict[tuple[bool, bool], tuple[Cost, Cost]] = {}
     stages: list[list[tuple[Cost, Cost]]] = []
     for stage in range(layout.pipeline):
@@ -118,7 +118,7 @@ def pass_times(model: Architecture, layout: Layout, hardware: Hardware, software
 def chunk_cost(
     model: Architecture, layout: Layout, hardware: Hardware, software: Software, is_first: bool, is_last: bool
 ) -> tuple[Cost, Cost]:
-    """One model chunk forwards and backwards for one micro-batch, with what is computed again."""
+    """Return the forward and the backward cost of one model chunk for one micro-batch; backward includes recompute."""
     layers = model.num_layers // (layout.pipeline * layout.chunks)
     forward, backward, core = layer_cost(model, layout, hardware, software)
     again = Cost()
@@ -135,7 +135,7 @@ def chunk_cost(
 
 
 def _ends(model: Architecture, layout: Layout, hardware: Hardware, is_first: bool, is_last: bool) -> tuple[Cost, Cost]:
-    """Embedding on the first chunk; norm, logits and loss on the last one."""
+    """Return the costs of the embedding on the first chunk, and of norm, logits and loss on the last one."""
     forward, backward = Cost(), Cost()
     e, hidden, tokens, tensor = model.element_bytes, model.hidden_size, layout.tokens, layout.tensor
     ranks, rows = group(tensor, 1, hardware), model.padded_vocab_size // tensor
@@ -154,7 +154,7 @@ def _ends(model: Architecture, layout: Layout, hardware: Hardware, is_first: boo
 
 
 def layer_cost(model: Architecture, layout: Layout, hardware: Hardware, software: Software) -> tuple[Cost, Cost, Cost]:
-    """One layer forwards and backwards for one micro-batch, and what recomputing its core attention takes."""
+    """Return the forward, backward and core-attention recompute cost of one layer for one micro-batch."""
     products, inputs, weights = _products(model, layout, hardware)
     attention = _attention(model, layout, hardware)
     light = _element_wise(model, layout, hardware, software)
@@ -166,15 +166,15 @@ def layer_cost(model: Architecture, layout: Layout, hardware: Hardware, software
 
 
 def _mlp_again(forward: Cost, model: Architecture) -> Cost:
-    """The feed-forward block's share of a layer's forward pass, by its weights; half of the collectives."""
+    """Return the cost of recomputing the feed-forward block: its fraction of the layer's weights, and half of the collectives."""
     keys = model.head_dim * model.num_query_groups
     mlp = model.gates * model.hidden_size * model.ffn_hidden_size
-    share = mlp / (mlp + 2 * model.hidden_size * (model.query_width + keys))
-    return Cost(matmul=share * forward.matmul, memory=0.5 * forward.memory, tensor_comm=0.5 * forward.tensor_comm)
+    fraction = mlp / (mlp + 2 * model.hidden_size * (model.query_width + keys))
+    return Cost(matmul=fraction * forward.matmul, memory=0.5 * forward.memory, tensor_comm=0.5 * forward.tensor_comm)
 
 
 def _products(model: Architecture, layout: Layout, hardware: Hardware) -> tuple[float, float, float]:
-    """The four products of a layer: forwards, of the gradients of inputs, of weights."""
+    """Return the seconds of a layer's four matrix products: forward, gradients of inputs, gradients of weights."""
     hidden, tokens, tensor, e = model.hidden_size, layout.tokens, layout.tensor, model.element_bytes
     keys = model.head_dim * model.num_query_groups
     inner = model.ffn_hidden_size // tensor
@@ -191,7 +191,7 @@ def _products(model: Architecture, layout: Layout, hardware: Hardware) -> tuple[
 
 
 def _attention(model: Architecture, layout: Layout, hardware: Hardware) -> tuple[float, float]:
-    """Scores, softmax and values, forwards and backwards."""
+    """Return the forward and backward seconds of scores, softmax and values."""
     heads, length, tokens = model.num_attention_heads // layout.tensor, layout.seq_length, layout.tokens
     flops = 4 * tokens * length * heads * model.head_dim
     if model.flash:
@@ -208,7 +208,7 @@ def _attention(model: Architecture, layout: Layout, hardware: Hardware) -> tuple
 
 
 def _element_wise(model: Architecture, layout: Layout, hardware: Hardware, software: Software) -> tuple[float, float]:
-    """Norms, residuals, rotation and the activation, by the elements they read and write."""
+    """Return the forward and backward seconds of norms, residuals, rotation and activation, by the elements read and written."""
     e, hidden = model.element_bytes, model.hidden_size
     norms, norms_backward = 2 * 2 * hidden, 2 * 3 * hidden
     residual = 2 * hidden * (3 + (0.5 if model.hidden_dropout else 0.0))
@@ -227,7 +227,10 @@ def _element_wise(model: Architecture, layout: Layout, hardware: Hardware, softw
 
 
 def _tensor_comm(model: Architecture, layout: Layout, hardware: Hardware, inputs: float, weights: float) -> tuple[float, float]:
-    """Collectives of a layer that kernels do not hide: backwards they run beside the products of gradients."""
+    """Return the exposed forward and backward seconds of a layer's tensor-parallel traffic.
+
+    In the backward pass it overlaps with the matrix products of the gradients.
+    """
     ranks = group(layout.tensor, 1, hardware)
     whole = model.element_bytes * model.hidden_size * layout.tokens
     if not layout.sequence_parallel:
@@ -241,7 +244,7 @@ def _tensor_comm(model: Architecture, layout: Layout, hardware: Hardware, inputs
 def _context_comm(
     model: Architecture, layout: Layout, hardware: Hardware, attention: tuple[float, float]
 ) -> tuple[float, float]:
-    """Keys and values go around the context-parallel ranks beside the attention."""
+    """Return the exposed forward and backward seconds of the ring of keys and values, which overlaps with the attention."""
     if layout.context == 1:
         return 0.0, 0.0
     ranks = group(layout.context, layout.tensor, hardware)
@@ -251,7 +254,7 @@ def _context_comm(
 
 
 def transfer_seconds(model: Architecture, layout: Layout, hardware: Hardware, software: Software) -> float:
-    """Sending one micro-batch's activations to the next stage."""
+    """Return the seconds to send the activations of one micro-batch to the next stage."""
     if layout.pipeline == 1:
         return 0.0
     tokens = layout.tokens // layout.tensor if software.scattered_transfers else layout.spread_tokens
@@ -261,7 +264,10 @@ def transfer_seconds(model: Architecture, layout: Layout, hardware: Hardware, so
 
 
 def data_comm_seconds(model: Architecture, layout: Layout, hardware: Hardware, times: PassTimes) -> float:
-    """Gradients reduced and parameters gathered, less what the passes of one micro-batch hide when asked to overlap."""
+    """Return the exposed seconds of reducing gradients and gathering parameters.
+
+    If the config overlaps them, the passes of one micro-batch hide a part.
+    """
     copies = layout.data * layout.context
     if copies == 1:
         return 0.0
@@ -277,7 +283,7 @@ def data_comm_seconds(model: Architecture, layout: Layout, hardware: Hardware, t
 
 
 def optimizer_seconds(model: Architecture, layout: Layout, hardware: Hardware) -> float:
-    """Gradients zeroed, measured and scaled; weights and moments read and written, spread over ranks if distributed."""
+    """Return the seconds of the optimizer: it zeroes, measures and scales gradients, and updates weights and moments."""
     parameters = max(sum(stage_parameters(model, layout, stage).values()) for stage in {0, layout.pipeline - 1})
     copies = layout.data * layout.context if layout.distributed_optimizer else 1
     return memory_seconds(hardware, parameters * (4 + (4 + 8 + 4 + 24 + model.element_bytes) / copies))
@@ -285,33 +291,39 @@ def optimizer_seconds(model: Architecture, layout: Layout, hardware: Hardware) -
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Ranks of one collective: how many, and how many of them share a node."""
+    """Ranks of one collective: their number, and the number of those in one node."""
 
     size: int
     in_node: int
 
     def bandwidth(self, hardware: Hardware) -> float:
-        """Bytes a second of a ring: inside a node its links; between nodes the cards of all the members there."""
+        """Return the bytes per second of a ring: that of the links in a node, or of its members' network cards between nodes."""
         inside = hardware.node_gb_per_second
         between = min(inside, hardware.network_gb_per_second * self.in_node)
         return (inside if self.size <= self.in_node else between) * hardware.collective_efficiency * 1e9
 
 
 def group(size: int, stride: int, hardware: Hardware) -> Group:
-    """Ranks that are `stride` apart, as megatron-core lays groups out: tensor, then context, data, pipeline."""
+    """Return the group of ranks that are `stride` apart. megatron-core's order is tensor, context, data, pipeline."""
     return Group(size, max(1, min(size, hardware.gpus_per_node // stride)))
 
 
 def matmul_seconds(hardware: Hardware, rows: int, columns: int, depth: int, element_bytes: int = 2, added: int = 0) -> float:
-    """A product [rows, depth] x [depth, columns]; `added`: bytes besides, such as a gradient that is read and added to."""
-    share = shape_share(rows, columns, depth, hardware.multiprocessors, hardware.matmul_half_depth)
-    compute = 2 * rows * columns * depth / (hardware.peak_tflops * 1e12 * hardware.matmul_efficiency * share)
+    """Return the seconds of a product [rows, depth] x [depth, columns].
+
+    added: further bytes that are read or written, such as an accumulated gradient.
+    """
+    fraction = shape_efficiency(rows, columns, depth, hardware.multiprocessors, hardware.matmul_half_depth)
+    compute = 2 * rows * columns * depth / (hardware.peak_tflops * 1e12 * hardware.matmul_efficiency * fraction)
     return max(compute, memory_seconds(hardware, element_bytes * (rows * depth + depth * columns + rows * columns) + added))
 
 
 @cache
-def shape_share(rows: int, columns: int, depth: int, multiprocessors: int, half_depth: float) -> float:
-    """What of the best efficiency a product [rows, depth] x [depth, columns] can have: its tiles fill whole waves of units."""
+def shape_efficiency(rows: int, columns: int, depth: int, multiprocessors: int, half_depth: float) -> float:
+    """Return the fraction of the best efficiency that a product [rows, depth] x [depth, columns] can reach.
+
+    It is below 1 if tiles do not fill whole waves of units, or if the depth is small.
+    """
     best = 0.0
     for high, wide in TILES:
         tiles = math.ceil(rows / high) * math.ceil(columns / wide)
@@ -322,29 +334,29 @@ def shape_share(rows: int, columns: int, depth: int, multiprocessors: int, half_
 
 
 def memory_seconds(hardware: Hardware, num_bytes: float) -> float:
-    """A kernel that is as fast as its bytes."""
+    """Return the seconds of a kernel that is limited by memory bandwidth."""
     return num_bytes / (hardware.memory_gb_per_second * 1e9 * hardware.memory_efficiency)
 
 
 def flash_seconds(hardware: Hardware, forward_flops: float) -> tuple[float, float]:
-    """Flash attention forwards and backwards, by the FLOPs of scores and values that a causal mask leaves."""
+    """Return the forward and backward seconds of flash attention, for the forward FLOPs under a causal mask."""
     peak = hardware.peak_tflops * 1e12
     backward = 2.5 * forward_flops / (peak * hardware.attention_backward_efficiency)
     return forward_flops / (peak * hardware.attention_efficiency), backward
 
 
 def gather_seconds(hardware: Hardware, ranks: Group, whole_bytes: float) -> float:
-    """All-gather to, or reduce-scatter from, `whole_bytes` on each rank, by a ring."""
+    """Return the seconds of a ring all-gather to, or reduce-scatter from, `whole_bytes` on each rank."""
     if ranks.size == 1:
         return 0.0
     return (ranks.size - 1) * (whole_bytes / ranks.size / ranks.bandwidth(hardware) + hardware.latency_us * 1e-6)
 
 
 def all_reduce_seconds(hardware: Hardware, ranks: Group, num_bytes: float) -> float:
-    """All-reduce of `num_bytes`: a reduce-scatter, then an all-gather."""
+    """Return the seconds of an all-reduce of `num_bytes`: a reduce-scatter, then an all-gather."""
     return 2 * gather_seconds(hardware, ranks, num_bytes)
 
 
-def exposed(hardware: Hardware, collective: float, beside: float) -> float:
-    """What of a collective is left when `beside` seconds of kernels run meanwhile."""
-    return max(0.0, collective - hardware.overlap_efficiency * beside)
+def exposed(hardware: Hardware, collective: float, kernel_seconds: float) -> float:
+    """Return the seconds of a collective that overlapping kernels of `kernel_seconds` do not hide."""
+    return max(0.0, collective - hardware.overlap_efficiency * kernel_seconds)

@@ -1,6 +1,6 @@
-"""Verdicts on a run before it starts: is the memory of its devices enough, and the disk for its checkpoints.
+"""Verdicts on a run before it starts: on the memory of its devices, and on the disk for its checkpoints.
 
-The planner's figures are estimates; a verdict against a run can therefore be overruled (`--accept-plan`).
+The planner's numbers are estimates, so `--accept-plan` overrides a verdict against a run.
 """
 
 import os
@@ -20,22 +20,22 @@ ACCEPT = "--accept-plan"
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One line on what a run needs and what is there."""
+    """One line that compares the need of a run with the available memory, disk or data."""
 
     subject: str
     text: str
     holds: bool = True
     remedy: str = ""
     is_estimate: bool = True
-    """Else a start would refuse the same, and nobody can accept it."""
+    """False for a problem that also stops the start of the run; `--accept-plan` cannot override it."""
 
     def line(self) -> str:
         """Return a line such as `memory: NO: ...`."""
         return f"{self.subject}: {'' if self.holds else 'NO: '}{self.text}"
 
 
-def planned(config: RunConfig, world_size: int, model: ModelConfig) -> Plan | None:
-    """Return the plan on the configured hardware; None where that, or the vocabulary, is not known."""
+def plan_of_config(config: RunConfig, world_size: int, model: ModelConfig) -> Plan | None:
+    """Return the plan on the configured hardware; None if the hardware or the vocabulary is not known."""
     if config.parallel.hardware is None or model.vocab_size is None:
         return None
     return make_plan(replace(config, model=model), world_size, load_hardware(config.parallel.hardware))
@@ -48,31 +48,31 @@ def memory_verdict(config: RunConfig, plan: Plan | None) -> Verdict:
         return Verdict("memory", f"not planned: {known}")
     stage = max(plan.stages, key=plan.stage_gib).stage
     text = f"{plan.needed_gib:.1f} of {plan.hardware.memory_gib:g} GiB a device of {plan.hardware.name} on stage {stage}"
-    remedy = "recompute more, or spread it over more devices (ledom plan-run --search finds a layout)"
+    remedy = "recompute more, or use more devices (ledom plan-run --search finds a layout)"
     return Verdict("memory", text, plan.fits, remedy)
 
 
 def disk_verdict(config: RunConfig, model: ModelConfig) -> Verdict:
-    """Compare the checkpoints that are still to come with the free disk of the run folder, as this machine sees it."""
+    """Compare the size of the checkpoints still to be written with the free disk space of the run folder on this machine."""
     if model.vocab_size is None:
         return Verdict("disk", "not planned: the vocabulary is not known yet")
     folder = checkpoint_folder(config)
     each, count = bytes_of_checkpoint(model), checkpoints_to_come(config, list(finished_checkpoints(folder)))
-    place = _existing(folder)
-    free = shutil.disk_usage(place).free
+    nearest = _existing(folder)
+    free = shutil.disk_usage(nearest).free
     kept = "all are kept" if config.checkpoint.keep_last is None else f"checkpoint.keep_last={config.checkpoint.keep_last}"
     text = (
         f"{count:,} more checkpoints of {scaled_bytes(each)} at one time ({kept}) need {scaled_bytes(count * each)},"
-        f" {scaled_bytes(free)} are free in {place}"
+        f" {scaled_bytes(free)} are free in {nearest}"
     )
     remedy = "set checkpoint.keep_last (with checkpoint.keep_interval), save less often, or set run_dir to a larger disk"
     return Verdict("disk", text, count * each <= free, remedy)
 
 
 def checkpoints_to_come(config: RunConfig, there: Sequence[int]) -> int:
-    """Return how many more checkpoints than those of the iterations `there` lie on the disk at one time, until the run is complete.
+    """Return the largest number of checkpoints that the run will add to those of the iterations `there`.
 
-    An outdated one goes after its follower is whole, hence one more than are kept.
+    It is one more than the kept ones, because an old checkpoint is deleted after the next one is complete.
     """
     settings, last = config.checkpoint, max(there, default=0)
     every, end = settings.save_interval, config.train.train_iters
@@ -86,12 +86,12 @@ def checkpoints_to_come(config: RunConfig, there: Sequence[int]) -> int:
 
 
 def refuse(verdicts: Sequence[Verdict], *, accepted: bool) -> None:
-    """Raise PlanError with every verdict against the run, unless it was accepted as it is."""
+    """Raise PlanError with every verdict against the run. `accepted` ignores estimates."""
     against = [verdict for verdict in verdicts if not verdict.holds and not (accepted and verdict.is_estimate)]
     if against:
-        faults = "; ".join(f"{verdict.line()}: {verdict.remedy}" for verdict in against)
-        accept = f"; or accept it with {ACCEPT}" if any(verdict.is_estimate for verdict in against) else ""
-        raise PlanError(faults + accept)
+        problems = "; ".join(f"{verdict.line()}: {verdict.remedy}" for verdict in against)
+        accept = f"; or accept the plan with {ACCEPT}" if any(verdict.is_estimate for verdict in against) else ""
+        raise PlanError(problems + accept)
 
 
 def scaled_bytes(number: float) -> str:
@@ -102,7 +102,7 @@ def scaled_bytes(number: float) -> str:
 
 
 def _existing(path: str) -> str:
-    """Return the path, or the nearest folder above it that is there."""
+    """Return the path if it is a folder, else the nearest folder above it that exists."""
     path = os.path.abspath(path)
     while not os.path.isdir(path):
         path = os.path.dirname(path)

@@ -52,7 +52,7 @@ def plan_run(
     found, text = None, ""
     if search:
         found = layouts.search(run, count, machine)
-        run, text = found.ranked[0][0], layouts.describe_found(found) + "\n\n"
+        run, text = found.ranked[0][0], layouts.describe_search(found) + "\n\n"
     plan = make_plan(run, count, machine)
     text += describe_plan(plan)
     if save_config is not None:

@@ -1,4 +1,4 @@
-"""What a cluster can do: the small YAML files beside this one, or those of the user's own calibration."""
+"""Hardware of a cluster, read from the YAML files in this folder or from a file that `ledom calibrate-hardware` wrote."""
 
 import difflib
 from dataclasses import dataclass
@@ -12,64 +12,64 @@ from megatron_ledom.errors import ConfigError
 
 FOLDER = Path(__file__).parent
 PositiveFloat = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Hardware:
-    """One kind of device in nodes of some, and what of its peaks programs get."""
+    """One kind of device: its peak rates, its nodes and links, and the fractions of the peaks that programs reach."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     name: str
     memory_gib: PositiveFloat
-    """Memory that programs see."""
+    """Memory of a device that programs can use, in GiB."""
     peak_tflops: PositiveFloat
-    """Dense bf16 peak in 1e12 FLOP/s; what the MFU is a share of."""
+    """Dense bf16 peak in 1e12 FLOP/s; MFU is a fraction of it."""
     memory_gb_per_second: PositiveFloat
-    """Peak of the device's memory, 1e9 byte/s."""
+    """Peak bandwidth of the device's memory, in 1e9 byte/s."""
     gpus_per_node: Annotated[int, Field(gt=0)]
     node_gb_per_second: PositiveFloat
-    """What a device sends inside a node, each way, 1e9 byte/s."""
+    """Bandwidth of a device inside its node, in each direction, in 1e9 byte/s."""
     network_gb_per_second: PositiveFloat
-    """What a device sends between nodes, each way: its share of the node's network cards, 1e9 byte/s."""
+    """Bandwidth of a device between nodes, in each direction, in 1e9 byte/s: that of the node's network cards, per device."""
     multiprocessors: Annotated[int, Field(gt=0)]
-    """Units that tiles of a matrix product are dealt out to."""
-    matmul_efficiency: Share
-    """Of the peak, for a large matrix product whose tiles fill every unit."""
+    """Number of units that compute the tiles of a matrix product."""
+    matmul_efficiency: Fraction
+    """Fraction of the peak that a large matrix product reaches if its tiles fill every unit."""
     matmul_half_depth: PositiveFloat
-    """Inner size of a product at which half of that is reached."""
-    attention_efficiency: Share
-    """Of the peak, for flash attention forwards, counting the causal half of the scores."""
-    attention_backward_efficiency: Share
-    """The same backwards, whose five products are counted."""
-    memory_efficiency: Share
-    """Of the memory's peak, for element-wise kernels."""
-    collective_efficiency: Share
-    """Of the links, for collectives of ring algorithms."""
-    overlap_efficiency: Share
-    """Share of a kernel's time in which a collective beside it makes progress."""
+    """Inner size of a matrix product that reaches half of `matmul_efficiency`."""
+    attention_efficiency: Fraction
+    """Fraction of the peak that flash attention reaches forward, with the FLOPs of the causal half of the scores."""
+    attention_backward_efficiency: Fraction
+    """Fraction of the peak that flash attention reaches backward, with the FLOPs of its five products."""
+    memory_efficiency: Fraction
+    """Fraction of the memory's peak that element-wise kernels reach."""
+    collective_efficiency: Fraction
+    """Fraction of the links' bandwidth that ring collectives reach."""
+    overlap_efficiency: Fraction
+    """Fraction of a kernel's time in which an overlapping collective makes progress."""
     latency_us: PositiveFloat
-    """Microseconds that each step of a collective takes besides its bytes."""
+    """Latency of each step of a collective, in microseconds."""
     iteration_ms: Annotated[float, Field(ge=0)]
-    """Milliseconds of an iteration besides all that is modelled."""
+    """Time of an iteration that the model does not explain, in milliseconds."""
     reserved_gib: Annotated[float, Field(ge=0)]
-    """Memory that CUDA, NCCL and the kernels' own buffers take: an allowance."""
+    """Allowance for CUDA, NCCL and the kernels' own buffers, in GiB."""
     fragmentation: Annotated[float, Field(ge=0, lt=1)]
-    """What the allocator holds more than tensors need, as a share of activations: an allowance."""
+    """Allowance for unused memory of the allocator, as a fraction of the activations."""
     uncertainty: Annotated[float, Field(ge=0, lt=1)]
-    """Half width of the interval of step times, as a share: what the errors on unfitted points are, or a guess."""
+    """Half width of the interval of step times, as a fraction: from the errors on unfitted points, or a guess."""
     storage_gb_per_second: PositiveFloat
-    """What a node writes to the shared file system; a guess for any but your own."""
+    """Write speed of a node to the shared file system, in 1e9 byte/s. A guess in the files of this folder."""
     price_per_device_hour: Annotated[float, Field(ge=0)]
-    """In your currency; a guess for any but your own."""
+    """Price in any currency. A guess in the files of this folder."""
     is_cpu: bool = False
-    """Whether the devices are ranks of a CPU: torch keeps other tensors there."""
+    """True if the devices are ranks of a CPU, where torch keeps other tensors."""
     source: str = ""
-    """Where the numbers are from."""
+    """Origin of the numbers."""
 
     def allowance(self, activations: float) -> float:
-        """Bytes beside tensors: the allocator, CUDA, NCCL."""
+        """Return the bytes to add to those of tensors for the allocator, CUDA and NCCL."""
         return self.reserved_gib * 2**30 + self.fragmentation * activations
 
 
@@ -77,23 +77,25 @@ _ADAPTER: TypeAdapter[Hardware] = TypeAdapter(Hardware)
 
 
 def hardware_files() -> dict[str, Path]:
-    """Return the files that come with the package, by name."""
+    """Return the hardware files of this package by name."""
     return {file.stem: file for file in sorted(FOLDER.glob("*.yaml"))}
 
 
 def load_hardware(name: str) -> Hardware:
-    """A known name, or the path of a YAML file. Raises ConfigError that names what is wrong, or the names there are."""
+    """Load hardware by name, or from the path of a YAML file. Raises ConfigError for an unknown name or a bad file."""
     known = hardware_files()
     path = Path(name) if name.endswith((".yaml", ".yml")) else known.get(name)
     if path is None or not path.is_file():
         close = [other for other in known if other.startswith(name.lower())]
         close = close or difflib.get_close_matches(name.lower(), known, 1)
         hint = f"did you mean {' or '.join(close)}?" if close and name else "or give the path of a YAML file"
-        raise ConfigError(f"hardware {name} is not known; it can be {', '.join(known)}; {hint}")
+        raise ConfigError(f"hardware {name} is not known; the names are {', '.join(known)}; {hint}")
     try:
         return _ADAPTER.validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg'].lower()}" for fault in error.errors()]
-        raise ConfigError(f"{path} does not describe hardware: {'; '.join(faults)}") from error
+        problems = [
+            f"{'.'.join(map(str, problem['loc'])) or 'the file'}: {problem['msg'].lower()}" for problem in error.errors()
+        ]
+        raise ConfigError(f"{path} is not a valid hardware file: {'; '.join(problems)}") from error

@@ -1,1 +1,1 @@
-"""The planner beside published runs."""
+"""Comparison of the planner with published runs."""

@@ -1,4 +1,4 @@
-"""The error of the planner on published runs: fitted on a few, judged by the others; and the worked examples of the README."""
+"""The planner's error on published runs. A few fit its numbers, the others test it. Also the tables of docs/planner.md."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from megatron_ledom.planning.plan import Plan, name_layout
 from megatron_ledom.planning.search import needed_gib, search
 from megatron_ledom.planning.shapes import Layout
 from megatron_ledom.planning.step_time import layer_cost, step_time
-from megatron_ledom.planning.validation.published import OpenPoint, Point, published
+from megatron_ledom.planning.validation.published import Point, UncertainPoint, published
 from megatron_ledom.tables import markdown_table
 
 CONFIG = "ledom_7b"
@@ -29,47 +29,50 @@ PRIORS = {
     "overlap_efficiency": (0.60, 0.30),
     "iteration_ms": (25.0, 0.70),
 }
-"""Numbers of a hardware file that the fit decides: what they usually are, and by how much (standard deviation of the logarithm)."""
+"""Fitted numbers of a hardware file: usual value, and standard deviation of its logarithm."""
 NOISE = 0.015
-"""Standard deviation of a published time, as a share."""
+"""Relative standard deviation of a published time."""
 HIGHEST = 0.98
-"""Of an efficiency."""
+"""Largest fitted efficiency."""
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
-    """A published iteration beside the planner's."""
+class Comparison:
+    """A published time of an iteration, and the planner's."""
 
     point: Point
     predicted: float
 
     @property
     def error(self) -> float:
-        """Relative: 0.02 is two per cent too slow."""
+        """Return the relative error: 0.02 if the plan is two per cent too slow."""
         return self.predicted / self.point.seconds - 1
 
 
-def judge(hardware: Hardware) -> list[Judged]:
-    """Return every published point with the planner's time; the scaled ones have their family's slowdown taken out of the first."""
+def compare_points(hardware: Hardware) -> list[Comparison]:
+    """Return every published point with the planner's time.
+
+    The first point of a scaled family sets the slowdown of the family.
+    """
     known, software, found = published().points, dict(published().software), []
     for point in known:
         if point.use == "scaled":
             slowdown = family_slowdown(hardware, point)
             software[point.family] = replace(software[point.family], slowdown=slowdown)
     for point in known:
-        found.append(Judged(point, step_time(point.model, point.layout, hardware, software[point.family]).total))
+        found.append(Comparison(point, step_time(point.model, point.layout, hardware, software[point.family]).total))
     return found
 
 
 def family_slowdown(hardware: Hardware, point: Point) -> float:
-    """Return how much longer passes take in the program and cluster of a point than on the fitted hardware."""
+    """Return the factor by which passes of the point's program and cluster are slower than on the fitted hardware."""
     software = published().software[point.family]
     plain = step_time(point.model, point.layout, hardware, software)
     return (point.seconds - (plain.total - plain.pipeline)) / plain.pipeline
 
 
 def residuals(hardware: Hardware) -> Iterator[float]:
-    """Yield logarithms of predicted over measured: passes of a 22B layer, and the 22B's iterations."""
+    """Yield log(predicted / measured) for the passes of a layer of the 22B, and for the 22B's iterations."""
     software, model = published().software["Korthikanti 2022"], published().table_3["22B"][0]
     for layer in published().layers:
         forward, backward, core = layer_cost(model, layer.layout, hardware, software)
@@ -82,44 +85,44 @@ def residuals(hardware: Hardware) -> Iterator[float]:
 
 
 def fit(hardware: Hardware, rounds: int = 30) -> Hardware:
-    """Return the likeliest hardware given the fitted points and PRIORS, by Levenberg and Marquardt's steps over logarithms."""
+    """Return the most likely hardware given the fitted points and PRIORS, by the Levenberg-Marquardt method on logarithms."""
     names, damping = list(PRIORS), 1e-2
-    place = np.log([PRIORS[name][0] for name in names])
-    found = _deviations(hardware, names, place)
+    logarithms = np.log([PRIORS[name][0] for name in names])
+    found = _deviations(hardware, names, logarithms)
     for _ in range(rounds):
-        columns = [(_deviations(hardware, names, place + 1e-4 * unit) - found) / 1e-4 for unit in np.eye(len(names))]
+        columns = [(_deviations(hardware, names, logarithms + 1e-4 * unit) - found) / 1e-4 for unit in np.eye(len(names))]
         jacobian = np.stack(columns, 1)
         normal = jacobian.T @ jacobian
         step = np.linalg.solve(normal + damping * np.diag(np.diag(normal)), -jacobian.T @ found)
-        tried = _deviations(hardware, names, place + step)
+        tried = _deviations(hardware, names, logarithms + step)
         if tried @ tried < found @ found:
-            place, found, damping = place + step, tried, damping / 3
+            logarithms, found, damping = logarithms + step, tried, damping / 3
         else:
             damping *= 4
-    return _placed(hardware, names, place)
+    return _with_numbers(hardware, names, logarithms)
 
 
-def _placed(hardware: Hardware, names: list[str], place: Numbers) -> Hardware:
-    """Return the hardware with the numbers whose logarithms are `place`."""
-    values = dict(zip(names, map(float, np.exp(place)), strict=True))
+def _with_numbers(hardware: Hardware, names: list[str], logarithms: Numbers) -> Hardware:
+    """Return the hardware with the numbers `names`, given as logarithms."""
+    values = dict(zip(names, map(float, np.exp(logarithms)), strict=True))
     limited: dict[str, Any] = {name: min(v, HIGHEST) if name.endswith("efficiency") else v for name, v in values.items()}
     return replace(hardware, **limited)
 
 
-def _deviations(hardware: Hardware, names: list[str], place: Numbers) -> Numbers:
-    """Return residuals in standard deviations, the priors' among them."""
-    usual = [(place[index] - math.log(PRIORS[name][0])) / PRIORS[name][1] for index, name in enumerate(names)]
-    return np.array([*(value / NOISE for value in residuals(_placed(hardware, names, place))), *usual])
+def _deviations(hardware: Hardware, names: list[str], logarithms: Numbers) -> Numbers:
+    """Return the residuals of measurements and priors, in standard deviations."""
+    usual = [(logarithms[index] - math.log(PRIORS[name][0])) / PRIORS[name][1] for index, name in enumerate(names)]
+    return np.array([*(value / NOISE for value in residuals(_with_numbers(hardware, names, logarithms))), *usual])
 
 
-def errors(judged: Sequence[Judged], *uses: str) -> tuple[float, float]:
-    """Return the mean and largest absolute relative error of points of these uses."""
-    found = [abs(one.error) for one in judged if one.point.use in uses]
+def errors(comparisons: Sequence[Comparison], *uses: str) -> tuple[float, float]:
+    """Return the mean and the largest absolute relative error of the points with these uses."""
+    found = [abs(one.error) for one in comparisons if one.point.use in uses]
     return sum(found) / len(found), max(found)
 
 
-def interval(point: OpenPoint) -> tuple[float, float]:
-    """Return seconds of an iteration between the quickest and the slowest that the point may have been, of those that fit."""
+def interval(point: UncertainPoint) -> tuple[float, float]:
+    """Return the interval of seconds of an iteration over the variants of a point that fit into memory."""
     hardware = load_hardware(point.hardware)
     fitting = [one for one in point.variants if needed_gib(point.model, one[0], hardware) <= hardware.memory_gib]
     found = [step_time(point.model, layout, hardware, software).total for layout, software in fitting or point.variants]
@@ -127,7 +130,7 @@ def interval(point: OpenPoint) -> tuple[float, float]:
 
 
 def exact_memory(name: str) -> tuple[float, float, float]:
-    """Return the planner's GiB for a model of `table_3`; weights are those of the layers' matrices, as there."""
+    """Return the planner's GiB for a model of `table_3`; like the table, it counts the weights of the layers' matrices only."""
     model, shape, _ = published().table_3[name]
     plain, saving = Layout(**shape), Layout(**shape, sequence_parallel=True, recompute="selective")
     matrices = 12 * model.num_layers * model.hidden_size**2 // (plain.tensor * plain.pipeline)
@@ -135,42 +138,42 @@ def exact_memory(name: str) -> tuple[float, float, float]:
     return sum(state_bytes(model, plain, matrices)) / GIB, activations[0], activations[1]
 
 
-def planned_peak(peak: OpenPoint) -> int:
-    """Return the planner's bytes of tensors on the last pipeline stage, whose rank the measured peak is of."""
+def planned_peak(peak: UncertainPoint) -> int:
+    """Return the planner's bytes of tensors on the last pipeline stage, where the peak was measured."""
     ((layout, _),) = peak.variants
     return stage_memory(peak.model, layout, layout.pipeline - 1).allocated
 
 
 def validation_page(hardware: Hardware) -> str:
     """Return the tables of VALIDATION.md."""
-    judged = judge(hardware)
-    (mean, most), (fitted_mean, fitted_most) = errors(judged, "unfitted"), errors(judged, "fitted")
-    count = sum(one.point.use == "unfitted" for one in judged)
+    comparisons = compare_points(hardware)
+    (mean, most), (fitted_mean, fitted_most) = errors(comparisons, "unfitted"), errors(comparisons, "fitted")
+    count = sum(one.point.use == "unfitted" for one in comparisons)
     parts = [
-        _judged_table(judged),
+        _comparison_table(comparisons),
         f"On the {count} unfitted points the mean error is {mean:.1%} (goal: 3 %), the largest {most:.1%} (goal: 8 %); on the fitted"
         f" ones {fitted_mean:.1%} and {fitted_most:.1%}.",
-        "Where inputs are unknown, an interval over what they may have been:",
+        "Points with unknown inputs, and the interval over the possible inputs:",
         _interval_table(),
         "Memory, GiB a device (published / planned):",
         _memory_table(),
-        "Measured peaks of tensors on the last rank, none of which was fitted (goal: 5 %):",
+        "Measured peaks of tensors on the last rank; none was fitted (goal: 5 %):",
         _peak_table(),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _judged_table(judged: Sequence[Judged]) -> str:
+def _comparison_table(comparisons: Sequence[Comparison]) -> str:
     rows = [["point", "source", "measured s", "planned s", "error", "use"]]
-    for one in judged:
-        figures = [f"{one.point.seconds:.2f}", f"{one.predicted:.2f}", f"{one.error:+.1%}"]
-        rows.append([one.point.name, one.point.source, *figures, one.point.use])
+    for one in comparisons:
+        numbers = [f"{one.point.seconds:.2f}", f"{one.predicted:.2f}", f"{one.error:+.1%}"]
+        rows.append([one.point.name, one.point.source, *numbers, one.point.use])
     return markdown_table(rows, "llrrr")
 
 
 def _interval_table() -> str:
     rows = [["point", "source", "unknown", "measured s", "planned between", "verdict"]]
-    for point in published().open_points:
+    for point in published().uncertain_points:
         low, high = interval(point)
         name = f"{point.name}, {point.gpu}" if point.gpu else point.name
         cells = [f"{point.seconds:.2f}", f"{low:.2f} and {high:.2f}", _verdict(point.seconds, low, high)]
@@ -195,13 +198,13 @@ def _peak_table() -> str:
     rows = [["point", "GPU", "source", "measured GiB", "planned GiB", "error"]]
     for peak in published().peaks:
         planned = planned_peak(peak)
-        figures = [f"{peak.num_bytes / GIB:.2f}", f"{planned / GIB:.2f}", f"{planned / peak.num_bytes - 1:+.1%}"]
-        rows.append([peak.name, peak.gpu, peak.source, *figures])
+        numbers = [f"{peak.num_bytes / GIB:.2f}", f"{planned / GIB:.2f}", f"{planned / peak.num_bytes - 1:+.1%}"]
+        rows.append([peak.name, peak.gpu, peak.source, *numbers])
     return markdown_table(rows, "lllrrr")
 
 
 def worked_examples() -> str:
-    """Return the best layouts of the 7B on 64 devices of each kind, and what the first of them needs and takes."""
+    """Return tables of the best layouts of the 7B on 64 devices of each kind, and of the plan of the first."""
     best: list[Plan] = []
     layouts = [["on 64", "layout", "s/iteration", "MFU", "GiB a device"]]
     for name in HARDWARE:
@@ -222,5 +225,5 @@ def worked_examples() -> str:
         "element-wise kernels": [f"{plan.time.passes.memory / plan.time.total:.0%}" for plan in best],
         "tensor-parallel traffic": [f"{plan.time.passes.tensor_comm / plan.time.total:.0%}" for plan in best],
     }
-    figures = [["the best of them", *(plan.hardware.name for plan in best)], *([name, *cells] for name, cells in rows.items())]
-    return f"{markdown_table(layouts, 'llrrr')}\n\n{markdown_table(figures, 'lrr')}\n"
+    numbers = [["the best of them", *(plan.hardware.name for plan in best)], *([name, *cells] for name, cells in rows.items())]
+    return f"{markdown_table(layouts, 'llrrr')}\n\n{markdown_table(numbers, 'lrr')}\n"

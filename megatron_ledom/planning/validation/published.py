@@ -1,4 +1,4 @@
-"""Measured runs that others published, read from `published.yaml`: the planner is fitted on some, and judged by the others."""
+"""Published measurements of runs, from `published.yaml`. Some fit the planner's numbers, the others test it."""
 
 import itertools
 from collections.abc import Iterator
@@ -17,22 +17,22 @@ FILE = Path(__file__).with_suffix(".yaml")
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One published time of an iteration."""
+    """A published time of an iteration."""
 
     name: str
     family: str
-    """Points of one program on one cluster."""
+    """Name of a group of points: one program on one cluster."""
     source: str
     model: Architecture
     layout: Layout
     seconds: float
     use: Literal["fitted", "scaled", "unfitted"]
-    """fitted: decides the hardware's numbers; scaled: decides its family's slowdown only; unfitted: judges the planner."""
+    """fitted: sets the hardware's numbers; scaled: sets the slowdown of its family; unfitted: tests the planner."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPoint:
-    """A published time of one layer's passes, in milliseconds; they decide the hardware's numbers."""
+    """Published milliseconds of the passes of one layer; they set the hardware's numbers."""
 
     layout: Layout
     forward: float
@@ -40,8 +40,8 @@ class LayerPoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OpenPoint:
-    """A published time whose layout or program is not all known: the planner gives an interval over what it may have been."""
+class UncertainPoint:
+    """A published time whose layout or program is not fully known. The planner gives an interval over its variants."""
 
     name: str
     source: str
@@ -52,7 +52,7 @@ class OpenPoint:
     seconds: float
     gpu: str = ""
     num_bytes: int = 0
-    """Of tensors at their most on the last rank, where it was measured; the layout is known there."""
+    """Peak bytes of tensors on the last rank; 0 if not measured. Points with a peak have one variant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +63,19 @@ class Published:
     software: dict[str, Software]
     """The program of each family of points."""
     layers: list[LayerPoint]
-    open_points: list[OpenPoint]
+    uncertain_points: list[UncertainPoint]
     table_3: dict[str, tuple[Architecture, dict[str, Any], list[float]]]
     """Models and layouts of Korthikanti et al. 2022, arXiv 2205.05198, table 3, and GiB a device by its formulas."""
 
     @property
-    def peaks(self) -> list[OpenPoint]:
-        """Points whose memory was measured too."""
-        return [point for point in self.open_points if point.num_bytes]
+    def peaks(self) -> list[UncertainPoint]:
+        """Points with measured memory."""
+        return [point for point in self.uncertain_points if point.num_bytes]
 
 
 @cache
 def published() -> Published:
-    """Read the file."""
+    """Read `published.yaml`."""
     data = yaml.safe_load(FILE.read_text(encoding="utf-8"))
     models = {name: _architecture(values) for name, values in data["models"].items()}
     points = []
@@ -88,7 +88,7 @@ def published() -> Published:
         points=points,
         software={family: Software(**found["software"]) for family, found in data["families"].items()},
         layers=[LayerPoint(Layout(**row["layout"]), row["forward"], row["backward"]) for row in data["layers"]],
-        open_points=[_open_point(row, models[row["model"]]) for row in data["open"]],
+        uncertain_points=[_uncertain_point(row, models[row["model"]]) for row in data["open"]],
         table_3={name: (models[name], row["layout"], row["gib"]) for name, row in data["table_3"].items()},
     )
 
@@ -101,7 +101,7 @@ def _architecture(values: dict[str, Any]) -> Architecture:
 
 
 def _layouts(model: Architecture, values: dict[str, Any]) -> Iterator[Layout]:
-    """Yield every layout that the lists allow and the model and the batch divide into."""
+    """Yield all layouts that the lists allow and that divide the model and the batch."""
     choices = [value if isinstance(value, list) else [value] for value in values.values()]
     for chosen in itertools.product(*choices):
         keys = dict(zip(values, chosen, strict=True))
@@ -119,26 +119,26 @@ def _layouts(model: Architecture, values: dict[str, Any]) -> Iterator[Layout]:
 
 
 def _seconds(row: dict[str, Any], model: Architecture, layout: Layout) -> float:
-    """Return the seconds of an iteration, from whichever speed is published."""
+    """Return the seconds of an iteration, from the published kind of speed."""
     if "seconds" in row:
         return float(row["seconds"])
     if "tokens_per_second" in row:
         return layout.tokens_per_iteration / layout.num_ranks / float(row["tokens_per_second"])
-    share, key = (1.0, "tflops") if "tflops" in row else (0.75, "model_tflops")
-    return share * hardware_flops(model, layout) / (float(row[key]) * 1e12 * layout.num_ranks)
+    fraction, key = (1.0, "tflops") if "tflops" in row else (0.75, "model_tflops")
+    return fraction * hardware_flops(model, layout) / (float(row[key]) * 1e12 * layout.num_ranks)
 
 
 def hardware_flops(model: Architecture, layout: Layout) -> float:
-    """Return FLOPs of an iteration with full recompute, as arXiv 2104.04473, equation 3, counts them: four forward passes."""
+    """Return the FLOPs of an iteration with full recompute: four forward passes (arXiv 2104.04473, equation 3)."""
     h, layers = model.hidden_size, model.num_layers
     correction = 1 + layout.seq_length / (6 * h) + model.padded_vocab_size / (16 * layers * h)
     return 96.0 * layout.tokens_per_iteration * layers * h * h * correction
 
 
-def _open_point(row: dict[str, Any], model: Architecture) -> OpenPoint:
+def _uncertain_point(row: dict[str, Any], model: Architecture) -> UncertainPoint:
     layouts, fused = list(_layouts(model, row["layout"])), row["fused"]
     programs = [Software(fused=one) for one in (fused if isinstance(fused, list) else [fused])]
-    return OpenPoint(
+    return UncertainPoint(
         **{key: row[key] for key in ("name", "source", "hardware", "unknown", "gpu", "num_bytes") if key in row},
         model=model,
         variants=list(itertools.product(layouts, programs)),

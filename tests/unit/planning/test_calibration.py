@@ -1,4 +1,4 @@
-"""Calibration: it finds the efficiencies that made its measurements, and writes a file that the planner takes."""
+"""Calibration: it recovers known efficiencies from measurements, and writes a file that the planner can load."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ledom.planning import calibration
-from megatron_ledom.planning.calibration import Measured, calibrate, describe, fit_kernels
+from megatron_ledom.planning.calibration import Measurement, calibrate, describe, fit_kernels
 from megatron_ledom.planning.hardware import load_hardware
 from megatron_ledom.planning.step_time import Group, all_reduce_seconds, flash_seconds, matmul_seconds, memory_seconds
 
@@ -22,31 +22,31 @@ TRUTH = replace(
 )
 
 
-def made_by(hardware: object) -> list[Measured]:
-    """What a machine that is exactly `hardware` would measure."""
+def measurements_of(hardware: object) -> list[Measurement]:
+    """Return the measurements of a machine that is exactly `hardware`."""
     found = []
     for index, depth in enumerate((256, 1024, 4096, 8192)):
         planned = lambda machine, depth=depth: matmul_seconds(machine, 8192, 8192, depth)  # noqa: E731
-        found.append(Measured(f"product of depth {depth}", planned(hardware), planned, index % 2 == 0))
+        found.append(Measurement(f"product of depth {depth}", planned(hardware), planned, index % 2 == 0))
     kernels = {
         "addition": lambda machine: memory_seconds(machine, 1e9),
         "attention forwards": lambda machine: flash_seconds(machine, 1e12)[0],
         "attention backwards": lambda machine: flash_seconds(machine, 1e12)[1],
         "all-reduce": lambda machine: all_reduce_seconds(machine, Group(16, 8), 1e9),
     }
-    return found + [Measured(name, planned(hardware), planned, True) for name, planned in kernels.items()]
+    return found + [Measurement(name, planned(hardware), planned, True) for name, planned in kernels.items()]
 
 
-def test_it_finds_the_efficiencies_that_made_its_measurements() -> None:
+def test_fit_recovers_the_efficiencies_that_made_the_measurements() -> None:
     guessed = replace(load_hardware("a100-80"), latency_us=1e-6)
-    found = fit_kernels(guessed, made_by(TRUTH))
+    found = fit_kernels(guessed, measurements_of(TRUTH))
     assert found.matmul_half_depth == 128.0
     for name in ("matmul", "memory", "attention", "attention_backward", "collective"):
         assert getattr(found, f"{name}_efficiency") == pytest.approx(getattr(TRUTH, f"{name}_efficiency"), rel=1e-6)
-    assert "not fitted: 0.0% off on average" in describe(found, made_by(TRUTH), "own.yaml")
+    assert "not fitted: 0.0% off on average" in describe(found, measurements_of(TRUTH), "own.yaml")
 
 
-def test_this_machine_is_measured_into_a_file_that_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibration_writes_a_hardware_file_for_the_planner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(calibration.SIDES, "cpu", (64, 96, 128))
     own = tmp_path / "own.yaml"
     text = calibrate("cpu", str(own))

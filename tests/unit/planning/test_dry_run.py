@@ -1,4 +1,4 @@
-"""The plan of a run: its numbers, its blend, and that it needs nothing heavy."""
+"""The dry run: its numbers, its blend and its verdicts, without importing torch."""
 
 import re
 import subprocess
@@ -25,7 +25,7 @@ def plan(name: str, world_size: int, *overrides: str) -> str:
 
 def row(text: str, name: str) -> str:
     found = re.findall(rf"^  {re.escape(name)}  +(.*)$", text, re.MULTILINE)
-    assert len(found) == 1, f"{name} stands {len(found)} times in\n{text}"
+    assert len(found) == 1, f"{name} is {len(found)} times in\n{text}"
     return str(found[0])
 
 
@@ -48,7 +48,7 @@ def write_manifest(prefix: Path, num_tokens: int, vocab_size: int = 500, directi
     prefix.with_suffix(".json").write_bytes(manifest.to_json())
 
 
-def test_the_scorers_recipe_is_a_plan() -> None:
+def test_dry_run_of_the_scorer_config() -> None:
     text = plan("ledom_7b_scorer", 8)
     assert "loss_tokens: scored" in text
     assert "lr: 1.0e-05" in text
@@ -70,27 +70,28 @@ def test_7b_prints_the_published_numbers() -> None:
     assert row(text, "data/dclm_01").split() == ["no", "shard", "yet", "259,833,174,808", "59.68%", *drawn]
 
 
-def test_the_engine_of_a_gpu_run_is_explained_without_a_gpu(tmp_path: Path) -> None:
+def test_execution_of_a_gpu_run_is_described_without_a_gpu(tmp_path: Path) -> None:
     nccl = tmp_path / "nccl.yaml"
     nccl.write_text("dp_cp: {max_ctas: 16}")
     fp8 = ["model.fp8=hybrid", "model.fp8_recipe=mxfp8", "parallel.tp_comm_overlap=true", "parallel.use_sharp=true"]
     settings = [f"parallel.nccl_communicator_config_path={nccl}", "parallel.high_priority_stream_groups=[dp_cp,tp]"]
     full = ["recompute_granularity=full", "recompute_method=block", "recompute_num_layers=3"]
     text = plan("ledom_7b", 64, *fp8, *settings, *[f"parallel.{setting}" for setting in full])
-    assert row(text, "implementation") == "Transformer Engine; refused where it or CUDA is missing"
+    assert row(text, "implementation") == "Transformer Engine; the run stops if it or CUDA is missing"
     assert row(text, "fp8") == "hybrid, mxfp8; not yet run on hardware"
     assert row(text, "fp8 needs") == "compute capability 10.0 (Blackwell or newer), Transformer Engine 2.1"
     assert row(text, "recompute") == "full, block: the first 3 layers of a model chunk"
     assert row(text, "overlapped") == "overlap_grad_reduce, overlap_param_gather, tp_comm_overlap"
     assert row(text, "NCCL") == (
-        f"settings of {nccl}; high priority for dp_cp, tp; SHARP for the data-parallel group (nothing of it on a CPU)"
+        f"settings of {nccl}; high priority for dp_cp, tp; SHARP for the data-parallel group (ignored on a CPU)"
     )
     plain = plan("ledom_7b", 64, "data.reset_attention_mask=true", "parallel.recompute_granularity=selective")
     assert (
-        row(plain, "implementation") == "our fused operators where they can run, else torch; with SDPA and a mask of documents"
+        row(plain, "implementation")
+        == "fused operators of this package if they can run, else torch; with SDPA and a document mask"
     )
     assert row(plain, "recompute") == "selective: core_attn of every layer"
-    assert row(plain, "NCCL") == "as it comes"
+    assert row(plain, "NCCL") == "defaults"
 
 
 def test_2b_prints_the_published_numbers() -> None:
@@ -100,7 +101,7 @@ def test_2b_prints_the_published_numbers() -> None:
     assert row(text, "heads x width") == "8 x 256, 1 key-value heads"
 
 
-def test_plan_begins_with_the_resolved_run(tmp_path: Path) -> None:
+def test_dry_run_begins_with_the_resolved_run(tmp_path: Path) -> None:
     yaml = plan("ledom_7b", 64, "train.seed=7").split("\n\nmodel\n")[0]
     (tmp_path / "resolved.yaml").write_text(yaml, encoding="utf-8")
     assert load_config(str(tmp_path / "resolved.yaml")) == load_config(str(CONFIGS / "ledom_7b.yaml"), ["train.seed=7"])
@@ -114,29 +115,29 @@ def test_manifests_give_vocabulary_tokens_and_epochs(tmp_path: Path, monkeypatch
     assert row(text, "padded vocabulary") == "512 rows for 500 ids"
     assert row(text, "a").split() == ["614,400", "3", "75.00%", "921,600", "1.5000", "3,600"]
     assert row(text, "b").split() == ["no", "shard", "yet", "1", "25.00%", "307,200", "1,200"]
-    assert "1 would repeat, a most: such a run is refused without data.allow_repeats=true" in text
+    assert "shards that would repeat: 1, most often a; this needs data.allow_repeats=true" in text
     assert row(text, "validations").startswith("none: ")
 
 
-def test_plan_without_vocabulary_or_data_says_what_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dry_run_without_vocabulary_or_data_names_the_unknowns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = plan("quickstart_reverse", 1, "data.train_blend=[]")
     assert "set model.vocab_size" in row(text, "vocabulary")
     assert "none: data.train_blend is empty" in text
 
 
-def test_the_planner_speaks_for_the_configured_hardware() -> None:
+def test_dry_run_plans_the_configured_hardware() -> None:
     text = plan("ledom_7b", 64)
     assert row(text, "hardware") == "A100-SXM 80 GB"
     assert row(text, "memory a device").startswith("49.8 of 79.1 GiB on stage 0: state 23.1, activations 23.2")
     assert row(text, "seconds an iteration").startswith("33.6")
     assert "does not fit" in row(plan("ledom_7b", 64, "parallel.hardware=a100-40"), "memory a device")
-    assert row(plan("quickstart_reverse", 1), "hardware").startswith("not named: parallel.hardware")
+    assert row(plan("quickstart_reverse", 1), "hardware").startswith("not set: set parallel.hardware")
     with pytest.raises(ConfigError, match="hardware a100 is not known"):
         plan("ledom_7b", 64, "parallel.hardware=a100")
 
 
-def test_verdicts_stand_at_the_top() -> None:
+def test_verdicts_are_at_the_top() -> None:
     memory, disk = plan("ledom_7b", 64, "parallel.hardware=a100-40").splitlines()[:2]
     assert re.match(r"# memory: NO: \d+\.\d of 39\.4 GiB a device of A100-SXM 40 GB on stage 0", memory)
     assert disk.startswith("# disk: 104 more checkpoints of 101.6 GiB at one time (all are kept) need 10.3 TiB, ")
@@ -149,8 +150,8 @@ def test_a_dry_run_whose_plan_does_not_fit_ends_with_1() -> None:
     done = run_forked(command)
     assert done.returncode == 1
     assert "error: memory: NO: " in done.stderr
-    assert "or accept it with --accept-plan" in done.stderr
-    assert "\nmodel\n" in done.stdout  # all of it is told first
+    assert "or accept the plan with --accept-plan" in done.stderr
+    assert "\nmodel\n" in done.stdout  # the whole text is printed first
     assert run_forked([*command, "--accept-plan"]).returncode == 0
 
 
@@ -205,7 +206,7 @@ def test_state_of_a_rank_by_hand(copies: int) -> None:
     assert row(text, "model state a rank").split()[1] == f"{parameters * (6 + 12 / copies) / 2**30:.2f}"
 
 
-def test_plan_needs_no_torch() -> None:
+def test_dry_run_needs_no_torch() -> None:
     code = (
         "import sys; from megatron_ledom.config.load import load_config;"
         "from megatron_ledom.planning.dry_run import dry_run;"

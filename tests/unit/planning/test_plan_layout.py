@@ -1,4 +1,4 @@
-"""The dry run's map of ranks and its parameters by rank, against megatron-core itself."""
+"""The dry run's table of ranks and its parameters by rank, compared with megatron-core."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from megatron.core.parallel_state import RankGenerator
 from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import ParallelConfig, RunConfig
 from megatron_ledom.model.arithmetic import count_parameters
-from megatron_ledom.planning.dry_run_rows import parameters_of_rank, rank_lines, rank_place, stage_layers
+from megatron_ledom.planning.dry_run_rows import parameters_of_rank, rank_lines, rank_position, stage_layers
 from tests.support.paths import ROOT
 
 QUICKSTART = str(ROOT / "examples/configs/quickstart_reverse.yaml")
@@ -20,17 +20,17 @@ def load(*overrides: str) -> RunConfig:
 
 
 @pytest.mark.parametrize(("tensor", "context", "pipeline", "data"), [(2, 1, 2, 4), (2, 2, 3, 2), (1, 2, 1, 4), (4, 1, 2, 1)])
-def test_places_are_those_of_megatron_core(tensor: int, context: int, pipeline: int, data: int) -> None:
+def test_rank_positions_are_those_of_megatron_core(tensor: int, context: int, pipeline: int, data: int) -> None:
     sizes = {"tensor_model_parallel_size": tensor, "context_parallel_size": context, "pipeline_model_parallel_size": pipeline}
     parallel, world_size = ParallelConfig(**sizes), tensor * context * pipeline * data
-    places = [rank_place(rank, parallel, world_size) for rank in range(world_size)]
+    positions = [rank_position(rank, parallel, world_size) for rank in range(world_size)]
     groups = RankGenerator(tp=tensor, ep=1, dp=data, pp=pipeline, cp=context, order="tp-cp-ep-dp-pp")
     for name, field in (("tp", "tensor"), ("cp", "context"), ("dp", "data"), ("pp", "pipeline")):
         for ranks in groups.get_ranks(name):
-            assert [getattr(places[rank], field) for rank in ranks] == list(range(len(ranks)))
+            assert [getattr(positions[rank], field) for rank in ranks] == list(range(len(ranks)))
 
 
-def test_the_map_of_ranks_is_short() -> None:
+def test_the_table_of_ranks_is_short() -> None:
     lines = rank_lines(load("parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"), 8)
     assert [" ".join(line.split()) for line in lines] == [
         "0-1 TP 0-1 CP 0 DP 0 PP 0",
@@ -47,11 +47,11 @@ def test_layers_of_interleaved_stages() -> None:
 
 
 @pytest.mark.parametrize("tied", ["true", "false"])
-def test_the_stages_hold_the_whole_model(tied: str) -> None:
+def test_the_stages_contain_the_whole_model(tied: str) -> None:
     config = load("parallel.pipeline_model_parallel_size=4", f"model.share_embeddings_and_output_weights={tied}")
-    held = sum(sum(parameters_of_rank(config, config.model, stage).values()) for stage in range(4))
-    copy = 512 * config.model.hidden_size if tied == "true" else 0  # the last stage has one of the embedding
-    assert held == count_parameters(config.model, 512) + copy
+    total = sum(sum(parameters_of_rank(config, config.model, stage).values()) for stage in range(4))
+    copy = 512 * config.model.hidden_size if tied == "true" else 0  # the last stage has a copy of the embedding
+    assert total == count_parameters(config.model, 512) + copy
 
 
 BUILD = """
@@ -84,7 +84,7 @@ print({part: sum(p.numel() for name, p in named if any(word in name.split('.', 1
     ids=["first stage", "last stage", "more ranks than key-value heads"],
 )
 def test_parameters_are_those_of_the_built_model(rank: int, world_size: int, layout: dict[str, int]) -> None:
-    """Of one rank, built alone with groups that reach nobody."""
+    """Builds the model of one rank alone, with a fake process group."""
     overrides = [f"parallel.{name}_model_parallel_size={size}" for name, size in layout.items()]
     overrides += ["model.vocab_size=500", "model.params_dtype=fp32", "model.num_attention_heads=4", "model.ffn_hidden_size=768"]
     command = [sys.executable, "-W", "ignore", "-c", BUILD, QUICKSTART, str(rank), str(world_size), *overrides]

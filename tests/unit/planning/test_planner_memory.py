@@ -1,4 +1,4 @@
-"""Memory of a plan: the published tables to their last digit, and the bytes that the real layers keep."""
+"""Planned memory: equal to the published tables to the last digit, and to the bytes that the real layers keep."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from megatron_ledom.planning.memory import (
 )
 from megatron_ledom.planning.shapes import Layout, architecture_of, layout_of
 from megatron_ledom.planning.validation.accuracy import planned_peak
-from megatron_ledom.planning.validation.published import OpenPoint, published
+from megatron_ledom.planning.validation.published import UncertainPoint, published
 from tests.support.paths import ROOT
 
 TABLE = {  # GiB of parameters and optimizer; of activations without recompute; with sequence parallelism and selective recompute
@@ -50,7 +50,7 @@ def test_published_memory_to_the_last_digit(name: str) -> None:
 
 
 def test_a_layer_by_the_published_formulas() -> None:
-    """arXiv 2205.05198, table 2, per s b h of one layer, at t = 8."""
+    """The formulas of arXiv 2205.05198, table 2, per s b h of one layer, at t = 8."""
     model, shape, _ = published().table_3["175B"]
     shape = {**shape, "pipeline": 1, "chunks": 1}
     unit = shape["seq_length"] * shape["micro_batch_size"] * model.hidden_size
@@ -69,15 +69,15 @@ def test_a_layer_by_the_published_formulas() -> None:
 
 
 def test_llama_layer_on_a_gpu_by_hand() -> None:
-    """SwiGLU, grouped queries, flash, no dropout: derivation in docs/planner.md."""
+    """SwiGLU, grouped queries, flash attention, no dropout; docs/planner.md derives the numbers."""
     config = load_config(str(ROOT / "examples/configs/ledom_7b.yaml"))
     model, layout = architecture_of(config.model), layout_of(config, 64)
     s, h, f, t, heads, width = 8192, 3072, 24576, 2, 16, 192
-    spread = s // t * (4 * 2 * h + 2 * 4)  # inputs of two norms and of the products behind them; statistics
+    spread = s // t * (4 * 2 * h + 2 * 4)  # inputs of two norms and of the next products; statistics
     attention = s * (2 + 2 + 6 + 2) * heads * width // t + 4 * s * heads // t + 4 * 2 * s * width
     assert sum(tensor.num_bytes for tensor in layer_tensors(model, layout, "cuda")) == spread + attention + 3 * 2 * s * f // t
-    apart = replace(model, layers="unfused")  # model.transformer_impl=torch
-    assert sum(tensor.num_bytes for tensor in layer_tensors(apart, layout, "cuda")) == spread + attention + 5 * 2 * s * f // t
+    unfused = replace(model, layers="unfused")  # model.transformer_impl=torch
+    assert sum(tensor.num_bytes for tensor in layer_tensors(unfused, layout, "cuda")) == spread + attention + 5 * 2 * s * f // t
 
 
 TINY = {
@@ -101,7 +101,7 @@ SELECTIVE = "parallel.recompute_granularity=selective"
 
 
 def parallel(**sizes: object) -> list[str]:
-    """`tensor=2` for parallel.tensor_model_parallel_size=2."""
+    """Return overrides: `tensor=2` gives parallel.tensor_model_parallel_size=2."""
     names = {"sp": "sequence_parallel", "virtual": "virtual_pipeline_model_parallel_size", "context": "context_parallel_size"}
     return [f"parallel.{names.get(key, f'{key}_model_parallel_size')}={str(size).lower()}" for key, size in sizes.items()]
 
@@ -135,7 +135,7 @@ CASES: dict[str, tuple[int, int, list[str]]] = {  # rank, ranks, overrides
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Bytes of each case's rank, all counted in one process."""
+    """Return the bytes on the rank of each case, all counted in one process."""
     file = tmp_path_factory.mktemp("counted") / "tiny.yaml"
     file.write_text(yaml.safe_dump(TINY))
     cases = [{"rank": rank, "world_size": ranks, "overrides": overrides} for rank, ranks, overrides in CASES.values()]
@@ -167,11 +167,11 @@ def test_kept_bytes_are_those_counted_on_the_real_layers(name: str, counted: dic
 
 
 @pytest.mark.parametrize("peak", published().peaks, ids=lambda peak: f"{peak.name}, {peak.gpu}")
-def test_peaks_that_were_measured_on_gpus_are_planned_within_five_per_cent(peak: OpenPoint) -> None:
+def test_planned_peaks_are_within_five_per_cent_of_those_measured_on_gpus(peak: UncertainPoint) -> None:
     assert planned_peak(peak) == pytest.approx(peak.num_bytes, rel=0.05)
 
 
-def test_a_table_of_positions_is_whole_on_every_tensor_parallel_rank_of_the_first_stage() -> None:
+def test_every_tensor_parallel_rank_of_the_first_stage_has_all_learned_positions() -> None:
     peak = published().peaks[0]
     without = replace(peak.model, learned_positions=0)
     known = peak.variants[0][0]

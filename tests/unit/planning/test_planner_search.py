@@ -1,4 +1,4 @@
-"""The search: the project's own rules, memory, ranks, and what it says where nothing works."""
+"""The search: rules of the config, memory, ranking, and the messages if no layout works."""
 
 import re
 import subprocess
@@ -13,7 +13,7 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.errors import ConfigError, UsageError
 from megatron_ledom.planning.hardware import load_hardware
 from megatron_ledom.planning.plan import make_plan
-from megatron_ledom.planning.search import SIMULATED, describe_found, search, table_of
+from megatron_ledom.planning.search import SIMULATED, describe_search, search, table_of
 from megatron_ledom.planning.shapes import layout_of
 from megatron_ledom.reports.plans import plan_run
 from tests.support.forked import run_forked
@@ -23,8 +23,8 @@ SEVEN = str(ROOT / "examples/configs/ledom_7b.yaml")
 A100 = load_hardware("a100-80")
 
 
-def test_the_7b_on_64_a100_is_spread_as_the_original_was() -> None:
-    """With SwiGLU as single operators; as one it leaves room for micro-batches of two, in the same layout."""
+def test_the_7b_on_64_a100_gets_the_original_layout() -> None:
+    """With unfused SwiGLU. Fused SwiGLU leaves memory for a micro-batch of two, in the same layout."""
     found = search(load_config(SEVEN, ["model.transformer_impl=torch"]), 64, A100)
     layout = found.ranked[0][1].layout
     fused = search(load_config(SEVEN), 64, A100).ranked[0][1].layout
@@ -43,17 +43,17 @@ def test_every_ranked_layout_keeps_the_rules_and_the_batch() -> None:
         assert plan.layout.tokens_per_iteration == 1024 * 8192
 
 
-def test_512_devices_are_few_thousand_candidates() -> None:
-    """What bounds the seconds of a search: the candidates, and the schedules that are simulated."""
+def test_512_devices_have_a_few_thousand_layouts() -> None:
+    """The numbers of layouts and of simulated schedules bound the time of a search."""
     found = search(load_config(SEVEN, ["parallel.world_size=512"]), 512, load_hardware("h100-sxm"))
     assert len(found.ranked) <= SIMULATED
-    assert 1000 < found.num_candidates < 10_000
+    assert 1000 < found.num_layouts < 10_000
     table = table_of(found).splitlines()
-    assert len(table) == found.num_candidates + 1
-    assert "do not fit" in describe_found(found)
+    assert len(table) == found.num_layouts + 1
+    assert "do not fit" in describe_search(found)
 
 
-def test_the_chosen_layout_is_a_config_the_trainer_takes(tmp_path: Path) -> None:
+def test_the_trainer_can_load_the_chosen_layout(tmp_path: Path) -> None:
     chosen = tmp_path / "chosen.yaml"
     text = plan_run(SEVEN, "a100-40", 32, search=True, save_config=str(chosen))[0]
     assert "rank  s/iteration" in text
@@ -65,21 +65,21 @@ def test_the_chosen_layout_is_a_config_the_trainer_takes(tmp_path: Path) -> None
     assert plan.layout.num_ranks == 32
 
 
-def test_a_model_that_cannot_fit_is_told_what_would() -> None:
+def test_a_model_that_does_not_fit_gets_a_suggestion() -> None:
     config = load_config(SEVEN, ["parallel.world_size=2"])
     with pytest.raises(
-        ConfigError, match=r"no layout of 2 devices fits 39\.4 GiB: the least is .* it fits on (4|8) devices \(TP"
+        ConfigError, match=r"no layout of 2 devices fits 39\.4 GiB: the smallest needs .* it fits on (4|8) devices \(TP"
     ):
         search(config, 2, load_hardware("a100-40"))
 
 
-def test_a_number_that_no_layout_divides_is_told_its_neighbours() -> None:
+def test_a_number_of_devices_without_a_layout_gets_its_neighbours() -> None:
     with pytest.raises(ConfigError, match=r"no layout of 11 devices keeps the rules.*numbers that work: 8 or 14"):
         search(load_config(SEVEN, ["parallel.world_size=11"]), 11, A100)
 
 
 def test_memory_decides_the_recompute() -> None:
-    """With less memory the same shape computes more again, and the plan says so."""
+    """With less memory the search chooses a layout with more recompute, and plans a longer time."""
     config = load_config(SEVEN)
     roomy, tight = (search(config, 64, replace(A100, memory_gib=size)).ranked[0][1] for size in (79.1, 24.0))
     assert roomy.layout.recompute is None
@@ -87,7 +87,7 @@ def test_memory_decides_the_recompute() -> None:
     assert tight.time.total > roomy.time.total
 
 
-def test_the_readmes_command_writes_layout_pictures_and_page(tmp_path: Path) -> None:
+def test_the_command_of_the_docs_writes_layout_plots_and_page(tmp_path: Path) -> None:
     options = ["--hardware", "h100-sxm", "--num-gpus", "64", "--search"]
     files = ["--save-config", str(tmp_path / "chosen.yaml"), "--output", str(tmp_path / "plan")]
     command = ["tools/plan_run.py", "--config", SEVEN, *options, *files]
@@ -112,7 +112,7 @@ def test_planning_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-def test_the_tool_says_first_whether_a_plan_fits_and_ends_with_1_if_not() -> None:
+def test_plan_run_reports_first_if_the_plan_fits_and_ends_with_1_if_not() -> None:
     command = ["tools/plan_run.py", "--config", SEVEN, "--num-gpus", "64", "--hardware"]
     ends = {}
     for hardware in ("a100-40", "b200"):
