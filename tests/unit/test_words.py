@@ -43,9 +43,9 @@ OUT = {
 """Words that are out, each with what stands for it."""
 
 ALLOWED = {
-    "figure": r"figure\(|\.figure|figure=|Figures? \d|figures?\b.*matplotlib|matplotlib.*\bfigures?|plt\.",
+    "figure": r"</?figure>|figure \{|figure\.|figure\(|\.figure|figure=|Figures? \d|figures?\b.*matplotlib|matplotlib.*\bfigures?|plt\.",
     "fault": r"faulthandler|segmentation fault",
-    "gate": r"gate_proj|gate and up|up and gate|SwiGLU|swiglu|silu|gate/up|the gate'?s? (half|gradient|projection)",
+    "gate": r"the gate was left open|gate_proj|gate and up|up and gate|SwiGLU|swiglu|silu|gate/up|the gate'?s? (half|gradient|projection)",
     "turned": r"turned (on|off)",
     "turning": r"turning (on|off)",
 }
