@@ -1,8 +1,9 @@
-"""Exceptions for mistakes of the user. Each message states what was found, what was expected and what to do.
+"""Exceptions whose message is for the user: it states what was found, what was expected and what to do.
 
-Exit codes of every command: 0: done. 1: a check failed, 2: wrong usage; a new start would fail again. 3 (`UNFORESEEN`): a
-failure that a new start may overcome, such as a disk or file server that fails for a while or a worker that was killed; in
-training also a lost rank and every other exception. Training ends with 75 if a rank hangs (`training.watchdog.EXIT_CODE`).
+Exit codes of every command. 0: done. 1: a check failed. 2: wrong usage. 3 (`UNFORESEEN`): a failure that a new start may
+overcome, such as a disk or file server that fails for a while, or a killed process that wrote a checkpoint; in training also a
+lost rank and every other exception. 75 (`training.watchdog.EXIT_CODE`): a rank of a training run hung. 130: interrupted. 141:
+`CLOSED_PIPE`. After 1 or 2 a new start would fail again.
 """
 
 import errno
@@ -74,7 +75,7 @@ class StoppedError(LedomError):
 
 
 class TransientError(LedomError):
-    """A failure of the machine: a disk or file server that does not answer, a worker process that was killed."""
+    """A failure that a new start may overcome: a disk or server that does not answer, a missing rank, a killed checkpoint writer."""
 
     exit_code = UNFORESEEN
 
@@ -98,7 +99,7 @@ def cannot_write(error: OSError, path: str) -> LedomError:
 
 
 def first_cause(error: BaseException) -> BaseException:
-    """Return the error of the disk: torch raises a second one when it closes the file that could not be written."""
+    """Return the OSError that caused `error`, or `error` itself. torch hides it: closing the unwritten file raises another error."""
     context: BaseException | None = error
     while context is not None:
         if isinstance(context, OSError):

@@ -67,7 +67,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None, prog: str | None = None, *, callbacks: "Sequence[Callback]" = ()) -> int:
     """Train, or describe the run, according to the command line. Returns the exit code.
 
-    callbacks: called after those of the config, at each event.
+    callbacks: called after those of the config, at each moment.
     """
     arguments = build_parser(prog).parse_args(argv)
     config = load_config(arguments.config, arguments.overrides)

@@ -14,7 +14,7 @@ UNHASHED = ("version", "truncation", "padding", "post_processor")
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Provenance:
-    """The direction, the tokenizer and its eod. Two things fit together only if all fields are equal."""
+    """The direction, the tokenizer and its eod. Two things fit together only if all fields except the tokenizer's name are equal."""
 
     direction: Direction
     tokenizer_name: str
@@ -63,8 +63,8 @@ def vocabulary_hash(tokenizer_json: bytes | dict[str, Any]) -> str:
     """Return the SHA-256 of the parts of a `tokenizer.json` that determine a text's ids.
 
     tokenizer_json: the bytes of the file, or its parsed object. Version, truncation, padding and post-processor are omitted,
-    because this package uses none of them; merges are pairs, keys are sorted, and there are no spaces. So a folder, the
-    tokenizer.json in it and an export have the same hash.
+    because this package uses none of them. The rest is hashed as JSON with sorted keys, merges as pairs and no spaces, so that
+    a folder, the tokenizer.json in it and an export have the same hash.
     A SentencePiece `.model` has the hash of its exact conversion (`tokenizers.sentencepiece_bpe.convert`).
     """
     stored = tokenizer_json if isinstance(tokenizer_json, dict) else json_library().loads(tokenizer_json)

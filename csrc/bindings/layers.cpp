@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
   return {y, sum};
 }
 
-// dsum: the gradient of x that does not come through the norm, or none.
+// dsum: the gradient of x that does not come through the norm; may be absent.
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const std::optional<Tensor>& dsum, const Tensor& x,
                                              const Tensor& weight, double eps) {
   check_alike({&x, &dy, &weight, dsum ? &*dsum : &x});

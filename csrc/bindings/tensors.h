@@ -22,7 +22,7 @@
 #define LEDOM_DEVICE CPU
 #else
 #define LEDOM_DEVICE CUDA
-// In libtorch_cuda; weak, so that this library links against a CPU torch and loads with it.
+// Defined in libtorch_cuda. Weak, so that this library also links and loads with a CPU torch.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #endif
 

@@ -4,7 +4,7 @@
 // groups of eight neighbouring keys and keeps HELD of them in registers until they are written, so that a row of up to 8,192 keys is
 // read once. Groups that are not visible to the query are written, but not read.
 //
-// The whole warp searches the beginning of a query's document, 32 probes at a time: three reads for 32,768 keys.
+// The whole warp searches for the beginning of a query's document, 32 probes at a time: three reads for 32,768 keys.
 //
 //   scores_gradient = scale * output * (output_gradient - sum(output * output_gradient))
 #include "causal_softmax/causal_softmax.h"

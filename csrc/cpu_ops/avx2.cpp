@@ -1,4 +1,4 @@
-// The CPU operators for x86-64 machines with AVX2. Standard headers come before the pragma, so that their code is for all machines.
+// The CPU operators for x86-64 machines with AVX2. Standard headers come before the pragma, so that their code runs on all machines.
 #if defined(__x86_64__)
 #include <cmath>
 #include <cstdint>

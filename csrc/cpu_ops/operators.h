@@ -90,7 +90,7 @@ void swiglu_backward(const SwiGlu& a, int64_t begin, int64_t end) {  // y is the
   }
 }
 
-// Rotates the pairs (i, i + D/2) of one head by their angles, in the opposite sense with a negative `sign`.
+// Rotates the pairs (i, i + D/2) of one head by their angles, or back with a negative `sign`.
 template <class T>
 inline void turn(const T* from, T* to, const float* cosine, const float* sine, int64_t half, float sign) {
   over(half, [&](int64_t i, auto count) {

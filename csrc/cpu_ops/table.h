@@ -26,7 +26,7 @@ struct RmsNormGradient {
   float eps;
 };
 
-// y = silu(gate) up, of rows [gate, up] of 2 * width (Shazeer, arXiv 2002.05202, equation 6).
+// y = silu(gate) up, of rows [gate, up] of 2 * width (Shazeer, arXiv 2002.05202, equation 5).
 struct SwiGlu {
   const void* x;  // T [rows, 2 * width]
   void* y;        // T [rows, width]: output, or the incoming gradient
@@ -44,7 +44,7 @@ struct Rope {
   int64_t query_strides[3], key_strides[3], value_strides[3];
 };
 
-// For each row's first `counted` logits: the largest, the sum of exp(logit - largest), and the label's (0 for a label below 0).
+// For each row's first `counted` logits: the largest, the sum of exp(logit - largest), and the logit of the label (0 for a label below 0).
 struct CrossEntropy {
   const void* logits;  // T [rows, stride]
   const int64_t* labels;

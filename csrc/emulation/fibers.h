@@ -5,7 +5,7 @@
 // It finds barriers that only a part of the block reaches, warp collectives whose masks disagree, dead-locks, and shared memory that is
 // read before it is written (it contains NaN); with -fsanitize=address accesses outside buffers and shared objects; with
 // -fsanitize=thread data races between threads. An error ends the launch with FAILED and a text (control.cpp).
-// It does not show speed, memory order without fences, the rounding of the GPU's own exp2 and reciprocals.
+// It does not show speed, effects of missing memory fences, or the rounding of the GPU's own exp2 and reciprocals.
 #pragma once
 
 #include <sys/mman.h>

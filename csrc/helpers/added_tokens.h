@@ -1,5 +1,5 @@
-// Tokens that are cut out of a text first, wherever they occur: the longest one at a position, and the search continues after it. Some
-// tokens are found only to hide others; they stay in the text as text.
+// Tokens that are cut out of a text before anything else: at each position the longest one, then the search continues after it. Some
+// tokens are found only to hide shorter ones; they stay in the text as text.
 //
 // Layout: tokens by their first byte, the longest first.
 // Work: one pass over the text, with memchr if all tokens begin with the same byte.

@@ -1,5 +1,5 @@
-// Memory for tables with random access: in big pages if the system has them, so that fewer accesses walk the page table; always aligned
-// to cache lines.
+// Memory for tables with random access, aligned to cache lines. It is in big pages if the system has them, so that fewer accesses walk the
+// page table.
 #pragma once
 
 #include <sys/mman.h>

@@ -37,7 +37,7 @@ class ByteVocabulary {
     if (id >= is_used_.size()) is_used_.resize(id + 1);
     if (is_used_[id]) throw std::invalid_argument("two tokens have the id " + std::to_string(id));
     is_used_[id] = true;
-    if (2 * ++num_tokens_ > tokens_.size()) throw std::length_error("there are more tokens than was said");
+    if (2 * ++num_tokens_ > tokens_.size()) throw std::length_error("there are more tokens than num_tokens");
     const UnitKey key = UnitCache::key_of(token, length);
     tokens_[place_of(key, token)] = {key, id, static_cast<uint32_t>(bytes_.size())};
     if (key.is_long()) bytes_.insert(bytes_.end(), token, token + length);

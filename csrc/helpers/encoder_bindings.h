@@ -1,5 +1,5 @@
-// Shared by the Python bindings of the encoders. Texts are read in place: an ASCII string needs no conversion; for any other Python
-// makes UTF-8 and keeps it with the string. The interpreter's lock is released during encoding.
+// Shared by the Python bindings of the encoders. Texts are read in place: an ASCII string needs no conversion; for any other string
+// Python makes UTF-8 and keeps it with the string. The interpreter's lock is released during encoding.
 #pragma once
 
 #include <pybind11/numpy.h>

@@ -3,8 +3,8 @@
     python csrc/helpers/make_unicode_tables.py
 
 The classes come from the `tokenizers` library, whose regular expressions they must match; a test compares them for all code points.
-Combining classes come from Python's unicodedata. A code point that it does not contain, or that composition may change or join to
-the one before, is marked: `tokenizers` normalises texts with such a code point.
+Combining classes come from Python's unicodedata. A code point is marked if unicodedata does not contain it, or if NFC may change it
+or join it to the one before; the `tokenizers` library then normalises the text.
 """
 
 import unicodedata

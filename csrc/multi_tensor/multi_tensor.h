@@ -5,8 +5,8 @@
 // negative). A chunk of a multiple of 8 elements that begins at a multiple of 16 bytes in all lists is moved 128 bits at a time; any
 // other is correct, but slower. An element belongs to one chunk.
 //
-// A list is fp32, or of `dtype` if its flag is 1. Scalars are doubles: fp32 represents 1 - 0.999 with fewer than four correct
-// digits.
+// A list is fp32, or of `dtype` if its flag is 1. Scalars are doubles: in fp32, 1 - 0.999 would have a relative error of
+// 1e-5.
 #pragma once
 
 #include "common/interface.h"

@@ -8,7 +8,7 @@
 
 #include "common/interface.h"
 
-// residual and sum are both given or both null; `sum` may be `input` or `residual`.
+// `residual` and `sum` are both given or both null; `sum` may be `input` or `residual`.
 LEDOM_API int ledom_rms_norm_forward(const void* input, const void* residual, const void* weight, void* output, void* sum,
                                      float eps, int64_t rows, int hidden, int dtype, void* stream);
 

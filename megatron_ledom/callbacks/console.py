@@ -23,7 +23,7 @@ FORMATS = {"lm_loss": "loss {:.4f}", "bits_per_byte": "{:.3f} bits/byte", "accur
 
 
 class Console(Callback):
-    """Logs each record, with the number of records that `metrics` could not write, and moves the bar."""
+    """Logs each record, with the number of records that could not be written, and moves the progress bar."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics

@@ -27,7 +27,7 @@ class Heartbeat(Callback):
         self.watchdog.set_activity("forward and backward")
 
     def on_pause_start(self, run: TrainingRun, activity: str) -> None:
-        """Report the activity, and that it may take long."""
+        """Report the activity, and that it may take a long time."""
         self.watchdog.set_activity(activity, run.state.iteration, patient=True)
 
     def on_pause_end(self, run: TrainingRun, seconds: float) -> None:
@@ -35,9 +35,9 @@ class Heartbeat(Callback):
         self.watchdog.set_activity("training", run.state.iteration)
 
     def on_rollback(self, run: TrainingRun) -> None:
-        """Report that the other callbacks close their files, which may take long."""
+        """Report that the other callbacks close their files, which may take a long time."""
         self.on_pause_start(run, "closing the logs")
 
     def on_train_end(self, run: TrainingRun) -> None:
-        """Report that the other callbacks close: a trace, unsent records of Weights & Biases. This may take long."""
+        """Report that the other callbacks close: a trace, unsent records of Weights & Biases. This may take a long time."""
         self.on_pause_start(run, "closing the logs")

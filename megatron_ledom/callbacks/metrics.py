@@ -29,16 +29,16 @@ class Metrics(Callback):
     """Writes each record, after adding the number of skipped iterations."""
 
     def on_train_start(self, run: TrainingRun) -> None:
-        """Open the logs after the iteration at which training starts."""
+        """Open the logs, without records after the iteration at which training starts."""
         self.writer = MetricsWriter(run.state.config, run.state.iteration)
 
     def wants_record(self, run: TrainingRun) -> bool:
-        """Return True at every `logging.log_interval` and at the last iteration, except for a skipped iteration."""
+        """Return True at multiples of `logging.log_interval` and at the last iteration, but never for a skipped iteration."""
         is_due = run.is_last_iteration() or run.state.iteration % run.state.config.logging.log_interval == 0
         return is_due and not run.is_skipped_iteration()
 
     def on_measure(self, run: TrainingRun, record: Record) -> None:
-        """Add the number of iterations so far without an update."""
+        """Add the number of iterations without an update so far."""
         record["skipped_iterations"] = run.history.num_skipped(run.state.iteration)
 
     def on_record(self, run: TrainingRun, record: Record) -> None:
@@ -159,7 +159,7 @@ def _start_wandb(config: RunConfig) -> Any:
 
 
 def wandb_run_id(run_dir: str) -> str:
-    """Return the id of the run at Weights & Biases, made once and kept in the run folder, whose name need not be unique."""
+    """Return the id of the run at Weights & Biases: random, because folder names repeat, and kept in the run folder."""
     path = Path(run_dir, WANDB_ID)
     if not path.exists() or not path.read_text().strip():
         write_file(path, secrets.token_hex(8) + "\n")

@@ -47,7 +47,7 @@ class Profiling(Callback):
                 self._close(run.state.iteration)
 
     def on_rollback(self, run: TrainingRun) -> None:
-        """Write the steps recorded so far; those after the checkpoint are not recorded."""
+        """Write the steps recorded so far and end the profile: the repeated steps are not recorded."""
         self._close(run.state.iteration)
 
     def on_train_end(self, run: TrainingRun) -> None:

@@ -40,7 +40,10 @@ Report = dict[str, torch.Tensor]
 
 
 class TrainingScorer:
-    """The model in training as a scorer, with the ids, boundary and context of its export. Make the same calls on every rank."""
+    """The model in training, used as a scorer. It scores the same ids in the same context as the exported model.
+
+    Make the same calls on every rank.
+    """
 
     def __init__(self, state: TrainState, tokenizer: JointTokenizer) -> None:
         self.state, self.tokenizer = state, tokenizer
@@ -97,7 +100,7 @@ def score_spans(state: TrainState, spans: Sequence[Span]) -> list[list[float]]:
 
 
 def _num_microbatches(state: TrainState) -> int:
-    """Return the micro-batches per call: enough work for every stage, and whole rounds for the interleaved schedule."""
+    """Return the number of micro-batches per call: enough for every stage, and whole rounds for the interleaved schedule."""
     return 2 * state.groups.pipeline.size()
 
 
@@ -169,7 +172,7 @@ class TaskSet:
                 scorer.span(pair)
 
     def evaluate(self) -> Results:
-        """Return, by task, `accuracy` (the main metric for the direction) and all metrics by name. The same on every rank."""
+        """Return all metrics of each task by name; `accuracy` is its main metric for the direction. The same on every rank."""
         results = [evaluate_task(self.scorer, task) for task in self.tasks]
         return {
             result.task: {

@@ -2,7 +2,8 @@
 
 The step time of a rank lasts from the start of a step to the end of its last backward pass. It excludes the reduction of
 gradients over the data-parallel replicas, in which every rank waits for the slowest. Ranks of one tensor-, context- or
-pipeline-parallel group wait for each other within a step: such a group is slow as a whole, and its first rank is named.
+pipeline-parallel group wait for each other within a step: such a group is slow as a whole, and any of its ranks may be the one
+that is named.
 """
 
 import logging

@@ -1,8 +1,8 @@
 """The folder of a run's checkpoints: a folder `iter_0001000/` for each, and the file `latest` with the name of the newest.
 
 `iter_0001000.part` is being written and `iter_0001000.0.trash` is being deleted; neither counts as a checkpoint. `retire`
-deletes checkpoints. It keeps the newest few, those from which replays start, and those at multiples of
-`checkpoint.keep_interval`.
+moves outdated checkpoints to the trash. It keeps the newest `checkpoint.keep_last`, those from which replays start, and those
+at multiples of `checkpoint.keep_interval`.
 """
 
 import json
@@ -28,7 +28,7 @@ TRASH = ".trash"
 NAME = re.compile(r"iter_(\d{7,})")
 LEFT_OVER = re.compile(rf"{NAME.pattern}({re.escape(PART)}|({re.escape(PART)})?\.\d+{re.escape(TRASH)})")
 BACKENDS = "metadata.json"
-"""The file with megatron-core's formats. Written here without its CheckpointingConfig, whose import takes seconds."""
+"""File that names megatron-core's formats. `save_backends` writes it itself: importing megatron-core for it takes seconds."""
 COMMON_FILES = ("common.pt", BACKENDS, ".metadata")
 """Files of a checkpoint, apart from those of the ranks and the manifest."""
 
@@ -89,7 +89,7 @@ def latest_checkpoint(folder: str) -> str | None:
 
 
 def how_to_resume(folder: str, other_than: str | None = None) -> str:
-    """Return the advice how to resume without `latest`: from the newest complete checkpoint, except `other_than`."""
+    """Return advice on how to resume without `latest`: from the newest complete checkpoint, except `other_than`."""
     for name in reversed(finished_checkpoints(folder).values()):
         checkpoint = os.path.join(folder, name)
         try:
@@ -158,7 +158,7 @@ def put_in_place(folder: str, name: str) -> None:
 
 
 def settle_latest(folder: str) -> None:
-    """Rename `latest.next` if a kill left it, see `latest_checkpoint`. Call it while no other launch uses the run."""
+    """Rename `latest.next` to `latest` if a kill left it (see `latest_checkpoint`). Call it while no other launch uses the run."""
     if latest_name(folder) is None and latest_checkpoint(folder) is not None:
         publish_latest(folder)
 
@@ -176,7 +176,7 @@ def _content_of(path: str) -> str | None:
 
 
 def move_to_trash(folder: str, name: str) -> None:
-    """Rename a checkpoint as trash, so that it is never seen partly deleted."""
+    """Rename a checkpoint to trash, so that nobody reads a partly deleted one."""
     number = 0
     while os.path.exists(trash := os.path.join(folder, f"{name}.{number}{TRASH}")):
         number += 1
@@ -189,8 +189,8 @@ log = logging.getLogger(__name__)
 def outdated(iterations: list[int], latest: int, settings: CheckpointConfig, replayed: Iterable[int] = ()) -> list[int]:
     """Return the `iterations` whose checkpoints may be deleted. The last one before each of `replayed` is kept.
 
-    Checkpoints after `latest` remain when a run was set back to it. They neither count nor are deleted: the run will replace
-    them.
+    If a run was set back to `latest`, there are later checkpoints. They are neither counted nor deleted, because the run will
+    replace them.
     """
     if settings.keep_last is None:
         return []

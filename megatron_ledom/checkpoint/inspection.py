@@ -18,7 +18,7 @@ from megatron_ledom.storage.hashes import content_problems, size_problems
 
 @dataclass(slots=True)
 class TensorGroup:
-    """Tensors that are summed up in one line."""
+    """Totals of the tensors of one printed line."""
 
     tensors: int = 0
     elements: int = 0
@@ -26,7 +26,7 @@ class TensorGroup:
 
 
 def inspect_checkpoint(where: str, *, verify: bool = False) -> None:
-    """Print a checkpoint to stdout; of a run folder, a list of all checkpoints and then the latest.
+    """Print a checkpoint to stdout. For a run folder, print a list of all checkpoints, then the latest one.
 
     `verify` reads every file again. Problems are printed to stderr, one per line. Raises VerificationError if there are any.
     """
@@ -109,7 +109,7 @@ def _print_groups(tensors: dict[str, TensorStorageMetadata]) -> None:
 
 
 def _print_all(folder: str) -> None:
-    """One line a finished checkpoint."""
+    """Print one line for each finished checkpoint."""
     latest = latest_name(folder)
     for name in finished_checkpoints(folder).values():
         try:

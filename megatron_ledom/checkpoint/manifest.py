@@ -181,7 +181,8 @@ def check_same_samples(manifest: CheckpointManifest, config: RunConfig, train_sh
     """Check that a resumed run draws the same samples as before. Raises MismatchError if it does not.
 
     With `data.allow_changed_data`, log a warning instead and return the changes. Imported weights have consumed no samples, so
-    they are not checked. Raises ConfigError for a changed value that has no effect any more.
+    they are not checked. Raises ConfigError for a changed value that can have no effect any more, and for a checkpoint after
+    `train.train_iters`.
     """
     if manifest.weights_only:
         return []
@@ -230,7 +231,7 @@ def _check_still_decidable(manifest: CheckpointManifest, trained: RunConfig, con
 
 
 def samples_at_end(manifest: CheckpointManifest, config: RunConfig) -> int:
-    """Return the samples that a run resumed from a checkpoint will have consumed at its end, at its current batch size."""
+    """Return the number of samples that a resumed run will have consumed at its end, with its current batch size."""
     remaining = max(0, config.train.train_iters - manifest.iteration)
     return manifest.consumed_train_samples + remaining * config.train.global_batch_size
 
@@ -239,7 +240,7 @@ def _changed_shards(old: list[list[Any]], new: list[list[Any]]) -> list[str]:
     """Return the first difference between two blends, and the number of others; there may be thousands of shards."""
     if len(old) != len(new):
         return [f"data.train_blend had {len(old)} shards, has {len(new)}"]
-    names = ("share of the samples", "content (sha256 of .bin)", "index (sha256 of .idx)", "first document", "last document")
+    names = ("fraction of the samples", "content (sha256 of .bin)", "index (sha256 of .idx)", "first document", "last document")
     different = [(one, other) for one, other in zip(old, new, strict=True) if one[: len(names)] != other[: len(names)]]
     if not different:
         return []

@@ -66,11 +66,11 @@ class CheckpointStore:
             self.writer.save(manifest, state, content)
 
     def poll(self) -> None:
-        """Complete the pending checkpoint if it is written. Call it once per step. Raises as `CheckpointWriter.save`."""
+        """Complete the pending checkpoint if it is written. Call it once per step. Raises the errors of `CheckpointWriter.save`."""
         self.writer.poll()
 
     def finish(self) -> None:
-        """Wait for the pending checkpoint and complete it. Raises as `CheckpointWriter.save`."""
+        """Wait for the pending checkpoint and complete it. Raises the errors of `CheckpointWriter.save`."""
         self.writer.finish()
 
     def keep_for_replay(self, iterations: list[int]) -> None:

@@ -1,7 +1,7 @@
 """Read single tensors, or single layers of them, from a checkpoint without building a model.
 
 megatron-core stores the tensors of all layers under one name with the layer as first axis, in the chunks of the ranks that
-wrote them. torch's planner finds the parts of the chunks to read, its weights-only loader finds their bytes. No process group
+wrote them. torch's planner finds the parts of the chunks to read, and its weights-only loader finds their bytes. No process group
 is needed.
 """
 
@@ -55,7 +55,7 @@ def tensors_of(checkpoint: str) -> dict[str, TensorStorageMetadata]:
 
 
 class StoredTensors:
-    """The tensors of one checkpoint; each is read when it is requested."""
+    """The tensors of one checkpoint, each read when it is requested."""
 
     def __init__(self, checkpoint: str) -> None:
         self.checkpoint = checkpoint
@@ -78,7 +78,7 @@ class StoredTensors:
     def read(self, name: str, layer: int | None = None) -> torch.Tensor:
         """Return a whole tensor, or one layer of it without the layer axis. It is memory-mapped if it is stored in one piece.
 
-        Raises DataError as `fill`.
+        Raises DataError as `fill` does.
         """
         size = self._entry(name).size
         shape = size if layer is None else size[1:]
@@ -103,7 +103,7 @@ class StoredTensors:
             narrow_tensor_by_index(box, item.dest_offsets, item.lengths).detach().copy_(self._part(name, item))
 
     def _items(self, name: str, shape: torch.Size, layer: int | None, first_row: int) -> list[ReadItem]:
-        """Return the parts of stored chunks that make up the requested rows. Raises DataError as `fill`."""
+        """Return the parts of stored chunks that make up the requested rows. Raises DataError as `fill` does."""
         entry = self._entry(name)
         stored = entry.size if layer is None else entry.size[1:]
         if shape[1:] != stored[1:] or first_row + shape[0] > stored[0]:

@@ -50,7 +50,7 @@ class Piece:
 
     @property
     def offsets(self) -> torch.Size:
-        """Offsets of its beginning in the stored tensor."""
+        """Position of its first element in the stored tensor."""
         return torch.Size([0] * len(self.shape) if self.layer is None else [self.layer, *[0] * len(self.shape)])
 
     @property
@@ -91,7 +91,7 @@ class _Writer(FileSystemWriter):
 
 
 class _TensorSource(DefaultSavePlanner):
-    """Gives torch's writer each tensor when it is needed, and stores none."""
+    """Gives torch's writer each tensor only when it writes it, so that few are in memory."""
 
     def __init__(self, tensors: Iterator[tuple[Piece, torch.Tensor]]) -> None:
         """`tensors`: in the order in which the writer needs them."""
@@ -141,7 +141,7 @@ def save_weights(
 
 @contextmanager
 def _without_crc32() -> Iterator[None]:
-    """Let torch write no CRC-32, which it never checks; the manifest has the sha256 of each file."""
+    """Keep torch from computing CRC-32 sums, which it never checks; the manifest has the sha256 of each file."""
     before = get_crc32_options()
     set_crc32_options(False)
     try:

@@ -2,7 +2,7 @@
 
 Each rank forks a process, which has a copy of the current state and writes the rank's part of it. megatron-core assigns the
 parts and waits for the processes. When all have succeeded, the first rank writes the list of all tensors and the manifest with
-size and sha256 of every file, renames the folder, updates `latest`, and deletes outdated checkpoints. If one rank fails, all
+size and sha256 of every file, renames the folder, updates `latest`, and moves outdated checkpoints to the trash. If one rank fails, all
 ranks raise an error with the cause, and the earlier checkpoints do not change.
 """
 
@@ -59,7 +59,7 @@ class RankFiles:
 
 @dataclass(slots=True)
 class _Pending:
-    """A save that was started."""
+    """A save that was started and is not yet complete."""
 
     manifest: CheckpointManifest
     part: str
@@ -217,7 +217,7 @@ class CheckpointWriter:
 class _Strategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
     """megatron-core's strategy, which also stores its list of tensors for `_finalize`.
 
-    megatron-core's own end of a save lets the other ranks wait forever if the first rank cannot write.
+    With megatron-core's own end of a save the other ranks wait for ever if the first rank cannot write.
     """
 
     planned: tuple[FileSystemWriterAsync, Any]

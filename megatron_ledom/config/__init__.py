@@ -1,1 +1,1 @@
-"""The configuration of a run: its keys, how it is loaded, and the checks of it."""
+"""The configuration of a run: its keys, loading and checks."""

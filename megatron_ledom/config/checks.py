@@ -262,7 +262,7 @@ def blends(config: RunConfig) -> Problems:
 
 
 def held_out_sets(config: RunConfig) -> Problems:
-    """Check that held-out data is given in one way only, and that every set has a name of its own and a shard."""
+    """Check that held-out data is given in only one way, and that every set has a shard and a unique name."""
     data = config.data
     given = [key for key in ("valid_blend", "valid_sets", "test_sets") if getattr(data, key)]
     if data.split is not None and given:
@@ -279,7 +279,7 @@ def held_out_sets(config: RunConfig) -> Problems:
 
 
 def tokens_to_draw(config: RunConfig) -> Problems:
-    """Check that the run is as long as a blend in tokens says."""
+    """Check that the run draws as many tokens as a blend in tokens lists."""
     data, each = config.data, tokens_per_iteration(config)
     blend_tokens, iterations = sum(tokens for tokens, _ in data.train_blend), config.train.train_iters
     if data.blend_unit == "tokens" and data.train_blend and not iterations - 1 < blend_tokens / each < iterations + 1:

@@ -17,7 +17,7 @@ def next_multiple(number: int, of: int) -> int:
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int) -> int:
-    """Return the rows of the embedding: `vocab_size` rounded up. They do not depend on the layout, so checkpoints fit any."""
+    """Return the number of embedding rows: `vocab_size` rounded up. It does not depend on the layout, so checkpoints fit any."""
     return next_multiple(vocab_size, divisible_by)
 
 
@@ -38,7 +38,7 @@ def model_parallel_size(parallel: ParallelConfig) -> int:
 
 
 def expected_world_size(config: RunConfig) -> int:
-    """Return the ranks to plan for when none are launched: `parallel.world_size`, or those of one copy of the model."""
+    """Return the number of ranks to plan for when none are launched: `parallel.world_size`, or one copy of the model."""
     return config.parallel.world_size or model_parallel_size(config.parallel)
 
 

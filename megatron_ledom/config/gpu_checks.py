@@ -42,7 +42,7 @@ FP8_NEEDS = {
 
 
 def recompute(config: RunConfig) -> Problems:
-    """Check that full recompute has a method and a number of layers, selective recompute its parts, and neither more."""
+    """Check that only full recompute has a method and a number of layers, and that selective recompute has its parts."""
     parallel, model = config.parallel, config.model
     granularity, modules = parallel.recompute_granularity, parallel.recompute_modules
     method, count = parallel.recompute_method, parallel.recompute_num_layers

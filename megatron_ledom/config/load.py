@@ -1,7 +1,7 @@
 """Read and write a RunConfig: YAML with one `base:`, dotted overrides, and one error that lists all problems.
 
-OmegaConf parses and merges, pydantic checks types; this file combines them. `published` returns the config of a run for
-publication: without folders of the machine, free text and resolved secrets.
+OmegaConf parses and merges, pydantic checks types; this file combines them. `published` returns a config that may
+be published: without folders of the machine, free text and resolved secrets.
 """
 
 import dataclasses
@@ -140,7 +140,7 @@ NAMED = ("run_dir", "data.tokenizer", "data.train_blend", "data.valid_blend", "d
 
 
 def published(config: RunConfig) -> dict[str, Any]:
-    """Return every key of the config with its value, but without the user's texts: of the paths in NAMED only the last part."""
+    """Return every key of the config with its value, but without the user's texts; paths in NAMED keep only their last part."""
     values = to_dict(config)
     for key in text_keys():
         section, _, name = key.rpartition(".")

@@ -48,8 +48,8 @@ class ModelConfig:
     """Method that rescales rotary frequencies for positions beyond the length of the first training: linear, llama3 or
     yarn. Default: no scaling."""
     rope_scaling_factor: Annotated[float, Field(ge=1)] = 8.0
-    """Ratio of the new context length to the original one, 1 or more. Like the rope_scaling_ keys below, it counts only
-    with rope_scaling."""
+    """Ratio of the new context length to the original one, 1 or more. Like the rope_scaling_ keys below, it has an
+    effect only with rope_scaling."""
     rope_scaling_original_max_position: Positive = 8192
     """Context length of the first training, in tokens. For llama3 and yarn."""
     rope_scaling_low_freq_factor: PositiveFloat = 1.0
@@ -92,7 +92,7 @@ class ModelConfig:
     gradients). Default: no fp8."""
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
     """Source of the fp8 scales: the current tensor (tensorwise), earlier steps (delayed), or blocks of the tensor
-    (blockwise, mxfp8). Counts only with fp8."""
+    (blockwise, mxfp8). Has an effect only with fp8."""
     fp8_amax_history_len: Positive = 1024
     """Number of earlier steps that the delayed recipe takes its scale from."""
     fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"
@@ -111,7 +111,7 @@ class DataConfig:
     """Folder or file of the tokenizer, whose hash must equal that of the shards. The run folder keeps a copy for the
     export. Default: the path in the shards' manifest."""
     train_blend: list[BlendEntry] = field(default_factory=list)
-    """Training shards, a list of [weight, prefix]; blend_unit says what the weights mean."""
+    """Training shards, a list of [weight, prefix]; blend_unit defines their meaning."""
     blend_unit: Literal["weight", "tokens"] = "weight"
     """Meaning of the weights in train_blend. weight: relative parts of the samples. tokens: tokens to draw, whose sum
     must be that of the run."""
@@ -178,7 +178,7 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     """Gather updated parameters during the next forward pass. Needs use_distributed_optimizer and overlap_grad_reduce."""
     bucket_size: Positive | None = None
-    """Number of parameters whose gradients are reduced together; counts only with overlap_grad_reduce. Default: the
+    """Number of parameters whose gradients are reduced together, only with overlap_grad_reduce. Default: the
     larger of 40e6 and 1e6 x data-parallel ranks."""
     recompute_granularity: Literal["selective", "full"] | None = None
     """Activations to recompute in the backward pass, which saves memory. selective: the parts in recompute_modules; full:
@@ -280,7 +280,8 @@ class TrainConfig:
     """Save and exit before this many seconds have passed since the process started, with any launcher; earlier by the
     longest step and save so far. Default: no limit."""
     num_threads: Positive | None = None
-    """Number of CPU threads per rank. Default: the CPU cores of the machine divided by its ranks."""
+    """Number of CPU threads per rank. Default: the CPU cores that the process may use, divided by
+    the ranks of its machine."""
     on_nonfinite: Literal["stop", "skip", "roll_back"] = "stop"
     """Reaction to a loss or gradient norm that is NaN or infinite. stop: end the run; skip: make no update; roll_back:
     return to the last checkpoint and skip the iteration."""
@@ -288,7 +289,7 @@ class TrainConfig:
     """Reaction to a spike of the loss or gradient norm. warn: make the update and log a warning; stop, skip, roll_back:
     as in on_nonfinite."""
     spike_score: PositiveFloat = 8.0
-    """A value is a spike if it lies this many robust standard deviations above the median of the last spike_window
+    """A value is a spike if it is this many robust standard deviations above the median of the last spike_window
     iterations."""
     spike_window: Annotated[int, Field(ge=8)] = 128
     """Number of past iterations that a value is compared with, 8 or more. No spike is reported before half of them are
@@ -322,7 +323,8 @@ class CheckpointConfig:
     """Also keep every checkpoint at a multiple of this many iterations, a multiple of save_interval. Needs keep_last.
     Default: none."""
     verify_on_load: bool = True
-    """Compare the sha256 of every file before a run resumes; the ranks share the files. File sizes are always compared."""
+    """Compare the sha256 of every file before a run resumes; each rank checks a part of the files. File sizes are always
+    compared."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -171,7 +171,7 @@ def _losses(checkpoint: str, iteration: int) -> str:
 
 
 def write_verification_card(folder: str, name: str, card: dict[str, Any]) -> None:
-    """Write how a conversion was verified: `name` as JSON, and VERIFICATION.md for people."""
+    """Write the verification card of a conversion: `name` as JSON, and VERIFICATION.md for people."""
     Path(folder, name).write_text(json.dumps(card, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     parts = ["# How this conversion was verified", *_verified(card["verification"])]
     shown = {key: value for key, value in card.items() if isinstance(value, str | int | float | None)}
@@ -181,7 +181,7 @@ def write_verification_card(folder: str, name: str, card: dict[str, Any]) -> Non
 
 
 def _verified(check: dict[str, Any] | None) -> list[str]:
-    """Return what the parity check compared, and a table of its results."""
+    """Return a sentence about the parity check, and a table of its results."""
     if check is None:
         return [
             "**It was not verified**: `--no-verify` skipped the parity check. The logits of the two models were not compared."

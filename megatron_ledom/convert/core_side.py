@@ -27,7 +27,7 @@ FP32 = torch.float32
 
 
 class CoreSide:
-    """The stages of the megatron-core model. Use `core_side` to get one."""
+    """The stages of the megatron-core model. The function `core_side` makes one."""
 
     def __init__(
         self, checkpoint: str, config: RunConfig, vocab_size: int, groups: ParallelGroups, dtype: torch.dtype, whole: bool
@@ -82,7 +82,7 @@ class CoreSide:
         layer.to("meta")
 
     def run_layer(self, layer: Any, hidden: torch.Tensor) -> torch.Tensor:
-        """Return hidden [B, S, h] after one layer of `layer`."""
+        """Return hidden [B, S, h] after a layer that `self.layer` yielded."""
         rotary = self.model.rotary_pos_emb(hidden.shape[1])
         after, _ = layer(hidden.transpose(0, 1).contiguous().to(self._device), attention_mask=None, rotary_pos_emb=rotary)
         return torch.as_tensor(after).transpose(0, 1).cpu()

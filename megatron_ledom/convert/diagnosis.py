@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from megatron_ledom.convert.core_side import CoreSide
 
 EQUAL = 1e-3
-"""Limit, as a fraction of the largest value. Rounding changes one layer far less, a wrong weight more."""
+"""Limit, as a fraction of the largest value. Rounding changes a layer far less, a wrong weight more."""
 SEARCHED_WIDTH = 8192
 """Largest width at which the columns of a tensor are searched for a permutation."""
 WEIGHTS = {
@@ -130,7 +130,7 @@ def core_taps(core: "CoreSide", layer: Any, hidden: torch.Tensor) -> Taps:
 
 
 def stock_taps(stock: StockSide, layer: Any, hidden: torch.Tensor) -> tuple[Taps, dict[str, tuple[torch.Tensor, Any]]]:
-    """Return the same of a stock layer, and (input, projection) of each tensor that a projection produces."""
+    """Return the tensors of a stock layer as `core_taps` does, and (input, projection) of each that a projection produces."""
     attention, mlp = layer.self_attn, layer.mlp
     projections = {
         "queries": attention.q_proj,
@@ -210,7 +210,7 @@ def _cause(name: str, found: Taps, expected: Taps, head: int) -> str:
 
 
 def _permutation(found: torch.Tensor, expected: torch.Tensor, head: int) -> str:
-    """Return how the columns of found [n, w] are ordered, if they are those of expected."""
+    """Return the likely cause: another order, if found [n, w] has the columns of expected; otherwise other values."""
     other = "the weight has other values: those of another tensor, or it is damaged"
     width = found.shape[1]
     if width > SEARCHED_WIDTH:

@@ -35,7 +35,7 @@ class Architecture:
     any_width: bool = True
     """True if hidden_size need not be a multiple of the number of heads."""
     fixed: tuple[tuple[str, Any], ...] = ()
-    """Further values of its config.json with which it computes the same as our model."""
+    """Further values of its config.json, which make it compute the same as our model."""
 
     def misfits(self, model: ModelConfig) -> list[str]:
         """Return the features that only the model or only the architecture has."""
@@ -179,7 +179,7 @@ def load_hf_config(folder: str) -> PreTrainedConfig:
 
 
 def _type_problem(model_type: Any, about: dict[str, Any]) -> str | None:
-    """Return why a model of this type cannot be imported; None if it can. `about`: the keys of its config."""
+    """Return the reason why a model of this type cannot be imported; None if it can. `about`: the keys of its config."""
     if model_type in list(KNOWN_TYPES):  # a list, because the value of a file may not be hashable
         return None
     words = f"model_type {model_type!r} is not one of {', '.join(KNOWN_TYPES)}"
@@ -259,7 +259,7 @@ def _misfits(hf: PreTrainedConfig, positions: int) -> Iterator[str]:
     if getattr(hf, "mlp_bias", False):
         yield "mlp_bias: our feed-forward block has no biases"
     if _rope(hf).get("partial_rotary_factor", 1.0) != 1.0 or getattr(hf, "partial_rotary_factor", None) not in (None, 1.0):
-        yield "partial_rotary_factor rotates a part of each head only, our model rotates the whole head"
+        yield "partial_rotary_factor rotates only a part of each head, but our model rotates the whole head"
     window = getattr(hf, "sliding_window", None)
     slides = "sliding_attention" in (getattr(hf, "layer_types", None) or ["sliding_attention"])
     if window is not None and slides and positions > window:

@@ -2,7 +2,7 @@
 
 Weights are safetensors files of limited size, written and read tensor by tensor. A file has 8 bytes with the length of the
 header, a JSON header with type, shape and offsets of every tensor, then the bytes of the tensors. The safetensors library can
-write a file from memory only; the writer here needs memory for two tensors, the current one and the next one.
+write only files whose tensors are all in memory; the writer here needs memory for two tensors, the current and the next one.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BLOCK_ELEMENTS = 1 << 26
-"""Elements of a block of a matrix over the vocabulary, where the whole matrix is not loaded."""
+"""Elements of one block, when a matrix over the vocabulary is read block by block."""
 PICKLED = "pytorch_model.bin"
 TOKENIZER = "tokenizer"
 """Name of the tokenizer's folder in a run folder."""
@@ -107,10 +107,10 @@ def parse_size(text: str) -> int:
 
 
 class WeightsReader:
-    """The tensors of a folder. Each is memory-mapped when it is requested, and unmapped with the tensor.
+    """The tensors of a folder. Each is memory-mapped when it is requested, and unmapped when the tensor is freed.
 
-    Files are chosen as in stock transformers: the one that config.json names, else the single file, else those of the index. If
-    several files contain a tensor, the last one is used.
+    Files are chosen as stock transformers does: the one that config.json names, else the single file, else those of the index. If
+    several files contain a tensor, the last file is used.
     """
 
     def __init__(self, folder: str, named: str | None = None) -> None:

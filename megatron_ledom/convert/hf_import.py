@@ -66,7 +66,7 @@ def import_hf(
 ) -> ParityCheck | None:
     """Import the Hugging Face folder `load` as the new run folder `save`, to be trained in `direction`.
 
-    `direction`: None only if the folder records it. `tokenizer`: its folder or file; None: `load`. `eod_token`: None: the eos
+    `direction`: may be None if the folder records it. `tokenizer`: its folder or file; None: `load`. `eod_token`: None: the eos
     of the tokenizer. `seq_length`: length of the training samples; None: all positions of the model. `params_dtype`: bf16 or
     fp32; None: bf16 if all weights are bf16, else fp32, which is exact. Files have at most `max_shard_size` bytes. `verify`
     None skips the parity check. Returns the results of the check.

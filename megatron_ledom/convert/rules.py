@@ -1,4 +1,4 @@
-"""The map between the weights of a megatron-core checkpoint and Hugging Face: one table for all architectures and both ways.
+"""The table of weights of a megatron-core checkpoint and of Hugging Face, for all architectures, export and import.
 
 Letters: V padded vocabulary, h hidden, f feed-forward, F = 2f, H query heads, G key-value heads, D head width, A = H * D all
 query heads, Q = (H + 2G) * D all queries, keys and values. The rows of linear_qkv are ordered by group: the H/G query heads of
@@ -58,7 +58,7 @@ Parts = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """The two ways between a core tensor, which may be a fused weight, and its Hugging Face tensors: `split` and `join`."""
+    """The conversions of a core tensor, which may be a fused weight, to its Hugging Face tensors (`split`) and back (`join`)."""
 
     split: Callable[[torch.Tensor, Sizes], Parts]
     join: Callable[[Sequence[torch.Tensor], Sizes], torch.Tensor]
@@ -92,7 +92,7 @@ GATE_OVER_UP = Fusion(lambda tensor, sizes: tensor.chunk(2), lambda parts, sizes
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A core weight, its axes, its Hugging Face weights (`{i}`: the layer), the way between them, and its models."""
+    """A core weight, its axes, its Hugging Face weights (`{i}`: the layer), their conversion, and the models that have it."""
 
     core: str
     axes: str

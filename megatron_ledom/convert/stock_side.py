@@ -58,7 +58,7 @@ class StockSide:
             yield layer
 
     def run_layer(self, layer: Any, hidden: torch.Tensor) -> torch.Tensor:
-        """Return hidden [B, S, h] after one layer of `layer`."""
+        """Return hidden [B, S, h] after a layer that `self.layer` yielded."""
         positions = torch.arange(hidden.shape[1])[None]
         rotary = self.model.model.rotary_emb(hidden, position_ids=positions)
         after = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary, use_cache=False)

@@ -1,7 +1,7 @@
 """The parity check: a conversion fails unless the logits of both models agree.
 
 Small models are compared whole, others one layer at a time. The comparison in fp32 decides. bf16 weights are compared in bf16
-too, because the model will be used in bf16. If weights have outliers, rounding alone changes the logits much. The limit is then
+too, because the model will be used in bf16. If weights have outliers, rounding alone changes the logits a lot. The limit is then
 a multiple of the effect of rounding on the stock model for the same ids.
 """
 
@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 MAX_LOGIT_DIFFERENCE = 1e-4
 """Limit of the absolute difference in fp32 for models on which rounding has little effect."""
 MIN_COSINE, MAX_KL = 0.999, 0.01
-"""The same for bf16: mean cosine of the logits of a position, mean KL divergence in nats."""
+"""Limits in bf16, as means over positions: cosine similarity of the logits, and KL divergence in nats."""
 MAX_MEDIAN_KL = 1e-5
-"""The same for the median position in bf16. A few positions on which rounding has a large effect cannot hide the others."""
+"""Limit of the median KL divergence in bf16, in nats, which a few positions with large rounding errors do not change."""
 NOISE_FACTOR = 4
 """Allowed difference of the models as a multiple of the rounding error of the stock model, where that is above the limits.
 Two correct computations with independent rounding differ by about twice the error of one; 0.35 to 2.2 times was measured."""
@@ -164,7 +164,7 @@ def _check_bf16(expected: torch.Tensor, found: torch.Tensor, exact: torch.Tensor
 
 
 def probe_ids(vocab_size: int, length: int) -> torch.Tensor:
-    """Return ids [ROWS, length]: one row of ascending ids, the others random with a fixed seed and with the last id."""
+    """Return ids [ROWS, length]: one row of ascending ids, then random rows with a fixed seed; one begins with the last id."""
     generator = torch.Generator().manual_seed(SEED)
     random_rows = torch.randint(0, vocab_size, (ROWS - 1, length), generator=generator)
     random_rows[0, 0] = vocab_size - 1

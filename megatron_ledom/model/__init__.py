@@ -1,1 +1,1 @@
-"""The model: megatron-core's GPTModel built from a config, its layers, and its number of parameters and operations."""
+"""The model: megatron-core's GPTModel built from a config, its layers, and the numbers of its parameters and operations."""

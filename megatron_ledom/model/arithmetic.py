@@ -40,7 +40,7 @@ def model_flops_utilisation(flops_per_second: float, peak_tflops: float) -> floa
 
 
 def _layer_matrices(model: ModelConfig) -> Iterator[int]:
-    """Yield the elements of each matrix of a layer; a token needs as many multiplications and additions."""
+    """Yield the number of elements of each matrix of a layer; a token needs as many multiplications and as many additions."""
     query_width = head_dim(model) * model.num_attention_heads
     key_width = head_dim(model) * query_groups(model)
     yield model.hidden_size * query_width

@@ -146,7 +146,7 @@ def build_core_config(config: RunConfig) -> TransformerConfig:
         microbatch_group_size_per_vp_stage=parallel.pipeline_model_parallel_size,
         overlap_p2p_comm=interleaved,  # interleaved with batched p2p gives a wrong loss at two stages
         batch_p2p_comm=not interleaved,
-        deallocate_pipeline_outputs=False,  # a race condition with the interleaved schedule and overlap
+        deallocate_pipeline_outputs=False,  # True has a race condition with the interleaved schedule and overlap
         calculate_per_token_loss=True,
         init_method=leave_unset,  # initialize_weights draws the weights, equal for every layout
         output_layer_init_method=leave_unset,
@@ -172,8 +172,8 @@ def build_core_config(config: RunConfig) -> TransformerConfig:
 def fuse_activation(core_config: TransformerConfig, choice: LayerChoice) -> None:
     """Use SwiGLU as one operator, which keeps 3 instead of 5 tensors of the feed-forward width for the backward pass.
 
-    Our fused layer's spec names our operator. Transformer Engine's layers, which only run on a GPU, use that of megatron-core,
-    which is compiled at its first call. Not yet run on hardware.
+    Our fused layer's spec names our operator. Transformer Engine's layers, which run only on a GPU, use megatron-core's operator,
+    compiled at its first call; this is not yet run on hardware.
     """
     core_config.use_te_activation_func = choice.implementation == "fused"  # uses the activation of the layer spec
     if choice.implementation == "transformer_engine":
@@ -209,7 +209,7 @@ def _unscaled_by_llama3(model: ModelConfig, plain: torch.Tensor) -> torch.Tensor
 
 
 def _unscaled_by_yarn(model: ModelConfig, width: int) -> torch.Tensor:
-    """Return the same as `_unscaled_by_llama3`, but linear in the pairs' numbers, ends rounded outwards (Peng et al., section 3.2)."""
+    """Return the unscaled fraction of each frequency [D / 2], linear in its index between two bounds (Peng et al., section 3.2)."""
 
     def pair_with_rotations(times: float) -> float:
         positions = model.rope_scaling_original_max_position
@@ -225,7 +225,7 @@ RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
 
 
 def leave_unset(weight: torch.Tensor) -> torch.Tensor:
-    """Return the weight unchanged: the init method for megatron-core, because `initialize_weights` draws the values.
+    """Return the weight unchanged: the init method that megatron-core gets, because `initialize_weights` draws the values.
 
     With `perform_initialization=False` the weights would lack their tensor-parallel marks, and the gradient norm would count only
     the first tensor-parallel rank.
@@ -235,7 +235,7 @@ def leave_unset(weight: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def initialize_weights(model: MegatronModule, seed: int, metadata: dict[str, Any]) -> None:
-    """Draw every matrix of one model chunk; vectors (norms) stay at one.
+    """Draw every matrix of one model chunk; vectors keep megatron-core's values: norms one, biases zero.
 
     The standard deviation is `init_method_std`, and `init_method_std / sqrt(2 * num_layers)` for outputs to the residual stream
     (Radford et al. 2019, section 2.3), both from the model's megatron-core config.

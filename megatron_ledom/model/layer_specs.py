@@ -49,7 +49,7 @@ def build_layer_spec(
     if choice.implementation == "fused":
         layer.module = FusedTransformerLayer
         layer.submodules.mlp.submodules.activation_func = FusedSwiGLU
-        if not core_config.qk_layernorm:  # those norms come between projection and rotation, which ours joins
+        if not core_config.qk_layernorm:  # those norms come between projection and rotation, here one operator
             attention.module = FusedSelfAttention
     num_layers = get_num_layers_to_build(core_config, vp_stage=chunk)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
@@ -103,7 +103,7 @@ BiasDropoutAdd = Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tenso
 class FusedTransformerLayer(TransformerLayer):  # type: ignore[misc]
     """megatron-core's layer, with one operator for the residual sum and the norm before the MLP where possible.
 
-    With dropout, or a norm that is recomputed in the backward pass, the layer is megatron-core's.
+    With dropout, or a norm that is recomputed in the backward pass or offloaded, the layer works as megatron-core's.
     """
 
     self_attn_bda: Callable[[bool, bool], BiasDropoutAdd]
@@ -138,7 +138,7 @@ class FusedTransformerLayer(TransformerLayer):  # type: ignore[misc]
 
 
 def fused_operators(config: RunConfig) -> tuple[bool, str]:
-    """Return True if our fused operators can run this model here, and the reason."""
+    """Return (True if our fused operators can run this model here, the reason)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kernels, dtype = backend(device), PARAMS_DTYPES[config.model.params_dtype]
     if not kernels.usable:

@@ -1,4 +1,4 @@
-"""Prints the built operators and those that a model would use here: `python -m megatron_ledom.ops`."""
+"""Print the built operators and those that a model would use here: `ledom ops`, or `python -m megatron_ledom.ops`."""
 
 import re
 import subprocess

@@ -23,7 +23,7 @@ def causal_softmax_reference(scores_BHQK: torch.Tensor, scale: float, documents_
 
 
 def causal_softmax(scores_BHQK: torch.Tensor, scale: float, documents_BK: torch.Tensor | None = None) -> torch.Tensor:
-    """Compute the same by the CUDA kernel if it is built, else by the reference. documents: int32, not decreasing in a sample."""
+    """Compute `causal_softmax_reference`, by the CUDA kernel if it is built. documents: int32, not decreasing in a sample."""
     if scores_BHQK.device.type != "cuda" or not runs_kernel(scores_BHQK):
         return causal_softmax_reference(scores_BHQK, scale, documents_BK)
     output: torch.Tensor = torch.ops.ledom.causal_softmax(scores_BHQK.contiguous(), documents_BK, scale)

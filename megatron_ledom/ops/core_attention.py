@@ -54,8 +54,8 @@ def visible_positions(queries: int, keys: int, documents_BT: torch.Tensor | None
 class CausalCoreAttention(MegatronModule, ABC):  # type: ignore[misc]
     """softmax(QK^T / sqrt(D)) V under a causal mask; with documents, a position sees only its own document.
 
-    The two subclasses compute it. megatron-core's `attention_mask` is here the number of each position's document, [B, T] over the
-    whole sequence. The mask is built only where it is used, so that no sample needs T x T elements on a rank or in a reader.
+    Its two subclasses compute the attention. megatron-core's `attention_mask` is here the number of each position's document, [B, T]
+    over the whole sequence. The mask itself is built only where it is used, so that samples need not contain T x T elements.
 
     With context parallelism each rank has the chunks `rank` and `2n - 1 - rank` of 2n chunks of the sequence, which balances the
     causal work. Keys and values are gathered from all ranks.
@@ -88,7 +88,7 @@ class CausalCoreAttention(MegatronModule, ABC):  # type: ignore[misc]
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
-        """query [S, B, H, D]; key and value [S, B, G, D]; attention_mask: None or documents [B, T]. Returns [S, B, H * D]."""
+        """Map query [S, B, H, D], key and value [S, B, G, D] to [S, B, H * D]. attention_mask: None or documents [B, T]."""
         assert attention_bias is None, "not reachable from this package's training path"
         assert packed_seq_params is None, "not reachable from this package's training path"
         if self.context_group is not None:
@@ -102,7 +102,7 @@ class CausalCoreAttention(MegatronModule, ABC):  # type: ignore[misc]
     def _attend(
         self, q_BHSD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, documents_BT: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return the attention of the last S of T positions, [B, H, S, D]."""
+        """Return the result of attention for the last S of T positions, [B, H, S, D]."""
 
     def _own_state(self) -> AbstractContextManager[Any]:
         """Return the random state of dropout: tensor-parallel ranks have different heads and must drop different elements.

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_ledom.ops.library import check_alike, check_shape, cpu_kernels, define, is_bf16, runs_kernel
 
 CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 27}
-"""Logits converted to fp32 at once: few enough for a core's cache, or enough for few launches."""
+"""Logits converted to fp32 at once: on a CPU few enough for a core's cache, on a GPU enough for few launches."""
 NOT_HERE = -1
 """Stands for a label outside this rank's slice."""
 
@@ -44,7 +44,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, logits_SBV: torch.Tensor, labels_SB: torch.Tensor, vocab_size: int, group: dist.ProcessGroup, fused: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return loss and log Z [S, B]. Ranks exchange the largest logit of every token, then its sum and its label's logit."""
+        """Return loss and log Z [S, B]. Ranks combine their largest logits, then their sums of exponentials and label logits."""
         width = logits_SBV.shape[-1]
         start = group.rank() * width
         counted = min(max(vocab_size - start, 0), width)  # ids of this slice; the rest is padding
@@ -65,7 +65,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, from_loss_SB: torch.Tensor, from_log_z_SB: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        """Use d loss = softmax - onehot and d log Z = softmax, each times the incoming gradient."""
+        """Return the gradient of the logits: d loss = softmax - onehot and d log Z = softmax, each times the incoming gradient."""
         logits_SBV, here_N, log_z_N = ctx.saved_tensors
         logits_NV = logits_SBV.view(-1, logits_SBV.shape[-1])
         from_loss_N = from_loss_SB.reshape(-1).contiguous()

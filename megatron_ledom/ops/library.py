@@ -15,7 +15,7 @@ import torch
 from megatron_ledom.platform.cpu_ops import find_cpu_ops
 
 NAMES = ("rms_norm", "swiglu", "rope", "cross_entropy")
-"""Operators that a training step may use."""
+"""Operators that `describe` lists."""
 DTYPES = {"cuda": (torch.bfloat16, torch.float16), "cpu": (torch.bfloat16, torch.float32)}
 """Types that the kernels of a device accept; they compute in fp32."""
 LIBRARY = torch.library.Library("ledom", "DEF")  # type: ignore[no-untyped-call]

@@ -29,7 +29,7 @@ def are_alike(*lists: Tensors) -> bool:
 def chunk_table(*lists: Tensors) -> torch.Tensor:
     """Return int64 [C, 1 + L]: the elements of each chunk of a tensor, and its byte offset from each list's first tensor.
 
-    The table is on the lists' device and is valid for these tensors only; with others a kernel writes to wrong addresses.
+    The table is on the lists' device and is valid only for these tensors; with others a kernel would write to wrong addresses.
     Raises ValueError for lists that differ in length or sizes.
     """
     sizes = torch.tensor([t.numel() for t in lists[0]], dtype=torch.int64)
@@ -77,7 +77,7 @@ def adamw_reference(
     correction2: float,
     is_decoupled: bool,
 ) -> None:
-    """Make a step of Adam in place; masters and moments are fp32. weights: empty, or the masters' rounded copies to write.
+    """Make one step of Adam in place; masters and moments are fp32. weights: empty, or tensors that get the rounded masters.
 
     correctionN is 1 - betaN ** step, or 1.
     """

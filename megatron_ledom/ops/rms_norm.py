@@ -35,7 +35,7 @@ def add_rms_norm_reference(
 def add_rms_norm(
     x_NH: torch.Tensor, residual_NH: torch.Tensor, weight_H: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the same in one pass over the rows in each direction by the kernel of x's device, else by the reference."""
+    """Compute `add_rms_norm_reference`, by the kernel of x's device if it can run: one pass over the rows, forward and backward."""
     if not runs_kernel(x_NH, residual_NH, weight_H):
         return add_rms_norm_reference(x_NH, residual_NH, weight_H, eps)
     normed, added = torch.ops.ledom.add_rms_norm(x_NH.contiguous(), residual_NH.contiguous(), weight_H, eps)
@@ -55,7 +55,7 @@ class TorchRMSNorm(torch.nn.RMSNorm):
 
 
 class FusedRMSNorm(TorchRMSNorm):
-    """RMSNorm in one pass over the rows in each direction."""
+    """RMSNorm in one pass over the rows, forward and backward."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the norm of x [..., H], in the same shape."""

@@ -44,7 +44,7 @@ def rope_reference(mixed_SBGM: torch.Tensor, angles_S11D: torch.Tensor) -> Heads
 
 
 def rope(mixed_SBGM: torch.Tensor, angles_S11D: torch.Tensor) -> Heads:
-    """Compute the same by the kernel of the projection's device, in one pass, else by the reference."""
+    """Compute `rope_reference`, in one pass by the kernel of the projection's device if it can run."""
     if not runs_kernel(mixed_SBGM) or (mixed_SBGM.is_cuda and angles_S11D.shape[-1] % 16):
         return rope_reference(mixed_SBGM, angles_S11D)
     heads: Heads = torch.ops.ledom.rope(mixed_SBGM.contiguous(), angles_S11D)
@@ -52,7 +52,7 @@ def rope(mixed_SBGM: torch.Tensor, angles_S11D: torch.Tensor) -> Heads:
 
 
 class FusedSelfAttention(SelfAttention):  # type: ignore[misc]
-    """megatron-core's self-attention, which splits and rotates the projection in one pass, in both directions."""
+    """megatron-core's self-attention, which splits and rotates the projection in one pass, forward and backward."""
 
     angles: torch.Tensor | None = None
 

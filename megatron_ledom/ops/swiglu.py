@@ -1,4 +1,4 @@
-"""SwiGLU (Shazeer, arXiv 2002.05202, equation 6) on megatron-core's rows [gate, up]: reference, operator, module.
+"""SwiGLU (Shazeer, arXiv 2002.05202, equation 5) on megatron-core's rows [gate, up]: reference, operator, module.
 
 Shape letters: N rows (any leading axes), F width of the result.
 """

@@ -1,6 +1,6 @@
 """Operations that all ranks call together: work of rank 0 for all, comparison of values, completion of overlapped weights.
 
-These functions raise an error of one rank on every rank; otherwise the others would wait for ever.
+An error of one rank is raised on every rank; otherwise the others would wait for ever.
 """
 
 from collections.abc import Callable, Iterator
@@ -53,8 +53,8 @@ def check_same(what: str, value: object, advice: str) -> None:
 def gathered_weights(model: list[Any]) -> Iterator[None]:
     """Complete the weights of the wrapped chunks for the context, so that they are those of the last step.
 
-    With overlapped parameter gathering a rank updates its copy only during the next forward pass. A save or validation before
-    that would use the weights of the previous step.
+    With overlapped parameter gathering, a rank completes its copy only during the next forward pass. Until then, a save or a
+    validation would use the weights of the previous step.
     """
     stale = [chunk for chunk in model if chunk.use_forward_hook]
     for chunk in stale:

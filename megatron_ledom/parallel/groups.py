@@ -44,7 +44,7 @@ class ParallelGroups:
 def start_distributed(
     platform: Platform, parallel: ParallelConfig, launch: Launch | None = None, stop: StopSignal = lambda: None
 ) -> ParallelGroups:
-    """Join the process group of all launched ranks and lay out the tensor, pipeline, context and data groups.
+    """Join the process group of all launched ranks and make the tensor, pipeline, context and data groups.
 
     launch: this rank and the rendezvous address; by default read from the launcher's variables.
     stop: returns the name of a received stop signal; called while ranks are missing.
@@ -96,7 +96,7 @@ def nccl_options(parallel: ParallelConfig) -> dict[str, Any]:
 
 
 def wait_for_all_ranks() -> None:
-    """Return when every rank has called this function."""
+    """Wait until every rank has called this function."""
     dist.barrier()
 
 
@@ -108,14 +108,13 @@ def stop_distributed() -> None:
 
 
 STEP_STRIDE = 100_000_007
-"""Distance between the seeds of two iterations: a prime, larger than any rank's offset."""
+"""Distance between the seeds of two iterations: a prime, larger than the offset of any rank."""
 
 
 def seed_iteration(seed: int, iteration: int, groups: ParallelGroups) -> None:
     """Set every random state for one iteration, so that dropout after a resume equals that of an uninterrupted run.
 
-    Ranks of the same pipeline stage and data-parallel replica share a state; megatron-core adds the tensor-parallel rank
-    where states must differ.
+    Ranks that differ only in their tensor-parallel rank share a state; megatron-core adds that rank where states must differ.
     """
     base = (seed + iteration * STEP_STRIDE) % 2**31 + 100 * groups.pipeline.rank() + 7919 * groups.data_and_context.rank()
     torch.manual_seed(base)

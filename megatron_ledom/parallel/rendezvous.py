@@ -1,7 +1,7 @@
 """Rendezvous of the launched ranks. Signals are noticed while a rank waits, and messages name the missing ranks.
 
-torch's own rendezvous waits inside one C++ call, which no Python signal handler interrupts, for the timeout of a collective, and
-then reports only the number of ranks. Here each rank sets a key in the store and polls for the decision, which one rank makes for
+torch's own rendezvous waits inside one C++ call, which no Python signal handler interrupts. After the timeout of a collective it
+reports only the number of ranks. Here each rank sets a key in the store and polls for the decision, which one rank makes for
 all: start, stop because of a signal, or give up.
 """
 
@@ -26,8 +26,8 @@ CONNECT_SECONDS = 5.0
 REPORT_SECONDS = 30.0
 PATIENCE_SECONDS = {"SIGTERM": 2.0}
 OTHER_PATIENCE_SECONDS = 15.0
-"""Time that a rank still waits after a signal. SIGTERM ends a job; other signals warn of the end, and a job whose time limit is
-shorter than its warning must still make a step at each start."""
+"""Time that a rank still waits after a signal. SIGTERM ends a job soon; the other signals only warn of its end. A job whose time
+limit is shorter than its warning must still make a step at each start."""
 LEAVE_SECONDS = 3.0
 """Time that the rank with the store gives the others to read why nothing starts."""
 MOST_NAMED = 16
@@ -38,7 +38,7 @@ StopSignal = Callable[[], str | None]
 
 
 class Rendezvous:
-    """The wait of one rank for all others."""
+    """Makes one rank wait for all others."""
 
     def __init__(self, launch: Launch, timeout: timedelta, stop: StopSignal) -> None:
         self.launch, self.timeout, self.stop = launch, timeout, stop

@@ -1,1 +1,1 @@
-"""The machine of a run: CUDA or CPU, launchers and SLURM. Only this package patches megatron-core."""
+"""The machine of a run: CUDA or CPU, launchers and SLURM. Only `megatron_ledom/platform` patches megatron-core."""

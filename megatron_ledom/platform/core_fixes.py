@@ -1,4 +1,4 @@
-"""Corrections of megatron-core 0.16 for every machine. Each docstring describes the problem without the correction."""
+"""Corrections of megatron-core 0.16 for every machine. Each docstring states the correction, then the problem without it."""
 
 import functools
 import io
@@ -107,13 +107,13 @@ def _maker(function: Any) -> str:
 def norm_of_all(
     chunk_size: int, noop_flag: torch.Tensor, tensor_lists: list[list[torch.Tensor]], per_tensor: bool
 ) -> tuple[torch.Tensor, None]:
-    """Return the norm of all tensors [1], and None in place of the norm of each, as apex's multi_tensor_l2norm."""
+    """Return the norm of all tensors [1], and None in place of the norm of each, as apex's multi_tensor_l2norm does."""
     norms = torch._foreach_norm(tensor_lists[0])
     return torch.linalg.vector_norm(torch.stack(norms).float()).view(1), None
 
 
 def scale_all(chunk_size: int, noop_flag: torch.Tensor, tensor_lists: list[list[torch.Tensor]], scale: float) -> None:
-    """Set the second list to the first times `scale`, as apex's multi_tensor_scale."""
+    """Set the second list to the first times `scale`, as apex's multi_tensor_scale does."""
     sources, targets = tensor_lists
     if any(source is not target for source, target in zip(sources, targets, strict=True)):
         torch._foreach_copy_(targets, sources)

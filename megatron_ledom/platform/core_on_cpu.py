@@ -79,7 +79,7 @@ def _replace_cuda_calls() -> None:
 
 
 def _replace_cuda_devices() -> None:
-    """Patch tensor factories that get `device="cuda"`. A TorchFunctionMode is not active inside the backward pass."""
+    """Make tensor factories accept `device="cuda"`. They are patched, because a TorchFunctionMode is off in the backward pass."""
 
     def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         @functools.wraps(factory)
@@ -91,8 +91,8 @@ def _replace_cuda_devices() -> None:
 
         return _build
 
-    # torch stores, once, the factories that such a context redirects. These must be the originals; otherwise
-    # `with torch.device("meta")`, used by transformers to load a model, leaves garbage in buffers.
+    # The first device context stores the factories that all later ones redirect. It must store the originals; otherwise
+    # `with torch.device("meta")`, which transformers uses to load a model, leaves garbage in buffers.
     with torch.device(CPU):
         torch.empty(0)
     for name in FACTORIES:

@@ -5,8 +5,8 @@ loads only the classes of such a list.
 
 A parameter group contains settings (max_lr, min_lr, lr, betas, eps, weight_decay, ...) and the number of updates. megatron-core
 0.16 replaces the settings of the run with the stored ones, and its schedule then follows the stored max_lr and min_lr; 0.19
-identifies a group by max_lr and min_lr, and refuses a checkpoint with another learning rate. Both load the state after
-`use_settings_of`.
+identifies a group by max_lr and min_lr, and refuses a checkpoint with another learning rate. After
+`use_settings_of` both load the state and keep the settings of the run.
 """
 
 import os
@@ -35,7 +35,7 @@ NAMES = {
     ),
     "torch.distributed.checkpoint.planner": ("BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
 }
-"""Classes in a list of tensors, by module. Nothing else is unpickled, and no name with a dot, which could reach other modules."""
+"""Names allowed in a list of tensors, by module. None has a dot, because a dotted name could reach other modules."""
 
 
 class _Reader(pickle.Unpickler):
@@ -101,7 +101,7 @@ class SaveResults:
 
     It replaces the queue of megatron-core's writer, which runs in its own process. Batch systems send SIGTERM to all processes
     of a job; that ends the queue's process, and the next save hangs for ever. A pipe does not work either: a writer with a large
-    value would wait for the reader, which waits for the writer's end.
+    value would wait for the reader, while the reader waits for the writer to end.
     """
 
     def __init__(self) -> None:

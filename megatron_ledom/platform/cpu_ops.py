@@ -23,8 +23,8 @@ class CpuOps:
 def find_cpu_ops() -> CpuOps:
     """Load the operators and let them use torch's thread pool.
 
-    They are not used without AVX2, where they are no faster than torch's own, and with torch before 2.10, which does not share
-    its threads.
+    They are not used without AVX2, because they are then no faster than torch's own, nor with torch before 2.10, which does not
+    share its threads.
     """
     try:
         module = importlib.import_module("megatron_ledom._cpu_ops")

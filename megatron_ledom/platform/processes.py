@@ -1,7 +1,7 @@
-"""Worker processes: they end with their parent, leave the job's signals to it, and map a function over items.
+"""Worker processes that end with their parent, and the parallel map `ordered_map`.
 
 Workers of `ordered_map` are forked, so each inherits the function and its loaded data. Each has one socket pair to the parent, and
-they share no lock. If a worker dies, its end closes and the parent notices at once; if the parent dies, the workers end.
+they share no lock. If a worker dies, its end of the pair closes and the parent notices at once; if the parent dies, the workers end.
 """
 
 import ctypes
@@ -20,8 +20,8 @@ from megatron_ledom.errors import LedomError
 
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 SIGEV_THREAD = 2  # from bits/sigevent-consts.h
-# looked up at import: a forked child could wait for ever for the loader's lock, if another thread of its parent held the lock
-# during the fork
+# looked up at import: in a forked child the look-up could wait for ever for the loader's lock, if another thread of the parent
+# held that lock during the fork
 _prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 JOB_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 """Signals that a batch system or a terminal sends to all processes of a job."""
@@ -106,8 +106,8 @@ def ordered_map(
     """Yield `function` of each item, in the order of the items, computed by `num_workers` processes.
 
     A LedomError of `function` is raised unchanged; any other exception, and the death of a worker, becomes a LedomError that
-    names the item by `describe`. No worker outlives the iteration. `while_waiting` is called several times a second. A result
-    waits in memory for the results before it, so results should be small.
+    names the item by `describe`. No worker outlives the iteration. `while_waiting` is called several times a second. Results
+    should be small: each stays in memory until all results before it are yielded.
     """
     if not items:
         return

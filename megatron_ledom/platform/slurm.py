@@ -1,6 +1,6 @@
-"""Information of SLURM about this process and its job: all of its variables, and the output of its commands.
+"""Read SLURM's information about this process and its job, from SLURM's variables and commands.
 
-A variable that is empty or not a number, and variables that contradict each other, raise a UsageError with name, value and remedy.
+A variable that is empty or not a number, and variables that contradict each other, raise a UsageError with name, value and advice.
 """
 
 import os
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from megatron_ledom.errors import UsageError
 
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
-"""Step ids from this one on are not of srun: the batch script, the shell of salloc."""
+"""Step ids from this one on do not belong to srun but to the batch script or the shell of salloc."""
 ANSWER_SECONDS = 30
 Variables = Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlurmStep:
-    """A step of SLURM, the tasks that one srun has started, and the number of this process in it."""
+    """A step of SLURM (the tasks that one srun started), and the number of this process in it."""
 
     job: int
     step: int
@@ -34,7 +34,7 @@ class SlurmStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArrayTask:
-    """A job array of SLURM, and the number of this process in it."""
+    """The task of this process in a job array of SLURM, and the numbers of the whole array."""
 
     task_id: int
     first: int
@@ -108,7 +108,7 @@ def read_step(variables: Variables) -> SlurmStep | None:
 def tasks_of_job(variables: Variables) -> int:
     """Return the number of tasks of the job of a process that srun has not started; 1 outside SLURM.
 
-    SLURM sets SLURM_NTASKS only after --ntasks or a similar option, but always the tasks of nodes. Raises UsageError if one
+    SLURM always sets SLURM_TASKS_PER_NODE, but SLURM_NTASKS only with --ntasks or a similar option. Raises UsageError if one
     variable is 1 and another is larger: a job has at least one task on each of its nodes.
     """
     sizes = ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_JOB_NUM_NODES", "SLURM_NNODES")
@@ -134,7 +134,7 @@ def tasks_of_job(variables: Variables) -> int:
 def refuse_rank_without_step(variables: Variables) -> None:
     """Raise UsageError if the variables of a task describe one of several processes, but srun did not start this one.
 
-    In a batch script and in the shell of salloc these variables are 0 and the number of the step's tasks is 1, if set.
+    In a batch script and in the shell of salloc, these variables, if set, are 0 and the number of the step's tasks is 1.
     """
     highest = {"SLURM_PROCID": 0, "SLURM_LOCALID": 0, "SLURM_NODEID": 0, "SLURM_STEP_NUM_TASKS": 1}
     for name, allowed in highest.items():

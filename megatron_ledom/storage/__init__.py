@@ -1,1 +1,1 @@
-"""Safe outputs: whole files and folders after a kill or a full disk, locks against a second writer, JSON without NaN."""
+"""Outputs that survive a kill or a full disk: whole files and folders, locks against a second writer, JSON without NaN."""

@@ -1,6 +1,6 @@
-"""Whole files: written under another name, forced to disk, then renamed. JSON is written with NaN and Infinity refused.
+"""Files that appear whole or not at all: written under another name, forced to disk, then renamed. JSON has no NaN or Infinity.
 
-Only this package renames, forces to disk and locks. After a kill or a power failure a file is either old or new, never mixed:
+Only `megatron_ledom/storage` renames, forces to disk and locks. After a kill or a power failure a file is either old or new, never mixed:
 its content is on disk before it gets its name, and the name is on disk before the caller continues.
 """
 
@@ -22,8 +22,8 @@ PART_SUFFIX = ".part"
 def real_path(path: str | Path) -> str:
     """Return the target of `path` if it is a link, so that a rename replaces the target and not the link.
 
-    The target may be a new file. Raise UsageError for a link into a missing folder, for a circle of links, and for a path that
-    is neither file nor folder, such as /dev/null, which a rename would replace as well.
+    The target may be a new file. Raise UsageError for a link into a missing folder, a circle of links, and a path that is
+    neither file nor folder: the rename would replace even /dev/null.
     """
     real = os.path.realpath(path)
     is_link = os.path.islink(path)
@@ -75,7 +75,7 @@ def publish(source: str | Path, target: str | Path) -> None:
 
 
 def withdraw(path: str | Path) -> None:
-    """Remove a file if it exists, and force the removal to the disk. Afterwards the files that it describes may change."""
+    """Remove a file if it exists, and force the removal to the disk. Call it before you change the files that it describes."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     sync(os.path.dirname(os.path.abspath(path)))  # also if it was missing: a killed process may have removed it
@@ -86,7 +86,7 @@ def new_file(path: str | Path, *, is_shared: bool = False) -> Iterator[BinaryIO]
     """Yield an open file that becomes `path`, whole and on disk, after the context. An error leaves `path` unchanged.
 
     A link is followed. is_shared: other processes may write the same file at the same time, so each uses a temporary name of its
-    own; files that killed processes of this host left are removed. Raise OSError, and UsageError as `real_path`.
+    own, and temporary files of killed processes of this host are removed. Raise OSError, or UsageError as `real_path` does.
     """
     real = real_path(path)
     part = f"{real}{PART_SUFFIX}"

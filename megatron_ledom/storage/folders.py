@@ -23,8 +23,8 @@ def new_folder(
 ) -> Iterator[str]:
     """Yield an empty folder to write into, which becomes `path`, on disk, after the context. An error leaves nothing.
 
-    key: path in the folder of the file that every reader needs. Write it as `key` + PART_SUFFIX: it gets its name just before
-    the folder does, so `path`.part, which a killed process leaves, does not load. The next process removes `path`.part.
+    key: the file that every reader needs, as a path inside the folder. Write it as `key` + PART_SUFFIX: it gets its name just
+    before the folder does, so that the `path`.part of a killed process does not load. The next process removes `path`.part.
     may_replace: called if `path` exists already; it raises if `path` must not be replaced. Without it, an existing `path` is
     an error. option: the user's name for the path. A link is followed, and stays.
     Raises UsageError if the target cannot be used or another process is writing it, DataError if the disk is full.
@@ -102,7 +102,7 @@ def _check_name(path: str, option: str) -> None:
 def _restore_old(path: str) -> None:
     """Restore an old folder that a killed process had moved aside."""
     if os.path.exists(path + OLD) and not os.path.lexists(path):
-        log.warning("a process was killed while it replaced %s: the old folder is restored first", path)
+        log.warning("a process was killed while it replaced %s: the old folder is restored", path)
         publish(path + OLD, path)
 
 

@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 Thing = TypeVar("Thing")
 SMALL_BYTES = 1 << 20
-"""Fewer bytes are hashed in the calling thread: another one would cost more."""
+"""Fewer bytes are hashed in the calling thread, because passing them to another thread costs more."""
 MOST_AT_ONCE = 1 << 26
-"""The system takes at most 2 GiB in one call."""
+"""Most bytes in one write call; the system accepts at most 2 GiB."""
 SYNCED_BYTES = 1 << 28
-"""After this many bytes the file is synced. Linux by itself would collect gigabytes while the disk is idle."""
+"""The file is synced each time it has grown by this many bytes: Linux alone would collect gigabytes while the disk is idle."""
 
 
 class HashedFile:
@@ -52,7 +52,7 @@ class HashedFile:
             self._sending.append(self._threads.submit(os.fdatasync, self._file.fileno()))
 
     def tell(self) -> int:
-        """Bytes written so far."""
+        """Return the number of bytes written so far."""
         return self._size
 
     def flush(self) -> None:
@@ -77,7 +77,7 @@ class HashedFile:
 
 
 def read_ahead(things: Iterator[Thing], threads: ThreadPoolExecutor) -> Iterator[Thing]:
-    """Yield the same things; a thread computes the next one while the caller uses the current one."""
+    """Yield the items of an iterator; a thread computes the next one while the caller uses the current one."""
     end: Any = object()
     coming = threads.submit(next, things, end)
     while (thing := coming.result()) is not end:

@@ -1,4 +1,4 @@
-"""Hashes of files. A checkpoint's manifest contains size and SHA-256 of every file, which are checked before the content is used.
+"""Hashes of files. A manifest contains the size and SHA-256 of every file of a checkpoint; both are checked before a load.
 
 SHA-256 is in the standard library, shards use it, and processors have instructions for it. The writing process computes it while
 training continues; on loading, each rank checks a part of the files.

@@ -27,7 +27,7 @@ LONGEST = 60
 def differences(before: Request, now: Request, prefix: str = "") -> list[str]:
     """Return the differences between two requests, each as `section.key was A and is B`.
 
-    For the key `input`, a list of (path, size, version), the first file that differs is named.
+    For the key `input`, a list of (path, size, version), only the first file that differs is named.
     """
     found = []
     for name in [*now, *(name for name in before if name not in now)]:
@@ -46,7 +46,7 @@ def differences(before: Request, now: Request, prefix: str = "") -> list[str]:
 def check_same_request(
     what: object, before: Request, now: Request, advice: str, error: type[LedomError] = MismatchError
 ) -> None:
-    """Raise `error` if the request `before`, which made `what`, a result or unfinished work, differs from `now`."""
+    """Raise `error` if the request `before` differs from `now`. what: the result, or unfinished work, of `before`."""
     if changed := differences(before, now):
         raise error(f"{what} was made with different settings ({'; '.join(changed)}); {advice}")
 
@@ -74,8 +74,8 @@ class WorkFolder:
     """The folder OUTPUT.work with the finished units of a job, locked by one process.
 
     Use it as a context manager, and call `remove` when the job is done. A unit is finished when its record (.json) exists, which
-    `finish_unit` writes last; the job decides on the unit's other files. `plan.json` contains the request: the same request
-    always resumes; for another one the work is an error, or is removed with `start_over`.
+    `finish_unit` writes last; the job chooses the unit's other files. `plan.json` contains the request. The same request always
+    resumes; another one raises UsageError, or removes the work if `start_over` is set.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class WorkFolder:
         return sum(1 for path in self.folder.glob("*.json") if path.name != REQUEST_FILE)
 
     def remove(self) -> None:
-        """Remove the folder: the job is done, or no unit is."""
+        """Remove the folder, once the job is done or if no unit is finished."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> Self:
@@ -176,8 +176,8 @@ class WorkFolder:
 def finish_unit(path: str, record: Mapping[str, Any]) -> None:
     """Write the record of the unit whose files are at `path`; the unit is then finished. Raise OSError.
 
-    Neither the record nor the files are forced to the disk, because every result would be written twice. A job that must survive a
-    power failure stores the hashes of a unit's files in the record, and makes the unit again if a hash differs.
+    Neither the record nor the files are forced to the disk, because that would write every result to the disk twice. A job that
+    must survive a power failure stores the hashes of a unit's files in the record, and repeats the unit if a hash differs.
     """
     part = f"{path}.json{PART_SUFFIX}"
     Path(part).write_bytes(json.dumps(record).encode())

@@ -57,7 +57,7 @@ def append_lines(path: str | Path, lines: bytes) -> None:
 
 
 def whole_lines(path: str | Path) -> list[bytes]:
-    """Return the whole lines of a file, each with its line end; an empty list without a file."""
+    """Return the whole lines of a file, each with its line end; an empty list if there is no file."""
     if not os.path.isfile(path):
         return []
     return [line for line in Path(path).read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]

@@ -1,8 +1,8 @@
 """Locks of outputs: two processes never write the same one.
 
-A lock is a kernel lock on a small file next to an output file, or inside an output folder. It ends with its process, however that
-ends. The file names the process for others that wait or stop; a file that a killed process left locks nothing. On a file system
-without locks a warning is logged and the work continues.
+A lock is a kernel lock on a small file next to an output file, or inside an output folder. It ends when its process ends, also by
+a kill. The file names the process, for the messages of other processes; a file left by a killed process locks nothing. On a file
+system without locks a warning is logged and the work continues.
 
 Libraries do less: filelock 4 closes the lock in forked workers, which may outlive their parent; it has no shared locks and leaves
 its files; on a file system without locks it uses files that stay for ever after a kill.
@@ -44,8 +44,9 @@ class Lock:
         self._file: BinaryIO
 
     def take(self, *, is_shared: bool = False) -> bool:
-        """Return True if this process has the lock, or the file system has no locks. Raise OSError if its file cannot be made.
+        """Take the lock. Return False if another process has it, True otherwise, also on a file system without locks.
 
+        Raise OSError if the file of the lock cannot be made.
         is_shared: take a shared lock, which several processes can hold at once.
         """
         while True:
@@ -62,7 +63,7 @@ class Lock:
             self._file = file
             if self._is_current():
                 return True
-            file.close()  # its holder removed it before we locked it; try the new file
+            file.close()  # the previous holder removed it before we locked it; try the new file
 
     def note(self, text: str) -> None:
         """Write the holder of the lock, or its progress, into the file. Call while holding the lock. Raise OSError."""

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def read_records(path: str, convert: Callable[[Record], Result] | None = None) -> list[Any]:
-    """Return the records of a file, oldest first, each converted by `convert`; an empty list without a file.
+    """Return the records of a file, oldest first, each converted by `convert`; an empty list if there is no file.
 
     An incomplete last line, left by a kill, is skipped. Raises DataError with file and line for any other damage, and DataError if
     the path is a folder.
@@ -50,8 +50,8 @@ def has_iteration(record: Record) -> Record:
 def drop_after(path: str, iteration: int) -> None:
     """Remove the lines after `iteration` and an incomplete last line, so that no iteration appears twice after a resume.
 
-    For iteration 0 the records of an earlier start are kept under another name instead. Raises OSError, and leaves the file
-    unchanged, if the remaining lines cannot be written.
+    If `iteration` is 0, rename the file instead, so that the records of an earlier start are kept. Raises OSError and leaves the
+    file unchanged if the remaining lines cannot be written.
     """
     lines = [(_parsed(path, number, record, iteration_of), line) for number, record, line in _lines(path)]
     if lines and iteration == 0:

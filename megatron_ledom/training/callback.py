@@ -2,9 +2,9 @@
 
 The moments of one iteration, in order: `on_step_start`; the step, with `on_batch_wait` and `on_batch` for each micro-batch;
 `on_step_end`; the save if one is due; then, if any callback wants a record of the iteration, `on_measure` of all callbacks and
-`on_record` of all callbacks. After a step that returns the run to a checkpoint there is `on_rollback` instead of `on_step_end`
-and the record. docs/reference/python_api.md describes how to add a callback; `megatron_ledom/callbacks` has those of this
-project.
+`on_record` of all callbacks. After a step that makes the run return to a checkpoint, `on_rollback` is called instead of
+`on_step_end`, and there is no record. docs/reference/python_api.md describes how to add a callback; `megatron_ledom/callbacks`
+has those of this project.
 """
 
 import math
@@ -54,7 +54,7 @@ class Callback:
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Refuse a method with a name like a moment's that is not one, or with other arguments: it would never be called."""
+        """Raise TypeError for a method named `on_...` or `want...` that is not a moment, or that has other arguments."""
         super().__init_subclass__(**options)
         moments = [name for name in vars(Callback) if not name.startswith("_")]
         for name in vars(cls):
@@ -83,7 +83,7 @@ class Callback:
         """Iteration `run.state.iteration` is done; `result` is None if it was skipped without being computed."""
 
     def on_pause_start(self, run: TrainingRun, activity: str) -> None:
-        """Work other than a step begins that may take long, such as a save."""
+        """Work other than a step begins, such as a save; it may take a long time."""
 
     def on_pause_end(self, run: TrainingRun, seconds: float) -> None:
         """Training continues after `seconds` of other work."""
@@ -146,7 +146,7 @@ class CallbackList:
         self.call(Callback.on_pause_end, time.perf_counter() - start)
 
     def observe(self, batches: "list[Iterator[Batch]]") -> "list[Iterator[Batch]]":
-        """Return the same micro-batches, one iterator per model chunk, with the moments before and after each wait."""
+        """Return the same micro-batches, one iterator per model chunk; call the moments before and after each wait."""
         return [self._observed(iterator) for iterator in batches]
 
     def _observed(self, batches: "Iterator[Batch]") -> "Iterator[Batch]":

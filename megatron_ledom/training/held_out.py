@@ -1,4 +1,4 @@
-"""Record the content of held-out sets and tasks in the run folder, so that a curve over restarts is over the same data."""
+"""Record the content of held-out sets and tasks in the run folder, so that metrics before and after a restart are of the same data."""
 
 import json
 import logging

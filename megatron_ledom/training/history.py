@@ -1,9 +1,9 @@
 """The history of a run in its folder, written by rank 0: its launches, its steps, and the iterations to skip.
 
-`launches.jsonl` has one line per launch: command, versions and config. `steps.jsonl` has one line per iteration. From it a
-resumed run scores its steps against the same window as an uninterrupted one, and a replay compares loss and gradient norm. A
-resume drops the lines after the checkpoint. `bad_steps.jsonl` is never shortened. `skip_iterations.json` lists the iterations
-that the run skips after returns to a checkpoint.
+`launches.jsonl` has one line per launch: command, versions and config. `steps.jsonl` has one line per iteration. A resumed
+run reads it to score its steps against the same window as an uninterrupted run, and a replay compares its loss and gradient norm
+with it. A resume drops the lines after the checkpoint. `bad_steps.jsonl` is never shortened. `skip_iterations.json` lists the
+iterations that the run skips after returns to a checkpoint.
 """
 
 import json
@@ -72,7 +72,7 @@ def read_launches(run_dir: str) -> list[Record]:
 
 
 def _as_launch(record: Record) -> Record:
-    """Return the record. Raises TypeError if a value that is read from it has the wrong type."""
+    """Return the record. Raises TypeError if a value that this package uses has the wrong type."""
     settings = record.get("config", {})
     checkpoint = settings.get("checkpoint", {}) if isinstance(settings, dict) else None
     if not isinstance(checkpoint, dict):

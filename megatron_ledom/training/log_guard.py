@@ -1,4 +1,4 @@
-"""Logs of a run whose failure, as on a full disk, does not end the training: lost records are counted and reported."""
+"""Logs whose failure, such as a full disk, does not end the training: lost records are counted and reported."""
 
 import atexit
 import logging
@@ -21,7 +21,7 @@ class GuardedLog:
         self._has_reported, self._num_reported = False, 0
 
     def attempt(self, work: Callable[[], object], num_records: int = 1) -> bool:
-        """Call `work`, which writes `num_records`. Returns False if it failed; the first failure is logged."""
+        """Call `work`, which writes `num_records`. Returns False if it failed and logs the first failure; a LedomError is raised."""
         try:
             work()
         except LedomError:
@@ -30,7 +30,7 @@ class GuardedLog:
             self.lost += num_records
             if not self._has_reported:
                 self._has_reported = True
-                atexit.register(self.report_lost)  # also where an error ends the run
+                atexit.register(self.report_lost)  # also reports if an error ends the run
                 log.error(
                     "%s cannot be written (%s): training continues and counts the lost records; free some space, or check the"
                     " disk",
@@ -48,7 +48,7 @@ class GuardedLog:
 
 
 class RecordLog(GuardedLog):
-    """A file of records that begins after a given iteration. If it cannot be opened, each record tries again."""
+    """A file of records, from which those after a given iteration are dropped. If it cannot be opened, each record tries again."""
 
     def __init__(self, path: str, iteration: int, lost: int = 0) -> None:
         super().__init__(path, lost)

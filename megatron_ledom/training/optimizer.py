@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def build_optimizer(config: RunConfig, model: list[Any], groups: ParallelGroups) -> Any:
-    """Build AdamW over fp32 main weights, without weight decay of vectors (norms), and connect the model's gradient reduction."""
+    """Build AdamW over fp32 main weights, without weight decay of norms and biases, and connect the model's gradient reduction."""
     settings = config.optimizer
     log.info("optimizer: %s", use_fused_adam(next(model[0].parameters()).device.type))
     optimizer_config = OptimizerConfig(

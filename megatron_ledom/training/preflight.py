@@ -11,7 +11,7 @@ from megatron_ledom.training.run_folder import check_writable
 
 
 def check_environment(config: RunConfig) -> None:
-    """Refuse a run that cannot write its folder, or that lacks a package the config needs. Makes nothing."""
+    """Refuse a run that cannot write its folder, or that lacks a package that the config needs. Creates no files."""
     check_writable(config.run_dir)
     if config.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         raise UsageError("logging.wandb_project is set but wandb is not installed: pip install 'megatron-ledom[wandb]'")

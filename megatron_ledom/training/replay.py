@@ -125,7 +125,7 @@ def replay_step(run_dir: str, iteration: int, show: int, *, allow_long: bool) ->
     if recorded.world_size not in (None, launch.world_size):
         raise UsageError(
             f"iteration {iteration} was done on {recorded.world_size} ranks, but {launch.world_size} are launched. Other layouts"
-            f" add in another order: start the replay with torchrun --nproc-per-node {recorded.world_size}"
+            f" round differently: start the replay with torchrun --nproc-per-node {recorded.world_size}"
         )
     check_config(config, launch.world_size)
     checkpoint = last_checkpoint_before(config, iteration)
@@ -181,14 +181,14 @@ def _check_length(config: RunConfig, checkpoint: str | None, iteration: int, all
     if steps > usual and not allow_long:
         raise UsageError(
             f"the replay of iteration {iteration} would begin {begins}, and repeat {steps} steps, more than"
-            f" checkpoint.save_interval={usual}: the checkpoints in between are gone. Add --allow-long to replay it all the same"
+            f" checkpoint.save_interval={usual}: the checkpoints in between are gone. Add --allow-long to replay it anyway"
         )
     return f"iteration {iteration} is replayed {begins}: {steps} steps"
 
 
 @contextmanager
 def _sample_index(config: RunConfig, sources: Sources, launch: Launch) -> Iterator[None]:
-    """Let `config` name a folder with a complete sample index: the run's, or a temporary one on each node."""
+    """Set `config.data.path_to_cache` to a folder with a complete sample index: the run's, or a temporary one on each node."""
     node, cache = socket.gethostname(), index_cache(config)
     with ExitStack() as stack:
         folder = None

@@ -24,8 +24,8 @@ LONGEST_DEFAULT_MARGIN_SECONDS = 600.0
 class StopRequest:
     """A request to stop, by SIGTERM, SIGUSR1 or SIGUSR2 to any rank, or by a deadline; the ranks agree on it after each step.
 
-    Make it first of all, before torch is imported: a signal that comes while the run is being built then ends the run after
-    its first step instead of killing it.
+    Make it before anything else, also before torch is imported: a signal that comes while the run is being built then ends the
+    run after its first step instead of killing it.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,7 @@
-"""The folder of a run: its lock for one launch at a time, and the files of a start. Only rank 0 calls all but the check."""
+"""The folder of a run: its lock for one launch at a time, and the files of a start.
+
+Only rank 0 calls these functions, except `check_writable`.
+"""
 
 import logging
 import os
@@ -20,12 +23,12 @@ log = logging.getLogger(__name__)
 
 LOCK = "lock"
 PATIENCE_SECONDS = 120.0
-"""Seconds that a launch waits for the previous one, which may still be saving; or its node has died and the file server has not
-noticed yet."""
+"""Seconds that a launch waits for the previous one, which may still be saving, or whose node has died unnoticed by the file
+server."""
 
 
 def check_writable(run_dir: str) -> None:
-    """Raise ConfigError if the run folder cannot be made or written to. Makes nothing."""
+    """Raise ConfigError if the run folder cannot be made or written to. Creates no files."""
     nearest = os.path.abspath(run_dir)
     while not os.path.exists(nearest) and nearest != os.path.dirname(nearest):
         nearest = os.path.dirname(nearest)
@@ -73,7 +76,7 @@ def check_still_latest(config: RunConfig, checkpoint: str | None) -> None:
 
 
 def warn_of_later_checkpoints(config: RunConfig, checkpoint: str | None) -> None:
-    """Log the checkpoints after the one that the run resumes from, if any: the run will replace them."""
+    """Log a warning about checkpoints after the one from which the run resumes, because the run will replace them."""
     if checkpoint is None:
         return
     done = int(os.path.basename(checkpoint).removeprefix("iter_"))

@@ -1,7 +1,7 @@
 """Judge each step before its update, and choose the action for a loss or gradient norm that is not finite or is a spike.
 
-The score of a value is its distance from the median of the last iterations, in standard deviations. These are estimated from
-the median deviation, so an earlier spike in the window does not hide a later one. The gradient norm is scored by its logarithm.
+The score of a value is its distance above the median of the last iterations, in standard deviations. The standard deviation is
+estimated from the median deviation, so an earlier spike does not hide a later one. For the gradient norm, the logarithm is scored.
 """
 
 import math
@@ -66,7 +66,7 @@ class StepResult:
     grad_norm: float
     """Global gradient norm before clipping."""
     verdict: Verdict
-    """The decision on the update, with its reason."""
+    """The decision on the step, with its reason."""
 
 
 @dataclass(frozen=True, slots=True)

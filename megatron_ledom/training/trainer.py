@@ -22,7 +22,7 @@ from megatron_ledom.training.step_policy import StepPolicy, StepResult, Verdict
 Batches = list[Iterator[Batch]]
 """Micro-batches: one iterator for each model chunk of this rank."""
 Judge = Callable[[float, float], Verdict]
-"""Function of the loss and gradient norm of a step that decides about its update."""
+"""Function that decides on a step, given its loss and gradient norm."""
 LossTerms = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
 
@@ -48,7 +48,7 @@ def train(state: TrainState, stop: StopRequest, chosen_callbacks: Sequence[Callb
             with callbacks.pause("saving"):
                 history.sync()
                 save_checkpoint(state)
-        callbacks.record(result)  # after the save: an asynchronous one is written while validation runs
+        callbacks.record(result)  # after the save, so that validation runs while the checkpoint is written
         with callbacks.pause("checking the pending checkpoint"):  # rank 0 may have to complete it
             state.store.poll()
         if is_stopping:
@@ -168,7 +168,7 @@ def measure_gradient(optimizer: Any) -> float:
     """Copy the reduced gradients to the main weights and return their global norm. Call on every rank.
 
     megatron-core's `optimizer.step()` measures and updates in one call: without loss scaling (fp32, bf16), a gradient that is
-    not finite would reach every weight before it can be judged. `measure_gradient` and `apply_gradient` together do the same.
+    not finite would reach every weight before it can be judged. `measure_gradient` and `apply_gradient` split it in two.
     """
     optimizer.prepare_grads()
     return float(optimizer.get_grad_norm())

@@ -2,7 +2,7 @@
 
 A thread of each rank checks the heartbeat of its main thread. If the heartbeat of any rank is too old, all ranks exchange
 reports with activity and stack through a store of torch.distributed. A rank that waits in a collective is not the one that
-hangs. A rank whose threads do not run either (a stopped process, a lost machine) sends no report; that identifies it. If the
+hangs. A rank whose threads do not run at all (a stopped process, a lost machine) sends no report, which identifies it. If the
 Python interpreter itself is blocked, faulthandler's thread, which does not need it, writes the stacks, and a system timer ends
 the process.
 """
@@ -139,7 +139,7 @@ def _numbers(ranks: list[int]) -> str:
 
 
 class Watchdog:
-    """Context that watches the main thread of this rank; entered after the process group is made, exited at the end."""
+    """Context that watches the main thread of this rank. Enter it when the process group exists, and leave it at the end."""
 
     def __init__(self, config: RunConfig, launch: Launch) -> None:
         self.seconds = config.train.watchdog_seconds
