@@ -228,10 +228,25 @@ def test_every_command_is_run_by_the_quickstart_or_a_test() -> None:
 
 
 def minute_commands() -> list[str]:
+<<<<<<< HEAD
     """Return the commands of the one-minute example on both of its pages; tests/quickstart runs those of each page."""
+=======
+    """Return the commands of the example of a minute, on both of its pages."""
+>>>>>>> x3
     return [
         command for page in ("README.md", "docs/get_started.md") for command in commands_of(page) if is_of_a_minute(command)
     ]
+
+
+def test_the_readmes_example_of_a_minute_is_that_of_get_started() -> None:
+    """tests/quickstart runs the commands and the Python of get_started.md."""
+    readme, whole = (
+        [line for line in commands_of(page) if is_of_a_minute(line)] for page in ("README.md", "docs/get_started.md")
+    )
+    assert readme
+    assert readme == whole[: len(readme)]
+    codes = [re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL) for page in ("README.md", "docs/get_started.md")]
+    assert codes[0] == codes[1]
 
 
 def is_of_a_minute(command: str) -> bool:

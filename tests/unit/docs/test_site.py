@@ -56,6 +56,12 @@ def test_the_site_builds_and_no_page_fetches_from_another_host(site: Path) -> No
     assert not found, "\n".join(found)
 
 
+def test_make_docs_builds_strictly() -> None:
+    """With --quiet, mkdocs counts no warnings, so a broken link would pass."""
+    [options] = re.findall(r"/mkdocs (build.*)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert options.split() == ["build", "--strict"]
+
+
 def test_the_site_shows_what_the_package_exports(site: Path) -> None:
     page = (site / "reference/python_api.html").read_text(encoding="utf-8")
     for name in (
