@@ -228,11 +228,7 @@ def test_every_command_is_run_by_the_quickstart_or_a_test() -> None:
 
 
 def minute_commands() -> list[str]:
-<<<<<<< HEAD
     """Return the commands of the one-minute example on both of its pages; tests/quickstart runs those of each page."""
-=======
-    """Return the commands of the example of a minute, on both of its pages."""
->>>>>>> x3
     return [
         command for page in ("README.md", "docs/get_started.md") for command in commands_of(page) if is_of_a_minute(command)
     ]
