@@ -237,4 +237,4 @@ def concatenate_documents(
 
 
 pack_documents = concatenate_documents
-"""The earlier name, kept for callers from outside."""
+"""The former name, kept for callers outside the package."""

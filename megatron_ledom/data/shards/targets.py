@@ -29,7 +29,7 @@ class TargetMasks:
 
     def loss_mask(self, pack: int) -> "torch.Tensor":
         """Return the mask [seq_length]: 1 for labels that count. The last label belongs to another pack and never counts."""
-        import torch  # late: it takes seconds, and a dry run reads only manifests
+        import torch  # not at the top: it takes seconds, and a dry run reads only manifests
 
         counts = np.isin(self._targets[pack], self._counted)
         mask = torch.zeros(len(counts))
