@@ -296,7 +296,7 @@ def _or_worst(value: float | None) -> float:
 
 
 def _best_of(right: Values) -> int:
-    """Return the column of [questions, lambdas] with the highest accuracy; of equal ones the middle."""
+    """Return the column of [questions, lambdas] with the highest accuracy; the middle one of several."""
     accuracy = right.mean(axis=0)
     best = np.flatnonzero(accuracy >= accuracy.max() - 1e-12)
     return int(best[len(best) // 2])
