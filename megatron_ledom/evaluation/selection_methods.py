@@ -149,7 +149,7 @@ def load_seeds(
 def chosen_weights(questions: Sequence[Question], num: int, num_folds: int, seed: int) -> npt.NDArray[np.int64]:
     """Return for each question the lambda (index of GRID) with the highest accuracy on the *other* folds.
 
-    If several are equally good, it is the middle one. No lambda is chosen on the questions that it is evaluated on.
+    Of several equally good ones, it is the middle one. No lambda is chosen on the questions that it is evaluated on.
     """
     if not 2 <= num_folds <= len(questions):
         raise UsageError(f"--folds {num_folds} must be 2 to {len(questions)}, the number of questions")

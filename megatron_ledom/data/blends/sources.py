@@ -61,7 +61,7 @@ class Source:
         return samples_available(self.documents.num_tokens, seq_length)
 
     def bytes_per_token(self, loss_tokens: str) -> float:
-        """Return the UTF-8 bytes of text per id that the loss counts, eods included: the mean over the whole shard."""
+        """Return the UTF-8 bytes of text per id that the loss counts: the mean over the whole shard."""
         return counted_bytes_per_token(self.manifest, loss_tokens)
 
 

@@ -38,7 +38,7 @@ class TargetMasks:
 
 
 def counted_bytes_per_token(manifest: ShardManifest, loss_tokens: str) -> float:
-    """Return the UTF-8 bytes of text per id that the loss counts. In an ordinary shard every id counts."""
+    """Return the UTF-8 bytes of text per id that the loss counts. In a shard of text these are all ids, even with eod_mask_loss."""
     pairs = manifest.pairs
     if not pairs:
         return manifest.text_bytes / manifest.num_tokens

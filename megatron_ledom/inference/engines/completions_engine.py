@@ -5,8 +5,8 @@ model. The server must accept prompts as lists of ids and `seed`, and for scores
 
 A response that does not belong exactly to the prompt is refused. A server that adds a BOS, cuts the prompt, tokenizes it again,
 ignores `echo` or serves another model returns log-probabilities that look right. The counts, the first value and the names of
-the tokens reveal this. Only the names reveal a BOS added while the end is cut; a server that names no tokens is refused
-unless the user trusts its counts.
+the tokens reveal this. If a server adds a BOS and cuts the end, only the names reveal it; a server that names no tokens is
+refused unless the user trusts its counts.
 """
 
 import math
