@@ -45,7 +45,7 @@ DRAWN = ("in_text_order", "against_text_order", "both_orders", "unseen", "known_
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """An expected direction of an effect.
+    """An expected effect: a difference that should be above 0.
 
     by_seed: the difference in each seed; reason: the likely reason if it is not found. is_strict: the difference must
     be significantly above 0; otherwise it must not be below 0.
@@ -79,7 +79,7 @@ def abilities_section(results: Results) -> Section:
 
 
 def abilities_claims(results: Results) -> Rows:
-    """Return a row of the table of claims for each expected direction of an effect.
+    """Return a row of the table of claims for each expected effect.
 
     The paper gives examples only, no numbers.
     """

@@ -39,7 +39,7 @@ def mistakes(rewards: Rewards, weights: list[float]) -> dict[str, dict[str, list
 
 
 def kind_of(text: str, record: Record) -> str:
-    """Return the kind (of KINDS) of an answer to a question. A text that is not a chain counts as FALSE."""
+    """Return the kind (of KINDS) of an answer to a question. A wrong text that is not a chain counts as FALSE."""
     if is_right(answers_by("number"), str(record[GOLD]), text):
         return RIGHT
     return UNFIT if check_chain(text) else FALSE

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Train matched forward and reverse models, and test the paper's claims in miniature.
 
-Report claims that do not reproduce. A stopped study resumes where it ended. A step runs again only if its settings,
-inputs or code have changed.
+The report names the claims that do not reproduce. A stopped study resumes where it ended. A step runs again only if its
+settings, inputs or code have changed.
 """
 
 import argparse

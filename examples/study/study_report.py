@@ -44,7 +44,7 @@ def write_study(folder: Path, size: str, settings: Settings, notes: dict[str, di
     results |= {"ablations": ablations.results(), "wrong": ablations.wrong_direction()}
     write_file(folder / "results.json", json.dumps(results, indent=1))
     failed = [*not_reproduced(results), *abilities_not_reproduced(results["abilities"])]
-    failed = failed or ["The direction of every tested effect is as published."]
+    failed = failed or ["Every tested effect has the published sign."]
     sections = [
         claims(results, abilities_claims(results["abilities"])),
         Section(title="Not reproduced", paragraphs=failed),

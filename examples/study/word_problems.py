@@ -55,7 +55,7 @@ def gsm8k(path: Path) -> Source:
 
 
 def gsm_symbolic(num: int, seed: int) -> Source:
-    """Return `num` random problems of reasoning-gym, without duplicates and rejected ones."""
+    """Draw `num` random problems of reasoning-gym, and return those that are neither duplicates nor rejected."""
     generator_version()
     from reasoning_gym import create_dataset
 

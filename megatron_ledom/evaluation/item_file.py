@@ -43,7 +43,8 @@ class ItemFile:
 
         The first `append` cuts off the rest. Raises MismatchError if the file has a whole line and other settings, and
         DataError, with file and line, for a line that is damaged, out of order or refused by `check`. Lines beyond
-        `num_items`, of a larger limit, stay: only their numbers are checked. A file without a whole line is ignored.
+        `num_items`, from a run with a larger limit, stay: only their numbers are checked. A file without a whole line is
+        ignored.
         """
         lines = whole_lines(self.path)
         if lines:

@@ -33,7 +33,7 @@ Options = Mapping[str, Any]
 
 
 def read_documents(options: Options) -> list[Document]:
-    """Return the first `limit` documents of a file. Raises DataError, with the line, for a missing key."""
+    """Return the first `limit` documents of a file. Raises DataError, with the line, for a missing key, UsageError for a wrong file or limit."""
     path = Path(options["data"])
     if not path.is_file() or not path.name.endswith(ENDINGS):
         raise UsageError(f"{path} is not a file with one of the endings {' '.join(ENDINGS)}; give documents as JSON lines")

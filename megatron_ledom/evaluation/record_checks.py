@@ -1,4 +1,4 @@
-"""Checks of the records of a killed run before it resumes: this command must be able to write each record for its item.
+"""Checks of the records of a killed run before it resumes: each must be one that this command can write for its item.
 
 Otherwise a line that was edited, damaged or written by two processes would count as a result. Each check raises
 DataError for the first wrong field; `ItemFile` adds the file and the line.

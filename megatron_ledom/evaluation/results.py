@@ -113,8 +113,8 @@ def _clusters(records: Sequence[Record]) -> list[str] | None:
 def _written_metrics(records: Sequence[Record]) -> dict[str, Metric]:
     """Return the fractions of right answers and of items with an answer.
 
-    For written questions also: solvable; with the given answer, by any steps; and copies of a trained question, which
-    are never right.
+    For written questions, also the fractions that can be solved, that have the given answer by any steps, and that copy
+    a trained question; such a copy is never right.
     """
     clusters = _clusters(records)
     found = {

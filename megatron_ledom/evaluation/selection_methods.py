@@ -53,7 +53,7 @@ WITH_REVERSE = ("reverse-weighted majority", "reverse only", "Reverse Reward")
 class Question:
     """The candidates of one question, in any order.
 
-    is_right [C]; classes [C]: equal numbers are equal answers, -1 is no answer. forward, forward_mean, reverse [C]:
+    is_right [C]; classes [C]: equal numbers are equal answers, -1 means no answer. forward, forward_mean, reverse [C]:
     log-likelihoods (the mean is per token); rewards [lambdas of GRID, C]; all -inf if a candidate cannot be scored.
     is_skipped [C]: not scored, so never chosen by a score. greedy, beam: True if that answer is right, None without
     one. sample_tokens, reverse_tokens: mean tokens to write and to judge a candidate. num_by_words: candidates without
@@ -149,7 +149,7 @@ def load_seeds(
 def chosen_weights(questions: Sequence[Question], num: int, num_folds: int, seed: int) -> npt.NDArray[np.int64]:
     """Return for each question the lambda (index of GRID) with the highest accuracy on the *other* folds.
 
-    Of equally good ones the middle is taken. No lambda is chosen on the questions that it is evaluated on.
+    Of several equally good ones, it is the middle one. No lambda is chosen on the questions that it is evaluated on.
     """
     if not 2 <= num_folds <= len(questions):
         raise UsageError(f"--folds {num_folds} must be 2 to {len(questions)}, the number of questions")
@@ -189,7 +189,7 @@ def share_by_score(scores: Values, is_right: Marks, num: int) -> float:
 def share_by_vote(log_weights: Values, classes: npt.NDArray[np.int64], is_right: Marks, num: int) -> float:
     """Return the fraction of subsets of `num` whose class with the most weight is right.
 
-    Equal classes share; class -1 has no vote.
+    Tied classes share the credit; class -1 has no vote.
     """
     members = classes[:, None] == np.unique(classes[classes >= 0])[None, :]
     if members.shape[1] == 0:
@@ -206,7 +206,7 @@ def share_by_vote(log_weights: Values, classes: npt.NDArray[np.int64], is_right:
 
 @lru_cache(maxsize=256)
 def _shares_within(total: int, num: int) -> Values:
-    """Return, for n from 0 to `total`, the fraction of subsets of `num` that lie in n given candidates of `total`."""
+    """Return, for n from 0 to `total`, the fraction of subsets of `num` within n given candidates of `total`."""
     every = math.comb(total, num)
     return np.array([math.comb(n, num) / every for n in range(total + 1)])
 
@@ -296,7 +296,7 @@ def _or_worst(value: float | None) -> float:
 
 
 def _best_of(right: Values) -> int:
-    """Return the column of [questions, lambdas] with the highest accuracy; of equal ones the middle."""
+    """Return the column of [questions, lambdas] with the highest accuracy; the middle one of several."""
     accuracy = right.mean(axis=0)
     best = np.flatnonzero(accuracy >= accuracy.max() - 1e-12)
     return int(best[len(best) // 2])

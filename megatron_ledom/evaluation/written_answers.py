@@ -1,7 +1,7 @@
 """Tasks for which a model writes text: an answer that is compared, a program that is run, or a question that is solved.
 
-The prompt is the task's template for the direction. A forward model's answer is read from the end of what it writes, a
-reverse model's from the front (`Template.read`).
+The task's template for the direction renders the prompt. In text order the answer is last in a forward model's text and first in
+a reverse model's (`Template.read`).
 """
 
 from collections.abc import Callable, Sequence

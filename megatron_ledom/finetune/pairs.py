@@ -57,11 +57,11 @@ class PairSettings:
     seq_length: int
     """data.seq_length of the run, in tokens."""
     prompt_template: str = "{question}\n"
-    """Renders the prompt; its end is the separator to the answer."""
+    """Template of the prompt. Its end separates the prompt from the answer."""
     answer_template: str = "{answer}"
     direction: Direction = Direction.REVERSE
     too_long: Literal["refuse", "skip", "cut"] = "refuse"
-    """A pair that is longer than a pack raises an error, is skipped, or loses the beginning of its given part in model order."""
+    """A pair longer than a pack raises an error, is skipped, or loses the first tokens of its given part, in model order."""
     eod_token: str | None = None
     overwrite: bool = False
 
@@ -73,7 +73,7 @@ def prepare_pairs(settings: PairSettings) -> ShardManifest:
         raise UsageError(f"--seq-length {settings.seq_length} is too short for a pair; it must be at least {SHORTEST}")
     missing = [path for path in settings.input if not os.path.isfile(path)]
     if missing:
-        raise UsageError(f"--input {missing[0]} is no file; give JSON lines")
+        raise UsageError(f"--input {missing[0]} is not a file; give JSON lines")
     paths = {os.path.realpath(path): path for path in settings.input}
     if len(paths) < len(settings.input):
         twice = next(path for path in settings.input if paths[os.path.realpath(path)] != path or settings.input.count(path) > 1)
@@ -141,7 +141,7 @@ class PairReader:
             except ValueError as error:
                 raise DataError(f"{where}:{line} is not JSON ({error}); repair it") from error
             if not isinstance(record, dict):
-                raise DataError(f'{where}:{line} is no object, expected one such as {{"question": ..., "answer": ...}}')
+                raise DataError(f'{where}:{line} is not an object, expected one such as {{"question": ..., "answer": ...}}')
             texts = {name: self._render(template, record, f"{where}:{line}") for name, template in self.templates.items()}
             yield Pair(**texts, line=line)
 
@@ -178,7 +178,7 @@ class EncodedPair:
     num_given: int
 
     def cut_to(self, length: int) -> "EncodedPair | None":
-        """Return the pair without the first tokens of its given part, farthest from the scored part; None if that is not enough."""
+        """Return the pair without the first tokens of its given part, cut to `length`; None if none of the given part would stay."""
         surplus = max(0, len(self.tokens) - length)
         return EncodedPair(self.tokens[surplus:], self.num_given - surplus) if surplus < self.num_given else None
 

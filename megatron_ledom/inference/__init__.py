@@ -1,4 +1,4 @@
-"""Use of a trained model: write the text before a given text, score parts of a text, rank answers. Needs torch and transformers only."""
+"""Use a trained model: write the text before a given text, score parts of a text, rank answers. Needs torch and transformers only."""
 
 from typing import TYPE_CHECKING
 

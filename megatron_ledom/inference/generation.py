@@ -1,4 +1,4 @@
-"""Continuing a text with the stock `generate` of transformers and token healing, and joining the result to the text.
+"""Continue a text with the stock `generate` of transformers and token healing, and join the result to the text.
 
 Shapes: B rows, S positions, V ids of the logits.
 """

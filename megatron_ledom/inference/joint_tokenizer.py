@@ -167,7 +167,7 @@ class TokenHealer:
         return trimmed[: max(0, len(trimmed) - length)] if self._reverse else trimmed[length:]
 
     def count_healing(self, tokens: list[int], trimmed: bytes) -> int:
-        """Return the number of first `tokens` (model order) that only spell `trimmed`."""
+        """Return the number of `tokens` (model order), from the first on, that only spell `trimmed`."""
         count = 0
         while trimmed and count < len(tokens) and len(self._surfaces[tokens[count]]) <= len(trimmed):
             trimmed = self.rest(trimmed, tokens[count])
@@ -185,7 +185,7 @@ def _check_text(text: str) -> None:
 
 
 def _common_length(readings: list[list[int]]) -> int:
-    """Return the number of first ids that all lists share."""
+    """Return the number of ids, from the first on, in which all lists agree."""
     columns = enumerate(zip(*readings, strict=False))
     return next((index for index, column in columns if len(set(column)) > 1), min(map(len, readings)))
 

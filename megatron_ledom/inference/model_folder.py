@@ -67,7 +67,9 @@ HARNESS_OPTIONS = OptionNames("eod_id=ID in --model_args", "direction=reverse in
 def read_model_config(folder: Path) -> dict[str, Any]:
     """Return the config.json of a model folder."""
     if not (folder / "config.json").is_file():
-        raise UsageError(f"{folder} is no model folder (it has no config.json); pass one that ledom convert-checkpoint wrote")
+        raise UsageError(
+            f"{folder} is not a model folder (it has no config.json); pass one that ledom convert-checkpoint wrote"
+        )
     return _read_json(folder / "config.json")
 
 
@@ -128,7 +130,7 @@ def load_stock_model(folder: str | Path, **options: Any) -> Any:
 def check_model_type(folder: Path, config: dict[str, Any]) -> None:
     """Check that model_type in config.json is a causal language model of the installed transformers.
 
-    Raises DataError if it is no name, MismatchError if it is another kind of model.
+    Raises DataError if it is not a name, MismatchError if it is another kind of model.
     """
     model_type = config.get("model_type")
     where = f"{folder}/config.json has model_type {model_type!r}"
@@ -137,7 +139,7 @@ def check_model_type(folder: Path, config: dict[str, Any]) -> None:
     if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return
     if model_type in CONFIG_MAPPING_NAMES:
-        raise MismatchError(f"{where}, which is no causal language model; give the folder of one, such as a llama")
+        raise MismatchError(f"{where}, which is not a causal language model; give the folder of one, such as a llama")
     code = "; the folder's own code is never run" if config.get("auto_map") else ""
     raise MismatchError(
         f"{where}, which stock transformers {transformers.__version__} does not support{code}; give a folder of a stock architecture"
@@ -154,7 +156,7 @@ def check_no_adapter(folder: str | Path) -> None:
 
 
 def folder_facts(folder: Path) -> dict[str, Any]:
-    """Return what identifies the model of a folder: size and time of change of the weights, hashes of the small files."""
+    """Return the facts that identify the model of a folder: size and time of change of the weights, hashes of the small files."""
     weights = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.glob("*.safetensors"))}
     hashes = {name: sha256_of(folder / name) for name in SMALL_FILES if (folder / name).is_file()}
     found = hashes.pop("config.json", None)
@@ -314,4 +316,4 @@ def _order_problems(model: Any) -> Iterator[str]:
     """Yield a problem for an encoder such as BERT, in which each position also reads the later positions."""
     reads_all = any(getattr(module, "is_causal", None) is False for module in model.modules())
     if getattr(model.config, "is_decoder", None) is False and reads_all:
-        yield f"a {model.config.model_type} without is_decoder reads in both directions, which is no causal language model"
+        yield f"a {model.config.model_type} without is_decoder reads in both directions, so it is not a causal language model"

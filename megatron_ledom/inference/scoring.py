@@ -18,7 +18,7 @@ from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 
 MAX_KEPT_LOGITS = 2**28  # B * K * V of one batch: 1 GiB in float32
 SHOWN_CHARACTERS = 60
-"""Characters of the text next to the token that an error for logits that are not finite shows."""
+"""Number of characters next to the token that an error about logits that are not finite quotes."""
 SpanKey = tuple[tuple[int, ...], int]
 Measured = TypeVar("Measured")
 Measure = Callable[[torch.Tensor, torch.Tensor], list[Measured]]
@@ -232,7 +232,7 @@ def not_finite(model: Any, read: Sequence[int], next_id: int | None = None) -> N
 
 @contextmanager
 def naming_text(tokenizer: JointTokenizer, direction: Direction) -> Iterator[None]:
-    """Add the text and the token to a NotFiniteError of the block, which contains only ids."""
+    """Add the text and the token to a NotFiniteError of the block, whose message contains only ids."""
     try:
         yield
     except NotFiniteError as error:

@@ -235,13 +235,13 @@ def _summary(outcomes: Values, settings: ReportSettings) -> Report:
 def _comparisons(outcomes: dict[str, Values], settings: ReportSettings) -> list[Report]:
     """Compare Reverse Reward with each other method at one budget, question by question.
 
-    A difference is significant if 0 is outside an interval that is widened for the number of comparisons (Bonferroni). So any of
-    them is wrong in about 5 of 100 cases; in more with two seeds that differ much (see `crossed_interval`).
+    A difference is significant if 0 is outside an interval that is widened for the number of comparisons (Bonferroni). So at
+    least one of them is wrong in at most about 5 of 100 cases; in more with two seeds that differ much (`crossed_interval`).
     """
     others = [name for name in outcomes if name not in (MAIN, "oracle")]
     found = []
     for name in others:
-        difference = np.round(outcomes[MAIN] - outcomes[name], 12) + 0.0  # rounding of means is no difference
+        difference = np.round(outcomes[MAIN] - outcomes[name], 12) + 0.0  # rounding of means is not a difference
         low, high = interval_of(difference, 1 - (1 - LEVEL) / len(others), settings)
         found.append(
             {

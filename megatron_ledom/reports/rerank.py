@@ -23,7 +23,7 @@ def report_rerank(options: Options) -> None:
     """Compare the methods over reranked files, or explain one choice; write the page and print the main result."""
     for path in [*options["files"], *([options["beam"]] if options["beam"] else [])]:
         if not os.path.isfile(path):
-            raise UsageError(f"{path} is no file; pass output files of ledom rerank")
+            raise UsageError(f"{path} is not a file; pass output files of ledom rerank")
     with output_folder_lock(options["output"]):
         if options["explain"] is None:
             _compare(options)

@@ -55,7 +55,7 @@ class RunData:
 
 
 def load_runs(folders: list[str]) -> list[RunData]:
-    """Read config.yaml and metrics.jsonl of each run. Raises UsageError for a folder that is no run or has no records yet."""
+    """Read config.yaml and metrics.jsonl of each run. Raises UsageError for a folder that is not of a run or has no records yet."""
     runs = []
     for folder, name in zip(folders, _names(folders), strict=True):
         config_file, metrics = os.path.join(folder, "config.yaml"), os.path.join(folder, METRICS)
@@ -91,7 +91,7 @@ def checked_record(record: Record) -> Record:
 
 
 def _check_number(value: Any, name: str, *, may_be_nan: bool = False) -> None:
-    """Raise TypeError or ValueError for a value that is no number or is too large."""
+    """Raise TypeError or ValueError for a value that is not a number or is too large."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"its {name} is {value!r:.60}, expected a number")
     if isinstance(value, int) and abs(value) > MOST:

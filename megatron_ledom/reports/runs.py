@@ -76,7 +76,7 @@ def summary(run: RunData) -> dict[str, str]:
 
 
 def final_loss(run: RunData) -> float | None:
-    """Return the mean training loss of the last records; None if none of them is finite."""
+    """Return the mean of the last finite training losses; None if there are none."""
     losses = run.points("lm_loss")[1][-LAST:]
     return statistics.mean(losses) if losses else None
 

@@ -231,8 +231,8 @@ class CachedEncoder:
     def statistics(self) -> dict[str, int]:
         """Return counts since the start, and the state of the cache.
 
-        units: all encoded; misses: units not in the cache; steps: of merging; clears: of the cache; cached: units in the cache
-        now; cache_bytes: the most memory that the cache can take.
+        units: encoded units; misses: those that were not in the cache; steps: merging steps; clears: times that the cache was
+        emptied; cached: units in the cache now; cache_bytes: maximum memory of the cache.
         """
         found: dict[str, int] = self._encoder.statistics()
         return found
@@ -296,9 +296,9 @@ def _confusable(proto: Any) -> str | None:
 class CachedByteEncoder(CachedEncoder):
     """A cached encoder of the object of a tokenizer.json, for which `why_not_bytes` must return None.
 
-    If the tokenizer requires NFC, the `tokenizers` library normalises the texts that are not in NFC. Those among them that
-    contain an added token which is not special are encoded by `reference`. Several threads may share the encoder; they wait for
-    one another.
+    If the tokenizer requires NFC, the `tokenizers` library normalises the texts that are not in NFC. `reference` encodes
+    those of them that contain an added token that is not special. Several threads may share the encoder; they wait for one
+    another.
     """
 
     name = "cached bytes (csrc)"
@@ -411,7 +411,7 @@ def _adds_specials_only(processor: Any) -> bool:
 
 
 def _why_not_added(stored: dict[str, Any]) -> str | None:
-    """Return why the added tokens cannot be used, as the end of "it ..."; those that are not special are cut out of texts."""
+    """Return why the added tokens cannot be used, as the end of "it ..."; None if they can."""
     tokens = stored.get("added_tokens") or []
     cut = [token for token in tokens if not token.get("special")]
     for token in tokens:
@@ -428,7 +428,7 @@ def _why_not_added(stored: dict[str, Any]) -> str | None:
 
 
 def _added_tokens(stored: dict[str, Any]) -> tuple[list[tuple[str, int, bool]], list[str]]:
-    """Return (content, id, True if it stays text) of the tokens to find in texts, and the contents of those to cut out."""
+    """Return (content, id, True to encode it as text) of the tokens to find in texts, and the contents of those to cut out."""
     tokens = [token for token in stored.get("added_tokens") or [] if token["content"]]
     cut = [token for token in tokens if not token["special"]]
     if not cut:

@@ -1,7 +1,7 @@
 """Ensure that the spelling of the eod in a text is encoded as ordinary text.
 
-Special tokens and SentencePiece control pieces are not recognised in a text. Other added tokens and user-defined pieces are:
-the tokenizer cuts them out. An eod of the second kind is therefore changed to the first kind.
+Special tokens and SentencePiece control pieces are not recognised in a text. Other added tokens and user-defined pieces are
+recognised and cut out. An eod of this kind is therefore changed to a special token or a control piece.
 """
 
 from typing import Any

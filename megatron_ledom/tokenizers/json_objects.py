@@ -22,7 +22,7 @@ def read_object(path: str | Path, library: Any = None) -> dict[str, Any]:
 
 
 def parse_object(content: bytes, where: str, library: Any = None) -> dict[str, Any]:
-    """Return the object of a JSON text; for `library` see `read_object`. DataError names the file as `where`."""
+    """Return the object of a JSON text; for `library` see `read_object`. Raises DataError, which names the file as `where`."""
     try:
         found = (library or json_library()).loads(content)
     except (ValueError, RecursionError) as error:

@@ -52,9 +52,9 @@ ODD_TEXTS = (
 def train(texts: Iterable[str], vocab_size: int, max_sentences: int | None = None) -> bytes:
     """Train on `texts` and return the `.model` file: `vocab_size` pieces, then the five specials.
 
-    SentencePiece learns from lines. `max_sentences` limits their number, and so the memory: it draws a uniform sample with a
-    fixed seed. The result depends on the texts and the arguments only. Raises UsageError if SentencePiece cannot learn from
-    the texts.
+    SentencePiece learns from lines. `max_sentences` limits their number, and so the memory: the lines are then a uniform
+    sample with a fixed seed. The result depends on the texts and the arguments only. Raises UsageError if SentencePiece cannot
+    learn from the texts.
     """
     import sentencepiece
 
@@ -172,7 +172,7 @@ def prefix_texts_only(stored: dict[str, Any], whole: Sequence[str], *, alone: bo
 
 
 def without_word(stored: dict[str, Any], word: str) -> dict[str, Any]:
-    """Return a tokenizer.json of `prefix_texts_only` in which `word` at the start of a text is no exception any more."""
+    """Return a tokenizer.json of `prefix_texts_only` in which a text that begins with `word` gets the dummy prefix again."""
     steps = list((stored.get("normalizer") or {}).get("normalizers") or ())
     patterns = [str((step.get("pattern") or {}).get("Regex", "")) for step in steps]
     if not any(pattern.startswith(TEXT_START) for pattern in patterns):

@@ -2,7 +2,8 @@
 
 Sample j of source d is due at time (j + phase_d) / fraction_d, and the blend is all samples sorted by that time. Phases are
 multiples of the golden ratio, modulo 1, so that neighbouring sources (the shards of one corpus) are spread evenly over each batch.
-The number of samples drawn from a source differs from its fraction by at most about one. A longer run begins like a shorter one.
+The number of samples drawn from a source is its fraction of all samples, give or take about one. A longer run begins like a
+shorter one.
 """
 
 from collections.abc import Sequence

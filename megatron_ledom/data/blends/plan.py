@@ -58,7 +58,7 @@ class PlannedSource:
 
     @property
     def repeats(self) -> bool:
-        """True if the run reads some text of the shard more than once: by samples, as in training, if they are known."""
+        """True if the run reads some text of the shard more than once. Counts samples, as training does, if they are known."""
         if self.samples is not None and self.samples_available is not None:
             return self.samples > self.samples_available
         return self.epochs is not None and self.epochs > 1 + 1e-12  # the share is a rounded fraction
@@ -77,12 +77,12 @@ class BlendPlan:
 
 
 def samples_available(num_tokens: int, seq_length: int) -> int:
-    """Return the samples of one pass over a shard. A sample needs one token more than its positions, shared with the next."""
+    """Return the samples of one pass over a shard. The last label of a sample is the first token of the next."""
     return max(0, num_tokens - 1) // seq_length
 
 
 def parse_tokens(text: str, where: str) -> int:
-    """Return the exact number of tokens that 435.37B, 1e12, 435,373,905,853 or the like mean. where: option, for the error."""
+    """Return the exact number that a text such as 435.37B, 1e12 or 435,373,905,853 means. where: option, for the error."""
     plain = text.strip().replace(",", "").replace("_", "").upper()
     unit = plain[-1:] if plain[-1:] in UNITS else ""
     try:

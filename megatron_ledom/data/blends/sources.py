@@ -61,7 +61,7 @@ class Source:
         return samples_available(self.documents.num_tokens, seq_length)
 
     def bytes_per_token(self, loss_tokens: str) -> float:
-        """Return the UTF-8 bytes of text per id that counts, with eods. An average over the whole shard, also for a part of it."""
+        """Return the UTF-8 bytes of text per id that the loss counts: the mean over the whole shard."""
         return counted_bytes_per_token(self.manifest, loss_tokens)
 
 
@@ -80,7 +80,7 @@ class Blend:
         return cls([*sources], Interleave([source.weight for source in sources]), num_samples)
 
     def bytes_per_token(self, loss_tokens: str) -> float:
-        """Return the UTF-8 bytes of text per id that counts: the mean over the sources, weighted by their drawn samples."""
+        """Return the UTF-8 bytes of text per id that the loss counts: the mean over the sources, weighted by their drawn samples."""
         counts = self.interleave.counts(self.num_samples).tolist()
         drawn = zip(self.sources, counts, strict=True)
         return float(sum(source.bytes_per_token(loss_tokens) * count for source, count in drawn)) / self.num_samples
@@ -98,7 +98,7 @@ class Sources:
     provenance: Provenance
 
     def train_shards(self) -> list[list[Any]]:
-        """Return one list for each training shard, from which with the seed all samples follow:
+        """Return one list for each training shard. These lists and the seed determine all samples:
 
         [fraction of the samples, sha256 of .bin (and .targets), sha256 of .idx, first document, last document + 1, prefix].
         The prefix is only a name.
@@ -191,7 +191,8 @@ def check_pairs(config: RunConfig, manifests: Mapping[str, ShardManifest]) -> No
         if manifest.pairs["seq_length"] != data.seq_length:
             raise ConfigError(
                 f"the pairs of {prefix} are packed for data.seq_length={manifest.pairs['seq_length']}, the run has"
-                f" {data.seq_length}; set the former, or pack them again with ledom prepare-pairs --seq-length {data.seq_length}"
+                f" {data.seq_length}; set data.seq_length to that of the packs, or pack them again with ledom prepare-pairs"
+                f" --seq-length {data.seq_length}"
             )
         if not data.reset_attention_mask:
             raise ConfigError(
@@ -285,7 +286,7 @@ def _held_out(config: RunConfig, name: str, sources: list[Source]) -> Blend:
 
 
 def _with_samples(sources: list[Source], available: list[int]) -> tuple[list[Source], list[Source]]:
-    """Return (sources with samples, with weights that add up to 1; the others). Part of a split can round to no document."""
+    """Return (sources with samples, their weights rescaled to add up to 1; the others). A split can leave a shard no document."""
     counted = list(zip(sources, available, strict=True))
     kept = [source for source, count in counted if count]
     if len(kept) == len(sources):

@@ -20,7 +20,7 @@ FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
 class MicroBatchSampler:
-    """Sample ids of each micro-batch of one data-parallel rank, from any sample, without any history.
+    """Sample ids of each micro-batch of one data-parallel rank. It can begin at any sample, without any history.
 
     Global batch k begins at sample k * global_batch_size. Within it, micro-batch m of rank r is the micro_batch_size samples from
     position (m * data_parallel_size + r) * micro_batch_size.
@@ -77,7 +77,7 @@ def _outlive_sigterm(worker: int) -> None:
 
 
 def document_numbers(tokens: torch.Tensor, eod_id: int) -> torch.Tensor:
-    """Return the document of each position within its sample [b, s], from 0. An eod is the last position of its document."""
+    """Return the number of each position's document in its sample, from 0 [b, s]. An eod is the last position of its document."""
     ends = (tokens == eod_id).to(torch.int32)
     return ends.cumsum(1, dtype=torch.int32) - ends
 

@@ -37,7 +37,7 @@ class ShardVocabulary:
 
 
 class SourceSamples(GPTDataset):  # type: ignore[misc]  # megatron-core has no types
-    """One pass over one source: GPTDataset with given arrays, which it does not build."""
+    """One pass over one source: a GPTDataset that gets its arrays and does not build them."""
 
     def __init__(self, prefix: str, arrays: Arrays, config: GPTDatasetConfig, masks: TargetMasks | None) -> None:
         self._arrays, self._masks = arrays, masks
@@ -120,7 +120,7 @@ class BlendSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 def most_open_shards() -> int:
-    """Return the limit on open shards: a fraction of the files that this process may open, because it needs others, too."""
+    """Return the limit on open shards: a fraction of this process's limit on open files, because it needs other files too."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 4096 if soft == resource.RLIM_INFINITY else max(8, min(4096, soft // (4 * FILES_A_SHARD)))
 

@@ -53,7 +53,7 @@ def build_once(
     may_build: bool,
     patience_seconds: float = PATIENCE_SECONDS,
 ) -> None:
-    """Return when `is_done()` is true. Call `build(note)` if this process may build and no other one does.
+    """Wait until `is_done()` is true, or call `build(note)` if this process may build and no other one does.
 
     `note` leaves a line for the waiting processes. If the locks of the file system do not reach other nodes, several nodes build,
     which only wastes work, because finished files appear as a whole. Raises DataError on a process that must not build after

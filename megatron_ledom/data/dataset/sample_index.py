@@ -41,7 +41,7 @@ MAGIC = b"LEDOMSIX"
 HEADER = struct.Struct("<8s32sQQ8x")
 CHUNK_BYTES = 1 << 24
 DOCUMENTS_A_WORKER = 2_000_000
-"""Documents for which starting another process is worthwhile."""
+"""Number of documents for which another process is worth starting."""
 
 Arrays = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.uint32]]
 """documents [n], samples [s + 1, 2], order [s]."""
@@ -222,7 +222,7 @@ def _name(part: Part) -> str:
 def _seal(spec: IndexSpec, path: str, written: dict[int, int]) -> None:
     """Write header and checksum of the file. Raises DataError if a part on the disk differs from the part in memory.
 
-    written: checksum of each part in memory, by its first byte. So the checksum of the file confirms the arrays themselves.
+    written: first byte of each part -> checksum of the part in memory. So the checksum of the file is that of the built arrays.
     """
     digest = xxhash.xxh3_64()
     with open(path, "r+b") as stream:

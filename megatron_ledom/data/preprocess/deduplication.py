@@ -33,7 +33,7 @@ DIGEST_BYTES = 32
 
 
 def write_hashes(task: PreprocessTask) -> None:
-    """Write the hashes of the documents of a task, in order: the first pass, for the later tasks in the second pass."""
+    """Write the hashes of the documents of a task, in order: the first pass. The later tasks read them in the second pass."""
     check_may_write(task.prefix, overwrite=True)
     Path(task.prefix).parent.mkdir(parents=True, exist_ok=True)
     with output_file_lock(task.prefix, "--output-prefix"):
@@ -116,7 +116,7 @@ def _is_among(distinct: Hashes, others: Hashes) -> npt.NDArray[np.bool_]:
     """Return a mask of the rows of `distinct` (sorted, without repetition) that are rows of `others`."""
     found = np.zeros(len(distinct), np.bool_)
     positions = np.searchsorted(distinct[:, 0], others[:, 0])
-    while len(others):  # once, unless the first 64-bit halves of two hashes coincide
+    while len(others):  # one round, unless different hashes have the same first half
         inside = positions < len(distinct)
         positions, others = positions[inside], others[inside]
         same_half = distinct[positions, 0] == others[:, 0]

@@ -76,7 +76,7 @@ class PartEncoder(PartWork):
     """Mask [documents] for each part: True for documents that are not duplicates."""
 
     def __call__(self, number: int) -> PartRecord:
-        """Encode a part and return its record. A text without tokens is skipped: a lone eod would shift every later document."""
+        """Encode a part and return its record. A text without tokens is skipped, because a document needs a token before its eod."""
         started = time.monotonic()
         file = PartFile(self.paths[number])
         record = PartRecord()
@@ -237,4 +237,4 @@ def concatenate_documents(
 
 
 pack_documents = concatenate_documents
-"""The earlier name, kept for callers from outside."""
+"""The former name, kept for callers outside the package."""

@@ -122,5 +122,5 @@ def _unit(number: int) -> str:
 
 
 def _served(before: Request, now: Request) -> Request:
-    """Return the request that the parts of `before` satisfy. Parts made with `--on-error fail` also satisfy `skip`."""
+    """Return the request nearest to `now` that the parts of `before` satisfy. Parts of `--on-error fail` also satisfy `skip`."""
     return {**before, "on_error": now.get("on_error")} if before.get("on_error") == "fail" else before

@@ -117,7 +117,7 @@ class PreprocessTask:
             bar.update(total - bar.n)
 
     def inputs_sha256(self) -> str:
-        """Return the hash of the inputs that the tasks divide among them."""
+        """Return the hash of the inputs that the tasks divide among themselves."""
         inputs = [(source.path, source.num_bytes, source.version) for source in self.sources]
         return hashlib.sha256(orjson.dumps([inputs, self.num_tasks])).hexdigest()
 

@@ -34,11 +34,11 @@ class TrainTokenizerSettings:
     output: str
     text_key: str = "text"
     text_template: str | None = None
-    """Joins several keys to one text, in place of `text_key`. Use the template of preprocessing."""
+    """Template that joins the texts of several keys, in place of `text_key`. Use the one of preprocessing."""
     on_error: OnError = "fail"
     max_record_bytes: int = MAX_RECORD_BYTES
     max_sentences: int | None = None
-    """Number of lines to learn from, sampled evenly; default: all."""
+    """Number of lines to learn from, a uniform sample; default: all."""
 
 
 def train_tokenizer(settings: TrainTokenizerSettings) -> Path:

@@ -179,7 +179,7 @@ def _below(entry: "os.DirEntry[str]", above: set[str]) -> str:
 
 
 def _check_is_there(path: str) -> None:
-    """Refuse a dangling link: its target, perhaps a folder of texts, would be missing without a word."""
+    """Refuse a dangling link: its target, perhaps a folder of texts, would be missing without a message."""
     if os.path.islink(path) and not os.path.exists(path):
         target = printable(os.readlink(path))
         raise UsageError(

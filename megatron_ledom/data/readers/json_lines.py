@@ -27,7 +27,7 @@ ARRAY, OBJECT_OVER_LINES = re.compile(rb"\[\s*(\n|\{|$)"), re.compile(rb"\{[ \t\
 def loads_leniently(line: bytes, refusal: orjson.JSONDecodeError) -> Any:
     """Parse a line that orjson refused with the standard library. Raises BadRecordError if that fails, too.
 
-    A byte that is not UTF-8 becomes a lone surrogate, so call `check_text` with the text.
+    A byte that is not UTF-8 becomes a lone surrogate, so pass the text to `check_text`.
     """
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(MOST_NESTED)

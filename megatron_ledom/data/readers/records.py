@@ -1,6 +1,6 @@
 """Read the texts of byte ranges of files: JSON lines, tables, web archives and plain text, in bounded memory.
 
-Every bad record is named. Texts are in text order. All of this runs inside a worker.
+A bad record raises an error that names it, or is skipped and counted. Texts are in text order. All of this runs in a worker.
 """
 
 from collections import Counter

@@ -230,8 +230,8 @@ def plain_blocks(source: InputPath, start: int, end: int, size: int = READ_BYTES
 def marked_blocks(byte_range: ByteRange, progress: Progress) -> Iterator[tuple[int, bytes]]:
     """Yield (mark, bytes) of a file from before a byte range to the end of the file. Marks are positions in the stored file.
 
-    Blocks with a mark in [start, end) belong to the byte range. The generator begins at least one block earlier, if there is
-    one, so that the caller sees if the byte range begins with a new line.
+    Blocks with a mark in [start, end) belong to the byte range. If it does not begin the file, an earlier block comes first, so
+    that the caller sees if the byte range begins with a new line.
     """
     source = byte_range.source
     if source.compression:
@@ -371,7 +371,7 @@ class LineReader:
         return f"{source.path}:{self._before + number + 1}"
 
     def _lines_before(self) -> int:
-        """Return the number of lines that begin before the byte range, with one that continues into it."""
+        """Return the number of lines that begin before the byte range, including one that continues into it."""
         if not self.byte_range.start:
             return 0
         before, last = 0, b""

@@ -182,7 +182,7 @@ def _parquet_rows(
 
 
 def _arrow_groups(file: Any, request: Request) -> Iterator[_Group]:
-    """Yield the record batches of an Arrow file that begin in the byte range; of the stream format all, if it has its start."""
+    """Yield the record batches of an Arrow file that begin in the byte range. A stream belongs to the range with its first byte."""
     import pyarrow
 
     byte_range, first = request.byte_range, 0

@@ -16,7 +16,7 @@ class TextTemplate:
     """
 
     def __init__(self, template: str, option: str) -> None:
-        """option: the option that gives the template, for error messages, such as --text-template."""
+        """Parse a template. option: its name in error messages, such as --text-template."""
         self.template = template
         try:
             parts = list(Formatter().parse(template))

@@ -56,7 +56,7 @@ class IndexedFiles:
             raise DataError(f"{path} is for ids of type {DTYPES[code]}, expected one of {', '.join(READABLE)}")
         self.dtype = np.dtype(DTYPES[code])
         self.num_documents = marks - 1
-        """Number of documents, with those that have no ids."""
+        """Number of documents, including those without ids."""
         self._check_size(path, sequences, marks)
         self._lengths, self._pointers, self._marks = map_index(str(path), sequences, marks - 1)
         self._check_sequences()

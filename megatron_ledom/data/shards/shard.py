@@ -30,7 +30,7 @@ FORMAT_VERSION = 1
 TARGETS = ".targets"
 """Ending of the fourth file of a shard of pairs, see `targets`."""
 NO_TOKENS = "no_tokens"
-"""Reason of documents skipped for having no tokens, in `ShardManifest.skipped`."""
+"""Reason for skipping a document without tokens, in `ShardManifest.skipped`."""
 UINT16_BELOW = 65_500  # megatron-core's own choice (DType.optimal_dtype)
 SUFFIXES = (".bin", ".idx", ".json")  # in the order in which they get their final names
 COPY_BYTES = 1 << 20  # small enough to stay in cache while it is read, hashed and written
@@ -46,7 +46,7 @@ class InputFile:
     num_bytes: int
     """Number of stored bytes that were read, from `first_byte`."""
     sha256: str
-    """Hash of these bytes. For a table (Parquet, Arrow), which is not read as a whole, hash of the end of the file, its index."""
+    """Hash of these bytes. A table (Parquet, Arrow) is not read as a whole: its hash is that of the file's end, which has its index."""
     first_byte: int = 0
     """Not 0 if several workers or tasks share a file."""
 

@@ -1,7 +1,7 @@
 """Check during a job that the files of a shard are still those that were checked at its start.
 
-`stat` shows a change of size, time or inode, in a few microseconds per sample. Only then the content is hashed. A file that was
-copied again with the same content is accepted.
+`stat` shows a change of size, time or inode, in a few microseconds per sample. The content is hashed only after such a
+change. A file that was copied again with the same content is accepted.
 """
 
 import logging

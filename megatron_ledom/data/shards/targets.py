@@ -29,7 +29,7 @@ class TargetMasks:
 
     def loss_mask(self, pack: int) -> "torch.Tensor":
         """Return the mask [seq_length]: 1 for labels that count. The last label belongs to another pack and never counts."""
-        import torch  # late: it takes seconds, and a dry run reads only manifests
+        import torch  # not at the top: it takes seconds, and a dry run reads only manifests
 
         counts = np.isin(self._targets[pack], self._counted)
         mask = torch.zeros(len(counts))
@@ -38,7 +38,7 @@ class TargetMasks:
 
 
 def counted_bytes_per_token(manifest: ShardManifest, loss_tokens: str) -> float:
-    """Return the UTF-8 bytes of text per id that the loss counts. In an ordinary shard every id counts."""
+    """Return the UTF-8 bytes of text per id that the loss counts. In a shard of text these are all ids, even with eod_mask_loss."""
     pairs = manifest.pairs
     if not pairs:
         return manifest.text_bytes / manifest.num_tokens

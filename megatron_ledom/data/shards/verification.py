@@ -1,7 +1,7 @@
 """Verify a shard by reading all of it once. Every problem is one sentence that names the file and the document.
 
 A changed direction in the manifest cannot be recognized from the files. It is checked by decoding documents to text and encoding
-that again: only the right order returns the same ids.
+the text again: only the right order returns the same ids.
 """
 
 import hashlib

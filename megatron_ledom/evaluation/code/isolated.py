@@ -1,7 +1,7 @@
 """The two processes that run a model-written program and its tests. Both run this file and nothing else of the package.
 
-The *program process* runs the program. The *test process* runs the tests, calls the program's functions over a pipe,
-and alone can report that the tests passed. So the program cannot make a test pass by acting on its own process, such as
+The *program process* runs the program. The *test process* runs the tests and calls the program's functions over a pipe.
+Only it can report that the tests passed. So the program cannot make a test pass by acting on its own process, such as
 by exiting early with status 0, reading stack frames, or returning an object that equals everything.
 
 Messages are lines of JSON. Only plain values are transferred (`encode`); any other object, such as a function, arrives
@@ -26,7 +26,7 @@ PR_SET_DUMPABLE = 4
 
 
 def encode(value: Any) -> Any:
-    """Return `value` as JSON: plain values unchanged, containers and long integers under the name of their type."""
+    """Return `value` as JSON: None, booleans, text and short integers unchanged, the rest under the name of its type."""
     if type(value).__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
         value = value.item()
     if value is None or isinstance(value, bool | str):
@@ -76,7 +76,7 @@ def decode(message: Any) -> Any:
 
 
 def limit(seconds: int, num_bytes: int) -> None:
-    """Limit this process and its children: processor seconds, address space, file size, open files, processes, no core."""
+    """Limit this process and its children: processor seconds, address space, file size, open files, processes, no core dump."""
     for name, most in (("CPU", seconds), ("AS", num_bytes), ("FSIZE", 2**20), ("NOFILE", 64), ("NPROC", 64), ("CORE", 0)):
         kind = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(kind)[1]

@@ -1,1 +1,1 @@
-"""Read the answer of a text, and decide if it is right."""
+"""Read the answer from a text, and decide if it is right."""

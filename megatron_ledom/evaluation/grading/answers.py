@@ -290,7 +290,7 @@ def _certain(
 ) -> list[Any] | None:
     """Return the result of math-verify, or None if it read only a part of a number.
 
-    Then the number grader reads another value or none.
+    The number grader reveals this: it reads another value, or none where it should read one.
     """
     number = _number_of(read)
     if formula is None or number is None or "%" in formula or _base_of(read) is not None:

@@ -97,7 +97,7 @@ def with_signs(text: str) -> str:
 
 
 def _unmerged(text: str) -> str:
-    """Return the text such that NFKC turns no index, exponent or mark into a digit of the adjacent number."""
+    """Return the text with indices, exponents and marks spelled so that NFKC adds none of them as a digit to a number."""
     text = ENTITY.sub(lambda found: html.unescape(found.group()), text).translate(CHARACTERS)
     text = re.sub(r"(?<=\d)[’‘‛´ʼʹ`′＇](?=\d)", "'", text)
     if text.isascii():

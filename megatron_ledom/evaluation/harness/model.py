@@ -271,7 +271,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
 def _start_id(folder: Path, language_model: ForwardLM | ReverseLM) -> int:
     """Return the id before the first token.
 
-    It is eod, as in training, for a model of this package, else the tokenizer's BOS or eos.
+    It is eod, as in training, for a model of this package and for a reverse model, else the tokenizer's BOS or eos.
     """
     if read_model_config(folder).get("direction") is None and language_model.direction is Direction.FORWARD:
         files = read_tokenizer(str(folder))

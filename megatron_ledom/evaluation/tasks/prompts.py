@@ -31,7 +31,7 @@ Values = Mapping[str, str]
 class Field:
     """A part of a task. label: the text before its value.
 
-    cue: the text after it, which a reverse model needs to know what to write.
+    cue: the text after its value, which shows a reverse model which field to write.
     """
 
     name: str

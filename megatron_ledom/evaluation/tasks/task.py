@@ -51,7 +51,7 @@ class RowFormat:
     """One format in which a set is published.
 
     fields: dotted name -> type of its value, a key of `FIELD_TYPES`. read: row -> Item. `read` raises ValueError if a
-    value has the right type and makes no sense, such as a gold choice that does not exist.
+    value has the right type but makes no sense, such as a gold choice that does not exist.
     """
 
     fields: Mapping[str, str]

@@ -64,7 +64,7 @@ class CompletionsClient:
     def request(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Return the response to one request; repeat it if the server is busy or the connection breaks.
 
-        Raises TransientError after ATTEMPTS, DataError for a refusal or a response that is no JSON object, UsageError for a
+        Raises TransientError after ATTEMPTS, DataError for a refusal or a response that is not a JSON object, UsageError for a
         redirect.
         """
         body = json.dumps(fields, allow_nan=False).encode()
@@ -129,7 +129,7 @@ class KeyMask:
         self._starts = {form[i : i + self._shortest] for form in self._forms for i in range(len(form) - self._shortest + 1)}
 
     def is_contained_in(self, text: str) -> bool:
-        """Return True if a text contains the whole key. A key of less than 8 characters, such as EMPTY, is no secret."""
+        """Return True if a text contains the whole key. A key of less than 8 characters, such as EMPTY, is not a secret."""
         return len(self._key) >= 8 and self._key in text
 
     def masked(self, text: str) -> str:
@@ -159,7 +159,7 @@ class KeyMask:
 
 
 def _forms(key: str) -> list[str]:
-    """Return the key and its encodings, with three of base64: it depends on the position of the key in the encoded text."""
+    """Return the key and its encodings. Base64 has three, one for each position of the key modulo 3 in the encoded text."""
     data = key.encode()
     forms = [key, data.hex(), quote(key, safe=""), html.escape(key), json.dumps(key)[1:-1], repr(key)[1:-1]]
     for before in range(3):
@@ -176,14 +176,14 @@ def _address(url: str) -> httpx.URL:
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
-        raise UsageError(f"{url!r} is no address of a server ({error}); {wanted}") from error
+        raise UsageError(f"{url!r} is not the address of a server ({error}); {wanted}") from error
     if parsed.userinfo or parsed.query or parsed.fragment:
         raise UsageError(
             f"the address of the server at {parsed.host} contains a user, a query or a fragment; {wanted}, and put the key into {KEY}"
         )
     is_port = parsed.port is None or 0 < parsed.port < 2**16
     if parsed.scheme not in ("http", "https") or not parsed.host or "%" in parsed.host or not is_port:
-        raise UsageError(f"{url!r} is no address of a server; {wanted}")
+        raise UsageError(f"{url!r} is not the address of a server; {wanted}")
     path = parsed.path.rstrip("/").removesuffix("/completions").rstrip("/")
     if path.endswith("/chat"):
         raise UsageError(f"{url!r} is a chat endpoint, which cannot score texts; {wanted}")

@@ -1,12 +1,12 @@
 """An inference engine that uses an OpenAI-compatible `/v1/completions` endpoint, such as a vLLM server.
 
-The server gets token ids, never text. Therefore tokenization and order are decided here, and any server can serve a reverse
+The server gets token ids, never text. This package decides tokenization and order, so any server can serve a reverse
 model. The server must accept prompts as lists of ids and `seed`, and for scores `echo` with `logprobs`.
 
 A response that does not belong exactly to the prompt is refused. A server that adds a BOS, cuts the prompt, tokenizes it again,
 ignores `echo` or serves another model returns log-probabilities that look right. The counts, the first value and the names of
-the tokens reveal this. Only the names reveal an added BOS together with a cut end; a server that names no tokens is refused
-unless the user trusts its counts.
+the tokens reveal this. If a server adds a BOS and cuts the end, only the names reveal it; a server that names no tokens is
+refused unless the user trusts its counts.
 """
 
 import math

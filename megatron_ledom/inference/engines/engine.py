@@ -36,7 +36,7 @@ class StepDelimiter:
         try:
             matches_nothing = self.pattern is not None and re.search(self.pattern, "") is not None
         except re.error as error:
-            raise UsageError(f"the step delimiter {self.pattern!r} is no regular expression: {error}") from error
+            raise UsageError(f"the step delimiter {self.pattern!r} is not a regular expression: {error}") from error
         if matches_nothing:
             raise UsageError(f"the step delimiter {self.pattern!r} matches the empty text, so every step would end at once")
 
@@ -53,7 +53,7 @@ class StepDelimiter:
         raise UsageError(f"step delimiter {text!r}: expected newline, regex:PATTERN or ids:NUMBER,NUMBER")
 
     def end_of_step(self, text: str) -> int | None:
-        """Return the number of characters up to the end of the step that begins `text`; None if the step has no end in it."""
+        """Return the number of characters of the step at the start of `text`; None if it does not end within `text`."""
         if self.pattern is None:
             return None
         content = re.search(r"\S", text)
@@ -125,7 +125,7 @@ class Engine(ABC):
     ) -> list[list[PartialAnswer]]:
         """Return `num` continuations of each answer, by one step or, without a delimiter, to its end.
 
-        A finished answer is its only continuation.
+        A finished answer has itself as its only continuation.
         """
 
     def sample(self, starts: Sequence[PartialAnswer], sampling: Sampling) -> list[list[PartialAnswer]]:

@@ -92,7 +92,7 @@ class RemoteEngine(Engine):
         return [[answer] if answer.finished else [next(grown) for _ in range(num)] for answer in answers]
 
     def _grown(self, answer: PartialAnswer, written: str, num_tokens: int, delimiter: StepDelimiter | None) -> PartialAnswer:
-        """Return the answer with the text that the engine wrote; with a delimiter, with only the first step of it.
+        """Return the answer with the text that the engine wrote, or with only its first step if there is a delimiter.
 
         num_tokens: the number of tokens of `written`. A step that is cut out of it counts the tokens that it encodes to.
         """

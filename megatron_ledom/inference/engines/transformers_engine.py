@@ -126,7 +126,7 @@ class TransformersEngine(Engine):
         """Continue each answer by one step, or to its end without a delimiter.
 
         A batch can exceed the positions of the model although each row fits, because the longest row and the row with most to
-        write may differ. Then the batch is divided.
+        write may differ. Such a batch is divided.
         """
         model, writer = self._lm.model, self._lm.writer
         tokens = [self._tokens(answer) for answer in answers]

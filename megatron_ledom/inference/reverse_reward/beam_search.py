@@ -1,8 +1,8 @@
 """Step-level beam search guided by Reverse Reward (LEDOM, arXiv 2507.01335, section "Reverse Reward").
 
 The forward model writes answers step by step. After each step the search ranks the partial answers by their reward and continues
-the best ones. The reverse model must read each answer from its end again after every step, because a new step is the *beginning*
-of its input; its cost per step grows with the length of the answer. The forward model keeps its keys and values, so it reads
+the best ones. The reverse model must read each answer again after every step, because a new step is the *beginning* of its
+input; so its cost per step grows with the length of the answer. The forward model keeps its keys and values, so it reads
 the prompt once and each token of an answer once.
 """
 
@@ -87,7 +87,7 @@ def beam_search(
     several finish in the last round. Unfinished answers are ranked by the reward of their text so far; log P_F is that of the
     sampling if the engine reports it, so it costs no forward pass. Finished answers are scored again at the end, exactly like
     the candidates of a file. With n = 1 nothing is pruned, and the answers are those of best-of-k with the same seed.
-    Temperature 0 allows only one beam, because all samples would be equal.
+    Temperature 0 requires k = n = 1, because all samples would be equal.
     """
     if sampling.temperature == 0 and beam.num_beams * beam.num_expansions > 1:
         raise UsageError("beams at temperature 0 would all be the same; set a temperature above 0")

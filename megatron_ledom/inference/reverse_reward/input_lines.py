@@ -174,10 +174,10 @@ def _parse_candidate(item: Any, where: str) -> Candidate:
         return Candidate(item["text"])
     if type(logprob) not in (int, float) or not -1e300 < logprob <= 0:  # an int may be too large for a float
         raise DataError(
-            f"{where}: forward_logprob={repr(logprob)[:40]} is no logarithm of a probability (a number up to 0); correct or remove it"
+            f"{where}: forward_logprob={repr(logprob)[:40]} is not the logarithm of a probability (a number up to 0); correct or remove it"
         )
     if num_tokens is not None and (type(num_tokens) is not int or not 0 <= num_tokens < 1 << 53):
-        raise DataError(f"{where}: forward_tokens={repr(num_tokens)[:40]} is no number of tokens; correct or remove it")
+        raise DataError(f"{where}: forward_tokens={repr(num_tokens)[:40]} is not a number of tokens; correct or remove it")
     most_tokens = len(item["text"].encode("utf-8", "replace")) if num_tokens is None else num_tokens
     if logprob <= -9999 and logprob < LEAST_MEAN * most_tokens:
         raise DataError(

@@ -91,7 +91,7 @@ def chosen_text(record: dict[str, Any], where: str) -> str:
     any_skipped = any(isinstance(score, dict) and isinstance(score.get("skipped"), str) for score in scores)
     if "best" in record and best is None and (any_skipped or skipped_prompt(record) is not None):
         return ""
-    raise DataError(f"{where}: best is no text; give an output of ledom rerank --beam")
+    raise DataError(f"{where}: best is not a text; give an output of ledom rerank --beam")
 
 
 def candidate_texts(record: dict[str, Any], where: str) -> list[str]:

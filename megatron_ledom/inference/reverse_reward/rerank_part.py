@@ -89,7 +89,7 @@ class UnfinishedOutput:
     def resume(self, windows: list[list[Record]], *, overwrite: bool = False) -> int:
         """Cut the output of an earlier run to whole windows, check that it belongs to this input, and return their number.
 
-        overwrite: work from another input or other settings is no error; the first new window replaces it.
+        overwrite: work from another input or other settings is not an error; the first new window replaces it.
         """
         try:
             return self._resume(windows)

@@ -1,6 +1,6 @@
 """Rank the candidates of each line of a JSON Lines file; write the lines with scores and ranking; resume after a kill.
 
-Lines are scored in windows, so that batches are full although a line has few candidates. Only the input and the settings decide
+Lines are scored in windows, so that batches are full even if a line has few candidates. Only the input and the settings decide
 the windows. So a killed run repeats its unfinished window from the same first line, and ends with the same bytes.
 
 Texts that are too long for a model are found before anything is computed, then refused or skipped. A skipped candidate has the
@@ -120,12 +120,12 @@ def _rerank_into(
 
 
 def _check_paths(input_path: Path, output_path: Path) -> None:
-    """Raise UsageError, before any model is loaded, for an input that is no file or an output that cannot be written."""
+    """Raise UsageError, before any model is loaded, for an input that is not a file or an output that cannot be written."""
     if not input_path.is_file():
-        raise UsageError(f"{input_path} is no file; pass JSON lines with a prompt each")
+        raise UsageError(f"{input_path} is not a file; pass JSON lines with a prompt each")
     for folder in output_path.parents:
         if folder.exists() and not folder.is_dir():
-            raise UsageError(f"{folder} is no folder, so the output {output_path} cannot be in it; name another path")
+            raise UsageError(f"{folder} is not a folder, so the output {output_path} cannot be in it; name another path")
     if output_path.is_dir() or output_path.resolve() == input_path.resolve():
         raise UsageError(f"the output {output_path} is a folder or the input itself; name another file")
 

@@ -349,7 +349,7 @@ def test_the_tool_writes_three_reports_that_agree(
         ([], 2, "needs --gold-key"),
         (["--gold-key", "answer"], 1, "x.jsonl:1: has no field 'answer'"),
         (["--gold-key", "gold", "--folds", "1"], 2, "--folds 1 must be 2 to 4"),
-        (["--gold-key", "gold", "--beam", "missing"], 2, "missing is no file"),
+        (["--gold-key", "gold", "--beam", "missing"], 2, "missing is not a file"),
         (["--explain", "1"], 2, "--explain needs --reverse"),
         (["--explain", "9", "--reverse", "none"], 2, "has lines 1 to 4"),
     ],

@@ -140,7 +140,7 @@ def test_a_forward_twin_is_scored_on_its_answers(tmp_path: Path) -> None:
         ('{"question": "1"}', {}, r"pairs.jsonl:1 has no text 'answer'"),
         ('{"question": 1, "answer": "2"}', {}, r"pairs.jsonl:1 has no text 'question'"),
         ("nonsense", {}, r"pairs.jsonl:1 is not JSON"),
-        ("[]", {}, r"pairs.jsonl:1 is no object"),
+        ("[]", {}, r"pairs.jsonl:1 is not an object"),
         ("", {"prompt_template": "{"}, r"--prompt-template '\{'"),
         ("", {"prompt_template": "{0}{}"}, r"--prompt-template"),
     ],

@@ -114,7 +114,7 @@ def test_impossible_settings_are_refused_before_a_request(served: tuple[Server, 
     other = Direction.FORWARD if lm.direction is Direction.REVERSE else Direction.REVERSE
     with pytest.raises(MismatchError, match="records the direction"):
         CompletionsEngine(server.url, "tiny", folder, other)
-    with pytest.raises(UsageError, match="no address of a server"):
+    with pytest.raises(UsageError, match="not the address of a server"):
         CompletionsEngine("localhost:8000", "tiny", folder, lm.direction)
     with pytest.raises(UsageError, match="ends at a pattern"):
         engine_of(served).expand([], 1, StepDelimiter(None, frozenset({3})), Sampling())
@@ -374,7 +374,7 @@ def test_no_proxy_is_asked_for_a_server_on_this_machine(
     ],
 )
 def test_an_invalid_address_is_refused_in_one_line(url: str, served: tuple[Server, Path, Any]) -> None:
-    with pytest.raises(UsageError, match=r"no address of a server|chat endpoint|a user, a query") as caught:
+    with pytest.raises(UsageError, match=r"not the address of a server|chat endpoint|a user, a query") as caught:
         CompletionsEngine(url, "tiny", served[1], served[2].direction)
     assert "\n" not in str(caught.value)
     assert "password" not in str(caught.value)

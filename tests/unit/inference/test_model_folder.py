@@ -70,8 +70,8 @@ NOT_WHOLE: dict[str, tuple[Damage, str]] = {
     "an encoder": (config(model_type="bert"), "bert.embeddings"),
     "a tied head that is none": (config(tie_word_embeddings=True), "tie_word_embeddings is true"),
     "an adapter": (lambda folder: (folder / "adapter_config.json").write_text("{}") and None, "adapter"),
-    "pictures": (config(model_type="llava"), "model_type 'llava', which is no causal language model"),
-    "encoder and decoder": (config(model_type="t5"), "model_type 't5', which is no causal language model"),
+    "pictures": (config(model_type="llava"), "model_type 'llava', which is not a causal language model"),
+    "encoder and decoder": (config(model_type="t5"), "model_type 't5', which is not a causal language model"),
     "unheard of": (config(model_type="nonesuch"), "model_type 'nonesuch', which stock transformers .* does not support"),
 }
 NO_MODEL: dict[str, tuple[Damage, str]] = {

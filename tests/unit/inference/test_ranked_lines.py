@@ -142,7 +142,7 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     beam = write(
         tmp_path / "beam.jsonl", [{"prompt": "q", "scores": [], "best": "18"}, {"prompt": "q", "scores": [], "best": None}]
     )
-    with pytest.raises(DataError, match=r"beam.jsonl:2: best is no text"):
+    with pytest.raises(DataError, match=r"beam.jsonl:2: best is not a text"):
         load_questions(tmp_path / "0.jsonl", "gold", answers_by("number"), RewardSettings(), beam)
 
 

@@ -260,10 +260,10 @@ def test_an_integer_of_any_length_in_an_unused_field_is_written_as_it_was(
         ('"id": ' + "[" * 500 + "NaN" + "]" * 500, "the field 'id' is nested too deep"),
         ('"id": ' + '{"a": ' * 500 + "NaN" + "}" * 500, "the field 'id' is nested too deep"),
         ('"id": ' + "1" * 100_001, "not a line of JSON in UTF-8 .*100000 digits"),
-        ('"candidates": [{"text": "y", "forward_logprob": 1%s}]' % ("0" * 5000), "forward_logprob=10+ is no logarithm"),
+        ('"candidates": [{"text": "y", "forward_logprob": 1%s}]' % ("0" * 5000), "forward_logprob=10+ is not the logarithm"),
         (
             '"candidates": [{"text": "y", "forward_logprob": -1, "forward_tokens": 1%s}]' % ("0" * 5000),
-            "forward_tokens=10+ is no number",
+            "forward_tokens=10+ is not a number",
         ),
     ],
 )

@@ -133,7 +133,7 @@ def test_rerank_samples_and_repeats_with_a_seed(
 @pytest.mark.parametrize(
     ("changed", "code", "message"),
     [
-        ({"--input": "missing.jsonl"}, 2, "missing.jsonl is no file"),
+        ({"--input": "missing.jsonl"}, 2, "missing.jsonl is not a file"),
         ({"--weight": "1.5"}, 2, "weight=1.5 is outside [0, 1]"),
         ({"--weight": "half"}, 2, "invalid float value"),
         ({"--batch-size": "0"}, 2, "batch_size=0"),
@@ -143,10 +143,10 @@ def test_rerank_samples_and_repeats_with_a_seed(
         ({"--reverse": "FORWARD"}, 1, "ReverseLM needs a reverse model"),
         ({"--forward": "REVERSE"}, 1, "ForwardLM needs a forward model"),
         ({"--forward": "REVERSE", "--reverse": "FORWARD"}, 1, "--forward and --reverse are swapped"),
-        ({"--forward": "no-folder"}, 2, "no-folder is no model folder"),
-        ({"--output": "in.jsonl/out.jsonl"}, 2, "in.jsonl is no folder"),
+        ({"--forward": "no-folder"}, 2, "no-folder is not a model folder"),
+        ({"--output": "in.jsonl/out.jsonl"}, 2, "in.jsonl is not a folder"),
         ({"--too-long": "cut"}, 2, "invalid choice"),
-        ({"--forward-server": "ftp://node/v1"}, 2, "no address of a server"),
+        ({"--forward-server": "ftp://node/v1"}, 2, "not the address of a server"),
     ],
 )
 def test_bad_input_has_its_message_and_exit_code_and_leaves_nothing(

@@ -77,7 +77,7 @@ def test_a_null_best_of_a_beam_that_skipped_nothing_is_refused(tmp_path: Path) -
     source = write(tmp_path / "x.jsonl", [answered(1), answered(2)])
     for scores in ([SCORE], None, 5):
         beam = write(tmp_path / "beam.jsonl", [answered(1), answered(2, best=None, scores=scores)])
-        with pytest.raises(DataError, match=r"beam.jsonl:2: best is no text"):
+        with pytest.raises(DataError, match=r"beam.jsonl:2: best is not a text"):
             load_questions(source, "gold", answers_by("number"), RewardSettings(), beam)
 
 
