@@ -53,7 +53,7 @@ class ModelConfig:
     rope_scaling_original_max_position: Positive = 8192
     """Context length of the first training, in tokens. For llama3 and yarn."""
     rope_scaling_low_freq_factor: PositiveFloat = 1.0
-    """llama3: frequencies with fewer rotations than this over the original context are rescaled in full."""
+    """llama3: frequencies with fewer rotations than this over the original context are divided by rope_scaling_factor."""
     rope_scaling_high_freq_factor: PositiveFloat = 4.0
     """llama3: frequencies with more rotations than this over the original context are not rescaled. Must be above
     rope_scaling_low_freq_factor."""
@@ -61,7 +61,7 @@ class ModelConfig:
     """yarn: frequencies with more rotations than this over the original context are not rescaled. Must be above
     rope_scaling_beta_slow."""
     rope_scaling_beta_slow: PositiveFloat = 1.0
-    """yarn: frequencies with fewer rotations than this over the original context are rescaled in full."""
+    """yarn: frequencies with fewer rotations than this over the original context are divided by rope_scaling_factor."""
     rope_scaling_attention_factor: PositiveFloat | None = None
     """yarn: factor on queries and keys. Default: 0.1 ln(rope_scaling_factor) + 1."""
     layernorm_epsilon: PositiveFloat = 1e-5
@@ -117,7 +117,7 @@ class DataConfig:
     must be that of the run."""
     valid_blend: list[BlendEntry] = field(default_factory=list)
     """Validation shards, a list of [weight, prefix]. Each shard is evaluated as a set of its own, named by its prefix;
-    its weight does not matter."""
+    its weight is required but not used."""
     valid_sets: dict[str, list[BlendEntry]] = field(default_factory=dict)
     """Further validation sets, by name; each is a blend, a list of [weight, prefix]."""
     test_sets: dict[str, list[BlendEntry]] = field(default_factory=dict)
@@ -133,7 +133,7 @@ class DataConfig:
     loss_tokens: Literal["all", "scored", "scored_and_eod"] = "all"
     """Positions that count in the loss, for pairs from `ledom prepare-pairs`. all: every position. scored: only the
     tokens that a scorer scores, for a reverse model the prompt given the answer. scored_and_eod: those and the eod that
-    follows them in model order. Plain text always counts in full."""
+    follows them in model order. Shards of ordinary text (not from `ledom prepare-pairs`) always count every position."""
     reset_attention_mask: bool = False
     """Prevent attention between the documents of one sample. Not with Transformer Engine."""
     reset_position_ids: bool = False
@@ -274,8 +274,8 @@ class TrainConfig:
     """Save and exit after each iteration that is a multiple of this; the same command resumes the run. Default: no such
     exit."""
     exit_before_limit_seconds: NotNegative | None = None
-    """Save and exit this many seconds before SLURM's time limit, and earlier by the longest step and save so far.
-    Default: a tenth of the time left at the start, at most 600 s. 0 ignores the limit."""
+    """Seconds before SLURM's time limit. The last save starts at: limit - this value - (longest step + longest save so far).
+    Then the run exits. Default: a tenth of the time left at the start, at most 600 s. 0 ignores the limit."""
     exit_duration_seconds: Positive | None = None
     """Save and exit before this many seconds have passed since the process started, with any launcher; earlier by the
     longest step and save so far. Default: no limit."""
@@ -318,7 +318,7 @@ class CheckpointConfig:
     until the write is done."""
     keep_last: Positive | None = None
     """Number of newest checkpoints to keep. Default: all. The checkpoint before each of the two newest bad steps is kept
-    as well. With 1, there is no other checkpoint if that one is damaged."""
+    as well. With 1, a damaged checkpoint cannot be replaced by an older one."""
     keep_interval: Positive | None = None
     """Also keep every checkpoint at a multiple of this many iterations, a multiple of save_interval. Needs keep_last.
     Default: none."""

@@ -308,8 +308,8 @@ def _sides(rows: list[Report]) -> str:
     found = []
     for side, sign in (("above", 1), ("below", -1)):
         names = [row["against"] for row in rows if row["is_significant"] and sign * row["difference"] > 0]
-        found.append(f"{side} {len(names)}" + (f" ({'; '.join(names)})" if names else ""))
-    return f"significantly {' and '.join(found)} of {len(rows)} other methods"
+        found.append(f"{side} {len(names) or 'none'}" + (f" ({'; '.join(names)})" if names else ""))
+    return f"significantly {' and '.join(found)} of the {len(rows)} other methods"
 
 
 def sentences(report: Report) -> list[str]:
