@@ -59,8 +59,10 @@ RUN_BY_TESTS = {
     "bash examples/slurm/evaluate.sbatch": SLURM_JOBS,
     "bash examples/slurm/evaluate_tasks.sbatch": SLURM_JOBS,
     "ledom summarize-tasks data/dclm_01": SLURM_JOBS,
+    "ledom summarize-tasks data/corpus": SLURM_JOBS,
     "ledom inspect-shard data/dclm_01-*-of-00064 --verify": "tests/unit/data/shards/test_inspect_shard.py",
     "ledom merge-shards --input data/dclm_01-*-of-00064 --output-prefix data/dclm_01": "tests/unit/data/shards/test_merge_shards.py",
+    "ledom merge-shards --input data/corpus-*-of-00064 --output-prefix data/corpus": "tests/unit/data/shards/test_merge_shards.py",
     "ledom reverse-shards --input data/web --output-prefix data/web_reverse --tokenizer data/tokenizer": (
         "tests/unit/data/shards/test_reverse_shards.py"
     ),
@@ -116,10 +118,24 @@ RUN_BY_TESTS = {
     " --input prompts.jsonl --output answers.jsonl --sample 8 --max-new-tokens 64": "tests/unit/inference/test_vllm_engine.py",
     "ledom configs list": RUN_HERE,
     "ledom configs show quickstart_reverse > run.yaml": RUN_HERE,
-    "ledom train --config ledom_7b --dry-run": RUN_HERE,
-    "ledom plan-run --config ledom_7b --hardware h100-sxm --num-gpus 64 --search": RUN_HERE,
+    "ledom train --config ledom_7b --dry-run parallel.hardware=h100-sxm": RUN_HERE,
+    "ledom plan-run --config ledom_7b --hardware h100-sxm --num-gpus 64 --search --save-config chosen.yaml"
+    " data.train_blend=[[1.0,data/corpus]]": RUN_HERE,
+    "ledom train-tokenizer --input corpus/train.jsonl --output data/tokenizer --vocab-size 8000": RUN_ON_QUICKSTART,
+    "ledom preprocess-data --input corpus/train.jsonl --tokenizer data/tokenizer --output-prefix data/mine": RUN_ON_QUICKSTART,
+    "ledom preprocess-data --input corpus/valid.jsonl --tokenizer data/tokenizer --output-prefix data/mine_valid": RUN_ON_QUICKSTART,
+    "ledom preprocess-data --input corpus/train.jsonl --tokenizer data/tokenizer --output-prefix data/mine_forward"
+    " --direction forward": RUN_ON_QUICKSTART,
+    "ledom preprocess-data --input corpus/valid.jsonl --tokenizer data/tokenizer --output-prefix data/mine_forward_valid"
+    " --direction forward": RUN_ON_QUICKSTART,
     "ledom train --config run.yaml run_dir=runs/mine data.tokenizer=data/tokenizer data.train_blend=[[1.0,data/mine]]"
-    " data.valid_blend=[[1.0,data/mine_valid]]": "tests/unit/cli/test_ledom.py, tests/packaging/test_wheel.py",
+    " data.valid_blend=[[1.0,data/mine_valid]] data.allow_repeats=true model.params_dtype=fp32 train.num_threads=2": (
+        "tests/unit/cli/test_ledom.py, tests/packaging/test_wheel.py"
+    ),
+    "ledom train --config run.yaml run_dir=runs/mine_forward data.direction=forward data.tokenizer=data/tokenizer"
+    " data.train_blend=[[1.0,data/mine_forward]] data.valid_blend=[[1.0,data/mine_forward_valid]] data.allow_repeats=true"
+    " model.params_dtype=fp32 train.num_threads=2": RUN_ON_QUICKSTART,
+    "ledom convert-checkpoint mcore-to-hf --load runs/mine --save models/mine": RUN_ON_QUICKSTART,
     "ledom inspect-shard quickstart/shards/reverse/valid --show 2": RUN_ON_QUICKSTART,
     "ledom inspect-checkpoint quickstart/runs/reverse --verify": RUN_ON_QUICKSTART,
     "ledom report-run quickstart/runs/reverse quickstart/runs/forward --output report --smooth 5": RUN_ON_QUICKSTART,
@@ -390,7 +406,7 @@ def test_quick_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     quick = [
         command
         for command, test in RUN_BY_TESTS.items()
-        if test == RUN_HERE and command != "ledom train --config ledom_7b --dry-run"
+        if test == RUN_HERE and not command.startswith("ledom train --config ledom_7b --dry-run")
     ]
     assert len(quick) > 5
     for command in quick:

@@ -200,7 +200,7 @@ def test_a_difference_at_equal_n_can_have_the_opposite_sign_at_equal_tokens(tmp_
     assert sum("not significantly different" in one for one in lines_of_report) == 2
     assert "Reverse Reward is right in 90.0 % with 8 candidate(s)" in verdict(report)
     assert "At equal tokens, 64.3 % with 2: significantly above 4 (greedy; random of N;" in verdict(report)
-    assert verdict(report).endswith(" and below 1 (majority vote) of 7 other methods.")
+    assert verdict(report).endswith(" and below 1 (majority vote) of the 7 other methods.")
 
 
 def test_a_report_notes_words_that_are_counted_as_tokens(
