@@ -43,7 +43,9 @@ MASKED_TEXT = (
     (re.compile(r"^speed +\d.*", re.MULTILINE), "SPEED"),
     (re.compile(r"base64,[A-Za-z0-9+/=]+"), "PICTURE"),
     (
-        re.compile(r"((?:\bmegatron[-_]ledom(?:_version)?|\bpackage[_ ]version|\bby version)[\"':| ]+)\d+\.\d+\.\d+"),
+        re.compile(
+            r"((?:\bmegatron[-_]ledom(?:_version)?|\bpackage[_ ]version|\bby version)(?:[\"':| ]|&#x27;|&quot;)+)\d+\.\d+\.\d+"
+        ),
         r"\1VERSION",
     ),
 )

@@ -270,7 +270,7 @@ def test_a_folder_of_the_other_direction_is_refused(tmp_path: Path) -> None:
 
 
 def test_folders_without_a_model_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no model folder"):
+    with pytest.raises(UsageError, match="not a model folder"):
         ReverseLM.from_pretrained(tmp_path / "missing")
     folder = random_model_folder(tmp_path / "model", "byte_level", "reverse")
     (folder / "tokenizer.json").write_text(sentencepiece_like_json())

@@ -52,7 +52,7 @@ def test_calibration_writes_a_hardware_file_for_the_planner(tmp_path: Path, monk
     text = calibrate("cpu", str(own))
     hardware = load_hardware(str(own))
     assert hardware.is_cpu
-    assert 0.001 < hardware.peak_tflops < 20
+    assert 1e-5 < hardware.peak_tflops < 20  # 0.0002 to 0.0008 on a busy core without bf16 instructions
     assert hardware.matmul_efficiency > 0.001
     assert "not fitted: " in text
     assert text.rstrip().endswith(f"ledom plan-run --hardware {own}")

@@ -183,7 +183,7 @@ def test_a_damaged_launch_is_refused_by_file_and_number(config: RunConfig, line:
 def test_a_folder_instead_of_a_log_is_refused_with_its_path(config: RunConfig, name: str) -> None:
     path = Path(config.run_dir, name)
     path.mkdir()
-    with pytest.raises(DataError, match=f"{path} is a folder, not a file of records; move it away"):
+    with pytest.raises(DataError, match=f"{path} is a folder, but must be a file of records; move it away"):
         check_history(config, "a checkpoint")
 
 
