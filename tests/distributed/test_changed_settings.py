@@ -69,7 +69,7 @@ CHANGES: dict[str, tuple[str, tuple[str, ...]]] = {
 """Key of the config -> part of the run that it decides, and overrides that change it."""
 WITHOUT_EFFECT = {
     "an iteration that is done": ("train.skip_iterations=[2]", "train.skip_iterations names 2"),
-    "the size of weights that exist": ("model.init_method_std=0.5", "model.init_method_std was 0.02 and is 0.5"),
+    "the size of weights that exist": ("model.init_method_std=0.5", "model.init_method_std was 0.02 and is now 0.5"),
 }
 
 
