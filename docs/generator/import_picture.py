@@ -8,6 +8,8 @@ import ast
 from collections.abc import Iterator
 from itertools import pairwise
 
+import networkx as nx
+
 from docs.generator.paths import ROOT
 
 SOURCE = ROOT / "tests/unit/test_layers.py"
@@ -19,69 +21,40 @@ WIDTH, HEIGHT, GAP, STEP, MARGIN = 108, 34, 34, 88, 24
 PASSAGE = 10
 """Width that an arrow takes in a row that it passes through."""
 SWEEPS = 24
-Edges = dict[str, set[str]]
 Point = tuple[float, float]
 
 
 def import_picture() -> str:
     """Return the picture as SVG."""
-    edges = reduced(rooms())
-    depth = depths(edges)
-    ways = {(start, end): passages(start, end, depth) for start in edges for end in sorted(edges[start])}
+    graph = nx.transitive_reduction(rooms())
+    rows_upwards = nx.topological_generations(graph.reverse())  # a room is one row above the highest one that it imports
+    depth = {name: row for row, names in enumerate(rows_upwards) for name in sorted(names)}
+    ways = {(start, end): passages(start, end, depth) for start, end in sorted(graph.edges)}
     rows = ordered(depth, list(ways.values()))
     width = 2 * MARGIN + max(_width(row) for row in rows)
     places = {name: point for number, row in enumerate(rows) for name, point in _placed(row, width, number)}
     bottom = MARGIN + STEP * len(rows) - (STEP - HEIGHT) / 2
     arrows = [_arrow([places[name] for name in ways[way]]) for way in sorted(ways)]
-    boxes = [_box(*places[name], WIDTH, name) for name in sorted(edges)]
+    boxes = [_box(*places[name], WIDTH, name) for name in sorted(graph)]
     base = _box(width / 2, bottom + HEIGHT / 2, width - 2 * MARGIN, f"any room may import: {', '.join(FOUNDATION)}")
     return "\n".join([_head(width, bottom + HEIGHT + MARGIN), *arrows, *boxes, base, "</svg>", ""])
 
 
-def rooms() -> Edges:
-    """Return each room with those that it may import; rooms such as `planning.dry_run` count with the folder they are in."""
+def rooms() -> nx.DiGraph:
+    """Return a graph with an edge from each room to those that it may import; rooms such as `planning.dry_run` count with the folder they are in."""
     tree = ast.parse(SOURCE.read_text(encoding="utf-8"))
     [text] = [
         ast.literal_eval(node.value)
         for node in tree.body
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "LAYERS"
     ]
-    edges: Edges = {}
+    edges: dict[str, set[str]] = {}
     for line in filter(None, text.split("\n")):
         name, _, names = line.partition(":")
         room = name.partition(".")[0]
         edges.setdefault(room, set()).update(set(names.split()) - {room})
     left = {name for name in edges if name not in (*FOUNDATION, *HIDDEN)}
-    return {name: edges[name] & left for name in sorted(left)}
-
-
-def reachable(start: str, edges: Edges) -> set[str]:
-    """Return every room that a room imports, directly or by way of others."""
-    found: set[str] = set()
-    waiting = [start]
-    while waiting:
-        new = edges[waiting.pop()] - found
-        found |= new
-        waiting += new
-    return found
-
-
-def reduced(edges: Edges) -> Edges:
-    """Return the edges without those that a longer way replaces."""
-    return {
-        name: {end for end in ends if not any(end in reachable(other, edges) for other in ends - {end})}
-        for name, ends in edges.items()
-    }
-
-
-def depths(edges: Edges) -> dict[str, int]:
-    """Return the row of each room, counted from the bottom: one above the highest room that it imports."""
-    depth: dict[str, int] = {}
-    while len(depth) < len(edges):
-        depth |= {
-            name: 1 + max((depth[end] for end in ends), default=-1) for name, ends in edges.items() if ends <= depth.keys()
-        }
-    return depth
+    return nx.DiGraph({name: sorted(edges[name] & left) for name in sorted(left)})
 
 
 def passages(start: str, end: str, depth: dict[str, int]) -> list[str]:

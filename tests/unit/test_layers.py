@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 from tests.support.paths import ROOT
@@ -382,21 +383,9 @@ def imported_files(path: Path, tree: ast.Module, files: Iterable[Path]) -> set[P
 
 def circles(files: dict[Path, ast.Module]) -> list[str]:
     """Return the groups of files that import each other, each as one line."""
-    edges = {path: imported_files(path, tree, files) for path, tree in files.items()}
-    reached = {path: reachable(path, edges) for path in edges}
-    groups = {frozenset(other for other in reached[path] if path in reached[other]) for path in edges}
-    return sorted(" <-> ".join(sorted(map(str, group))) for group in groups if group)
-
-
-def reachable(start: Path, edges: dict[Path, set[Path]]) -> set[Path]:
-    """Return all files that a file imports, directly or not; the file itself only if it is in a circle."""
-    found: set[Path] = set()
-    waiting = [start]
-    while waiting:
-        new = edges[waiting.pop()] - found
-        found |= new
-        waiting += new
-    return found
+    graph = nx.DiGraph({path: sorted(imported_files(path, tree, files)) for path, tree in files.items()})
+    groups = [group for group in nx.strongly_connected_components(graph) if len(group) > 1]
+    return sorted(" <-> ".join(sorted(map(str, group))) for group in groups)
 
 
 def test_no_files_import_each_other() -> None:
