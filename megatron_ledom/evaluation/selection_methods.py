@@ -152,7 +152,9 @@ def chosen_weights(questions: Sequence[Question], num: int, num_folds: int, seed
     Of several equally good ones, it is the middle one. No lambda is chosen on the questions that it is evaluated on.
     """
     if not 2 <= num_folds <= len(questions):
-        raise UsageError(f"--folds {num_folds} must be 2 to {len(questions)}, the number of questions")
+        raise UsageError(
+            f"--folds {num_folds} must be 2 to {len(questions)}, the number of questions; give --folds {min(5, len(questions))}"
+        )
     right = np.array([[question.outcome("Reverse Reward", num, w) for w in range(len(GRID))] for question in questions])
     folds = np.random.default_rng(seed).permutation(len(questions)) % num_folds
     chosen = np.zeros(len(questions), np.int64)

@@ -196,7 +196,8 @@ def operation_rows(config: RunConfig) -> Iterator[Row]:
         yield "watchdog", "off"
     boards = ["metrics.jsonl", *(["TensorBoard"] if logs.tensorboard else [])]
     boards += [f"Weights & Biases ({logs.wandb_project})"] if logs.wandb_project else []
-    yield "metrics", f"{', '.join(boards)}, every {logs.log_interval:,} iterations"
+    rhythm = "every iteration" if logs.log_interval == 1 else f"every {logs.log_interval:,} iterations"
+    yield "metrics", f"{', '.join(boards)}, {rhythm}"
     if logs.profile_start is not None:
         ranks = ", ".join(map(str, logs.profile_ranks))
         yield "profile", f"iterations {logs.profile_start:,} to {logs.profile_stop or logs.profile_start:,} on ranks {ranks}"

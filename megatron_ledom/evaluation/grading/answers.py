@@ -92,7 +92,7 @@ def read_golds(answers: Answers, golds: Sequence[tuple[str, str]]) -> list[Any]:
     if unread:
         raise DataError(
             f"{len(unread)} of {len(golds)} right answers cannot be read: {'; '.join(unread[:5])}{'; ...' * (len(unread) > 5)};"
-            " correct or remove these lines, or compare answers in another way (number, text, math)"
+            " correct or remove these lines, or compare answers in another way with --answers number, text or math"
         )
     return found
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer as HubTokenizer
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, normalizers
 
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.tokenizers import encoders
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.tokenizers.encoders import FlatIds, HubEncoder, flat
 from megatron_ledom.tokenizers.sentencepiece_bpe import ODD_TEXTS, convert, tokenizer_config, train
+from tests.support.byte_level_bpe import write_byte_level_bpe
 
 TEXT = inspect.getsource(textwrap)
 SAMPLES = [TEXT, *TEXT.splitlines()[:50]]
@@ -25,16 +25,7 @@ SAMPLES = [TEXT, *TEXT.splitlines()[:50]]
 
 def byte_level(path: Path, normalizer: normalizers.Normalizer | None = None) -> str:
     """Write a byte-level BPE tokenizer.json of 500 tokens with an <eos>."""
-    tokenizer = HubTokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    if normalizer is not None:
-        tokenizer.normalizer = normalizer
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False))
-    tokenizer.add_special_tokens(["<eos>"])
-    path.mkdir()
-    tokenizer.save(str(path / "tokenizer.json"))
-    return str(path / "tokenizer.json")
+    return write_byte_level_bpe(path, 500, [AddedToken("<eos>", special=True)], normalizer)
 
 
 def same_ids(tokenizer: Tokenizer, reference: Tokenizer) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as HubTokenizer
 
 from megatron_ledom.data.preprocess.pipeline import preprocess
@@ -21,6 +21,7 @@ from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 from megatron_ledom.storage.hashes import sha256_of
 from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
 from megatron_ledom.tokenizers.sentencepiece_bpe import _converted, parse_model, train
+from tests.support.byte_level_bpe import write_byte_level_bpe
 from tests.support.legible import EOD_ID, legible_shard, legible_tokenizer, write_jsonl
 from tests.support.source_texts import TEXT
 
@@ -30,16 +31,8 @@ SPELLED = [f"before {EOD} after", EOD, f"{EOD}{EOD}\n", f"a{EOD}b", "none here"]
 
 def byte_level(folder: Path, normalizer: normalizers.Normalizer | None = None) -> str:
     """Return byte-level BPE whose eod is an added token that is not special."""
-    tokenizer = HubTokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    if normalizer is not None:
-        tokenizer.normalizer = normalizer
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
-    tokenizer.add_tokens([AddedToken(EOD, normalized=False), AddedToken("<tool>", normalized=False)])
-    folder.mkdir()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return str(folder / "tokenizer.json")
+    added = [AddedToken(EOD, normalized=False), AddedToken("<tool>", normalized=False)]
+    return write_byte_level_bpe(folder, 400, added, normalizer)
 
 
 def replacing(folder: Path) -> str:

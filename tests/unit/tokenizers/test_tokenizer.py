@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer as HubTokenizer
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, processors
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.provenance import vocabulary_hash
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.tokenizers.sentencepiece_bpe import ODD_TEXTS, convert, tokenizer_config, train
+from tests.support.byte_level_bpe import byte_level_bpe
 from tests.support.legible import EOD_ID, VOCAB_SIZE, legible_documents, legible_ids, legible_tokenizer
 from tests.support.source_texts import TEXT
 
@@ -31,11 +31,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "sp/tokenizer.model").write_bytes(model)
     (root / "sp/tokenizer.json").write_text(convert(model, "sp"))
     (root / "sp/tokenizer_config.json").write_text(tokenizer_config())
-    byte_level = HubTokenizer(models.BPE())
-    byte_level.pre_tokenizer, byte_level.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    byte_level.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
-    byte_level.add_special_tokens(["<bos>", "<eos>"])
+    byte_level = byte_level_bpe(400, [AddedToken(token, special=True) for token in ("<bos>", "<eos>")])
     byte_level.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 400)])
     (root / "bytes").mkdir()
     byte_level.save(str(root / "bytes/tokenizer.json"))
