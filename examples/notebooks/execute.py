@@ -16,10 +16,11 @@ def execute(path: Path) -> nbformat.NotebookNode:
 
     The notebook's commands run with the Python of this process: its folder comes first on PATH.
     """
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    os.environ["PYTHONWARNINGS"] = "ignore"
+    path_variable = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=TIMEOUT_SECONDS, kernel_name="python3", coalesce_streams=True).execute()
+    NotebookClient(notebook, timeout=TIMEOUT_SECONDS, kernel_name="python3", coalesce_streams=True).execute(
+        env={**os.environ, "PATH": path_variable, "PYTHONWARNINGS": "ignore"}
+    )
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of this run
     return notebook

@@ -1,7 +1,6 @@
 """The notebooks of examples/notebooks run from start to end, and what is committed shows that run."""
 
 import re
-import sys
 from pathlib import Path
 
 import nbformat
@@ -24,10 +23,11 @@ def test_two_notebooks_are_there() -> None:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(FOLDER)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin")
+    monkeypatch.setenv("PATH", "/usr/local/bin:/usr/bin:/bin")  # `ledom` must be found without an activated environment
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     from execute import execute  # type: ignore[import-not-found]
 
     executed, committed = output(execute(path)), output(nbformat.read(path, as_version=4))
@@ -40,6 +40,9 @@ def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if path.stem == "look_into_a_shard":  # exact on every machine
         assert found == re.findall(lines[path.stem], committed, re.MULTILINE)
         assert "damaged" in executed
+    else:  # of five given answers the right one has the highest reward; each text ends as it was given
+        assert found[0].strip() == "4 + 3 = 7. Eva has 7 coins."
+        assert len(re.findall(r"^Question: .*\nAnswer: .* Eva has 7 coins\.$", executed, re.MULTILINE)) == 3
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
