@@ -61,7 +61,7 @@ def test_calibration_writes_a_hardware_file_for_the_planner(tmp_path: Path, monk
     text = calibrate("cpu", str(own))
     hardware = load_hardware(str(own))
     assert hardware.is_cpu
-    assert 1 / 30 < hardware.peak_tflops / bf16_tflops() < 30  # a busy machine, another shape; but the right unit
+    assert 0.03 < hardware.peak_tflops / bf16_tflops() < 30  # a busy machine, another shape; but the right unit
     assert hardware.matmul_efficiency > 0.001
     assert "not fitted: " in text
     assert text.rstrip().endswith(f"ledom plan-run --hardware {own}")
