@@ -209,5 +209,6 @@ def start_user_buffers(config: RunConfig) -> None:
         shape=[tokens, config.model.hidden_size],
         tp_size=config.parallel.tensor_model_parallel_size,
         use_fp8=config.model.fp8 is not None,
+        dtype=PARAMS_DTYPES[config.model.params_dtype],
         bootstrap_backend="nccl",
     )

@@ -70,7 +70,7 @@ def first_replica(config: RunConfig) -> list[int]:
 
 
 def describe_tensors(model: list[LanguageModel], groups: ParallelGroups) -> dict[str, Any]:
-    """Return the parts of the sharded state, and the number of parameters of this rank."""
+    """Return the parts of the sharded state of this rank."""
     state = sharded_weights(model, checkpoint_metadata(groups))
     apply_factories(state)
     parts = list(nested_values(state))
@@ -90,7 +90,6 @@ def describe_tensors(model: list[LanguageModel], groups: ParallelGroups) -> dict
     return {
         "tensors": sorted(tensors, key=lambda tensor: (tensor["key"], tensor["global_offset"])),
         "objects": sorted(part.unique_key for part in parts if isinstance(part, ShardedObject)),
-        "parameters": {name: list(value.shape) for chunk in model for name, value in chunk.named_parameters()},
     }
 
 
@@ -105,7 +104,7 @@ def describe_layer(model: list[LanguageModel]) -> dict[str, Any]:
         "softmax_scale": core.unfused_attention.softmax_scale,
         "attention_dropout": core.attention_dropout,
         "mask": core.attn_mask_type,
-        "eps": [linears[0].eps, linears[2].eps],
+        "eps": [norm.eps for norm in (attention.linear_qkv, mlp.linear_fc1, attention.q_layernorm, attention.k_layernorm) if hasattr(norm, "eps")],
         "tensor_parallel": [linear.tp_size for linear in linears],
         "sequence_parallel": [linear.sequence_parallel for linear in linears],
         "frequencies": model[0].rotary_pos_emb.inv_freq.shape[0],

@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 
 from megatron_ledom.checkpoint.folder import latest_checkpoint
-from megatron_ledom.checkpoint.store import CheckpointStore
+from megatron_ledom.checkpoint.store import CheckpointStore, unwrapped
 from megatron_ledom.config.derived import checkpoint_folder
 from megatron_ledom.config.load import load_config
 from megatron_ledom.data.blends.sources import load_sources
@@ -28,7 +28,9 @@ def move(config_file: str, run_dir: str, other_run_dir: str) -> None:
     sources, _ = check_resumable(config, load_sources(config), checkpoint)
     prepare_indices(config, sources, index_cache(config), ALONE)
     state = build_state(config, sources, platform, groups, TRANSFORMER_ENGINE, checkpoint)
-    print(type(state.model[0].module.decoder.layers[0].self_attention.linear_qkv).__name__)
+    print(type(unwrapped(state.model[0]).decoder.layers[0].self_attention.linear_qkv).__name__)
+    adam = type(getattr(state.optimizer.chained_optimizers[0], "optimizer", None))
+    print(f"{adam.__module__}.{adam.__name__}")
     other = replace(config, run_dir=other_run_dir)
     state.store = CheckpointStore(checkpoint_folder(other), state.store.metadata, config.checkpoint)
     save_checkpoint(state)
