@@ -37,7 +37,7 @@ class LayerChoice:
 def build_layer_spec(
     choice: LayerChoice, core_config: TransformerConfig, chunk: int | None, *, unfused_attention: bool = False
 ) -> Any:
-    """Return GPTModel's layer spec for one model chunk. Transformer Engine: not yet run on hardware."""
+    """Return GPTModel's layer spec for one model chunk. Transformer Engine: built on CPUs by tests, not yet run on hardware."""
     if choice.implementation == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=core_config.qk_layernorm)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=core_config.qk_layernorm)

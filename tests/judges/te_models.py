@@ -104,7 +104,11 @@ def describe_layer(model: list[LanguageModel]) -> dict[str, Any]:
         "softmax_scale": core.unfused_attention.softmax_scale,
         "attention_dropout": core.attention_dropout,
         "mask": core.attn_mask_type,
-        "eps": [norm.eps for norm in (attention.linear_qkv, mlp.linear_fc1, attention.q_layernorm, attention.k_layernorm) if hasattr(norm, "eps")],
+        "eps": [
+            norm.eps
+            for norm in (attention.linear_qkv, mlp.linear_fc1, attention.q_layernorm, attention.k_layernorm)
+            if hasattr(norm, "eps")
+        ],
         "tensor_parallel": [linear.tp_size for linear in linears],
         "sequence_parallel": [linear.sequence_parallel for linear in linears],
         "frequencies": model[0].rotary_pos_emb.inv_freq.shape[0],
@@ -121,7 +125,10 @@ def recorded_buffers() -> Iterator[list[dict[str, str]]]:
         passed.append({name: str(value) for name, value in arguments.items()})
         base._ub_initialized = True  # which layers read
 
-    with mock.patch.object(base, "initialize_ub", autospec=True, side_effect=start), mock.patch.object(base, "_ub_initialized", False):
+    with (
+        mock.patch.object(base, "initialize_ub", autospec=True, side_effect=start),
+        mock.patch.object(base, "_ub_initialized", False),
+    ):
         yield passed
 
 

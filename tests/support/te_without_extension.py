@@ -39,7 +39,9 @@ class NameOfExtension(type):
         return 0
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError(f"{cls.__module__}.{cls.__name__} was called, which only Transformer Engine's compiled extension has")
+        raise RuntimeError(
+            f"{cls.__module__}.{cls.__name__} was called, which only Transformer Engine's compiled extension has"
+        )
 
 
 class AbsentModule(types.ModuleType):
