@@ -24,7 +24,9 @@ from tests.support.tiny_runs import TinyData, curve, read_tensors, run_on_ranks
 pytestmark = pytest.mark.skipif(not has("transformer_engine"), reason=ABSENT)
 
 YARN = "rope_scaling=yarn rope_scaling_factor=4 rope_scaling_original_max_position=2048"
-EVERY_RULE = f"share_embeddings_and_output_weights=true add_qkv_bias=true qk_layernorm=true num_query_groups=4 {YARN}"
+EVERY_RULE = (
+    f"share_embeddings_and_output_weights=true add_qkv_bias=true qk_layernorm=true num_query_groups=4 kv_channels=128 {YARN}"
+)
 CASES: dict[str, tuple[str, list[str]]] = {
     **{name: (name, []) for name in shipped_configs() if name != "ledom_base"},
     "pipeline": ("ledom_7b", ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"]),
