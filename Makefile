@@ -26,6 +26,20 @@ docs: $(STAMP)
 	$(BIN)/python -m docs.generator
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# Transformer Engine's layers and Megatron Bridge beside ours, without a GPU: 11 MB of packages in a folder that only tests/judges reads.
+# With them installed, `make test` runs tests/judges too; without them it skips them.
+JUDGES := $(VENV)/judges/.installed
+.PHONY: judges install-judges
+install-judges: $(JUDGES)
+
+judges: $(JUDGES)
+	$(PYTEST) tests/judges --durations=5
+
+$(JUDGES): tests/judges/requirements.txt $(STAMP)
+	rm -rf $(@D)
+	$(BIN)/python -m pip --disable-pip-version-check install --progress-bar off --no-deps --no-compile --target $(@D) -r $<
+	touch $@
+
 # All tests except the slow ones. The second part also runs if the first fails; a failure of either fails the target.
 test: check
 	@first=0; second=0; \
