@@ -59,7 +59,7 @@ check: $(STAMP)
 unit: $(STAMP)
 	$(PYTEST) tests/unit $(AT_ONCE) -m "not ($(ALONE))" --durations=10
 
-# An environment that another Python was named for is made anew.
+# An environment of another Python than the named one is replaced.
 $(STAMP): pyproject.toml setup.py $(wildcard constraints/*) .ci/make_venv .ci/choose_python.py $(wildcard csrc/*/*)
 	PYTHON="$(PYTHON)" bash .ci/make_venv "$(VENV)"
 	touch "$(VENV)/.installed" "$@"

@@ -93,23 +93,32 @@ def needs_cuda_libraries(report: str) -> bool:
     return any(re.match(r"(nvidia|cuda)[-_]", requirement) for requirement in torch["metadata"].get("requires_dist", []))
 
 
-def ask_pip(python: Python) -> bool | None:
-    """Return True if pip would install a torch without gigabytes, False for one with, None if it cannot tell. Downloads no wheel."""
-    pins = (CONSTRAINTS / f"python{python.version}.txt").read_text().splitlines()
+def ask_pip(pythons: list[Python]) -> list[bool | None]:
+    """Return one answer a Python: True if pip would install a torch without gigabytes, False for one with, None if it cannot tell.
+
+    The pip of the first Python answers for all. It downloads no wheel.
+    """
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as threads:
+        made = subprocess.run([pythons[0].command, "-m", "venv", folder], stdout=subprocess.DEVNULL, check=False)
+        pip = [f"{folder}/bin/python", "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--retries=1"]
+        pip += ["--dry-run", "--report=-", "--no-deps", "--only-binary=:all:", f"--target={folder}/unused"]
+        return list(threads.map(lambda python: ask_for_torch(pip, python.version), pythons)) if made.returncode == 0 else []
+
+
+def ask_for_torch(pip: list[str], version: str) -> bool | None:
+    """Return the answer of ask_pip for one version of Python."""
+    pins = (CONSTRAINTS / f"python{version}.txt").read_text().splitlines()
     [torch] = [pin for pin in pins if pin.startswith("torch==")]
-    options = ["--dry-run", "--ignore-installed", "--no-deps", "--only-binary=:all:", "--retries=1", "--quiet", "--report=-"]
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            subprocess.run([python.command, "-m", "venv", folder], stdout=subprocess.DEVNULL, check=True)
-            pip = [f"{folder}/bin/python", "-m", "pip", "--disable-pip-version-check", "install", *options, torch]
-            done = subprocess.run(pip, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=PIP_SECONDS, check=True)
-            return not needs_cuda_libraries(done.stdout.decode())
-        except (subprocess.SubprocessError, ValueError):
-            return None
+    command = [*pip, f"--python-version={version}", torch]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=PIP_SECONDS, check=True)
+        return not needs_cuda_libraries(done.stdout.decode())
+    except (subprocess.SubprocessError, ValueError):
+        return None
 
 
 def choose_by_torch(pythons: list[Python], small: list[bool | None]) -> Choice:
-    """Return the newest Python with a small torch, or else the newest that pip has a torch for. `small` has ask_pip of each."""
+    """Return the newest Python with a small torch, or else the newest that pip has a torch for. `small` has the answers of ask_pip."""
     newest = pythons[0]
     if True in small:
         chosen = pythons[small.index(True)]
@@ -118,9 +127,8 @@ def choose_by_torch(pythons: list[Python], small: list[bool | None]) -> Choice:
         torch = "pip finds no torch" if small[0] is None else "torch brings gigabytes of CUDA libraries"
         return Choice(chosen, f"the newest one here whose torch is small (for Python {newest.version} {torch})")
     if False in small:
-        return Choice(
-            pythons[small.index(False)], "the newest one here that pip has a torch for, with gigabytes of CUDA libraries"
-        )
+        chosen = pythons[small.index(False)]
+        return Choice(chosen, "the newest one here that pip has a torch for, with gigabytes of CUDA libraries")
     return Choice(newest, "the newest supported one here (pip could not tell the size of its torch)")
 
 
@@ -134,8 +142,7 @@ def choose(pythons: list[Python]) -> Choice:
         return Choice(complete[0], "the only supported one here" if len(pythons) == 1 else "the only complete one here")
     if has_gpu():
         return Choice(complete[0], "the newest supported one here, for a machine with a GPU")
-    with ThreadPoolExecutor() as threads:
-        return choose_by_torch(complete, list(threads.map(ask_pip, complete)))
+    return choose_by_torch(complete, ask_pip(complete))
 
 
 def choose_here(named: str, versions: list[str]) -> Choice:

@@ -15,6 +15,7 @@ import pytest
 from tests.support.paths import ROOT
 
 NAME = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+OTHER = "3.12" if NAME == "python3.13" else "3.13"
 TOOLS = {NAME: os.path.realpath(sys.executable), "git": shutil.which("git"), "g++": shutil.which("g++")}
 
 spec = importlib.util.spec_from_file_location("choose_python", ROOT / ".ci/choose_python.py")
@@ -41,12 +42,10 @@ def script(path: Path, text: str) -> str:
     return str(path)
 
 
-def beside(folder: Path, lacking: str) -> str:
-    """Put another supported Python, which has no torch, on the PATH; return its version."""
-    version = "3.13" if NAME != "python3.13" else "3.12"
-    answer = json.dumps([version, "/other", lacking])
-    script(folder / "bin" / f"python{version}", f"case $2 in import\\ torch*) exit 1;; esac\necho '{answer}'")
-    return version
+def beside(folder: Path, lacking: str) -> None:
+    """Put another supported Python, which has no torch, on the PATH."""
+    answer = json.dumps([OTHER, "/other", lacking])
+    script(folder / "bin" / f"python{OTHER}", f"case $2 in import\\ torch*) exit 1;; esac\necho '{answer}'")
 
 
 def set_up(folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -101,14 +100,14 @@ def test_pythons_that_do_not_run_are_passed_over(tmp_path: Path) -> None:
 
 def test_one_that_lacks_the_headers_gives_way_to_a_complete_one_and_is_an_error_if_named(tmp_path: Path) -> None:
     environment = tools(tmp_path)
-    other = beside(tmp_path, "the Python headers are missing")
-    bare = f"{tmp_path}/bin/python{other}"
+    beside(tmp_path, "the Python headers are missing")
+    bare = f"{tmp_path}/bin/python{OTHER}"
     done = chosen(environment)
     assert done.stdout.splitlines()[0] == f"{tmp_path}/bin/{NAME}", done.stderr
     assert "the only complete one here" in done.stderr
     named = chosen(environment | {"PYTHON": bare})
     assert named.returncode == 2
-    assert f"Python {other} ({bare}): the Python headers are missing" in named.stderr
+    assert f"Python {OTHER} ({bare}): the Python headers are missing" in named.stderr
 
 
 def test_a_python_with_a_cuda_torch_is_preferred(tmp_path: Path) -> None:
@@ -122,7 +121,8 @@ def test_a_python_with_a_cuda_torch_is_preferred(tmp_path: Path) -> None:
 
 def test_the_newest_is_taken_on_a_machine_with_a_gpu(tmp_path: Path) -> None:
     environment = tools(tmp_path)
-    newest = max(NAME, f"python{beside(tmp_path, '')}")
+    beside(tmp_path, "")
+    newest = max(NAME, f"python{OTHER}")
     script(tmp_path / "bin/nvidia-smi", "exit 0")
     done = chosen(environment)
     assert done.stdout.splitlines()[0] == f"{tmp_path}/bin/{newest}", done.stderr
@@ -132,17 +132,16 @@ def test_the_newest_is_taken_on_a_machine_with_a_gpu(tmp_path: Path) -> None:
 def test_pip_tells_the_size_of_torch_without_a_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pins = (ROOT / f"constraints/{NAME}.txt").read_text()
     [version] = re.findall(r"^torch==(.*)$", pins, re.MULTILINE)
-    with zipfile.ZipFile(tmp_path / f"torch-{version}-py3-none-any.whl", "w") as wheel:
+    tag = f"cp{NAME.removeprefix('python').replace('.', '')}-none-any"
+    with zipfile.ZipFile(tmp_path / f"torch-{version}-{tag}.whl", "w") as wheel:
         metadata = f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\nRequires-Dist: sympy\n"
         wheel.writestr(f"torch-{version}.dist-info/METADATA", metadata)
-        wheel.writestr(f"torch-{version}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"torch-{version}.dist-info/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
         wheel.writestr(f"torch-{version}.dist-info/RECORD", "")
     for name, value in {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
     python = choose_python.probe(os.path.realpath(sys.executable))
-    assert choose_python.ask_pip(python) is True
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nothing"))
-    assert choose_python.ask_pip(python) is None
+    assert choose_python.ask_pip([python, python._replace(version=OTHER)]) == [True, None]
 
 
 def test_only_cuda_libraries_make_a_torch_large() -> None:
