@@ -22,7 +22,7 @@ from megatron_ledom.checkpoint.manifest import CheckpointManifest, check_sizes, 
 from megatron_ledom.checkpoint.writing import CheckpointWriter
 from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.errors import DataError, TransientError, may_pass
-from megatron_ledom.parallel.collectives import from_first_rank, gathered_weights
+from megatron_ledom.parallel.collectives import from_first_rank, gathered_weights, on_every_rank
 from megatron_ledom.platform.core_state import use_settings_of
 from megatron_ledom.storage.hashes import content_problems, refuse_damaged
 
@@ -140,8 +140,16 @@ def load_weights(checkpoint: str, model: list[Any], metadata: dict[str, Any]) ->
 
 
 def _read(checkpoint: str, wanted: dict[str, Any], **how: Any) -> dict[str, Any]:
-    """Return the state that megatron-core loads from a checkpoint. Raises DataError if the checkpoint is damaged."""
-    check_sizes(checkpoint)
+    """Return the state that megatron-core loads from a checkpoint. Raises DataError on every rank if any finds it damaged.
+
+    From megatron-core 0.18 a load has no collectives: without the agreement a healthy rank would wait for a damaged one.
+    """
+    on_every_rank(lambda: check_sizes(checkpoint))
+    return on_every_rank(lambda: _read_own(checkpoint, wanted, **how))
+
+
+def _read_own(checkpoint: str, wanted: dict[str, Any], **how: Any) -> dict[str, Any]:
+    """Return this rank's part of the state."""
     try:
         state: dict[str, Any] = dist_checkpointing.load(wanted, checkpoint, **how)
     except UNREADABLE as error:

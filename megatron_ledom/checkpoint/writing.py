@@ -40,7 +40,9 @@ from megatron_ledom.checkpoint.folder import (
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, save_manifest
 from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.errors import DataError, LedomError, TransientError, cannot_write, first_cause
+from megatron_ledom.platform.core_fixes import save_common
 from megatron_ledom.platform.core_state import SaveResults
+from megatron_ledom.platform.core_versions import save_options, take_common_state
 from megatron_ledom.platform.processes import die_with_the_parent, leave_signals_to_the_parent
 from megatron_ledom.storage.files import sync
 from megatron_ledom.storage.hashes import FileSums, checksum
@@ -95,7 +97,7 @@ class CheckpointWriter:
         self._calls = AsyncCallsQueue(persistent=False)
         self._strategy = _Strategy("torch_dist", 1, thread_count=1)
         # ranks with the same tensors divide the writing among them
-        self._spread = FullyParallelSaveStrategyWrapper(self._strategy, replicas, do_cache_distribution=True)
+        self._spread = _Spread(self._strategy, replicas, do_cache_distribution=True)
 
     def save(self, manifest: CheckpointManifest, state: dict[str, Any], content: dict[str, Any]) -> None:
         """Start a checkpoint of the current sharded `state`; without `async_save` also complete it.
@@ -108,7 +110,7 @@ class CheckpointWriter:
         part = os.path.join(self.folder, name + PART)
         if not self._begin(name, part):
             return
-        request = dist_checkpointing.save(state, part, self._spread, async_sharded_save=True, content_metadata=content)
+        request = dist_checkpointing.save(state, part, self._spread, async_sharded_save=True, content_metadata=content, **save_options())
         storage, metadata = self._strategy.planned
         buckets, results = request.async_fn_args[1:] if request.async_fn_args else ([], SaveResults())
         pending = _Pending(manifest, part, storage, metadata, results)
@@ -222,9 +224,20 @@ class _Strategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
 
     planned: tuple[FileSystemWriterAsync, Any]
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> AsyncRequest:
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any, *options: str) -> AsyncRequest:
         self.planned = writer, save_state_dict_ret[1]
-        return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
+        return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret, *options)
+
+
+class _Spread(FullyParallelSaveStrategyWrapper):  # type: ignore[misc]
+    """megatron-core's division of the writing among ranks. Every version writes the state that is equal on all ranks as common.pt."""
+
+    def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str, *options: str) -> AsyncRequest:
+        """Write common.pt, then return the request that writes the tensors."""
+        common = take_common_state(sharded_state_dict)
+        if common is not None:
+            save_common(common, checkpoint_dir)
+        return super().async_save(sharded_state_dict, checkpoint_dir, *options)
 
 
 def _complete(pending: _Pending, written: list[RankFiles]) -> None:

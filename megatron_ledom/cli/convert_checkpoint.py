@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_ledom.cli.options import add_overwrite
+from megatron_ledom.platform.core_versions import check_core
 from megatron_ledom.platform.quiet import quiet_libraries
 
 PARITY = (
@@ -90,6 +91,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Run the command."""
     arguments = build_parser(prog).parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    check_core()
     quiet_libraries()
     from transformers.utils import logging as transformers_logging
 

@@ -28,6 +28,7 @@ from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.model.layer_specs import LayerChoice, build_layer_spec, start_user_buffers
 from megatron_ledom.ops.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ledom.parallel.groups import ParallelGroups
+from megatron_ledom.platform.core_versions import frees_sent_outputs
 
 
 class LanguageModel(GPTModel):  # type: ignore[misc]
@@ -146,7 +147,7 @@ def build_core_config(config: RunConfig) -> TransformerConfig:
         microbatch_group_size_per_vp_stage=parallel.pipeline_model_parallel_size,
         overlap_p2p_comm=interleaved,  # interleaved with batched p2p gives a wrong loss at two stages
         batch_p2p_comm=not interleaved,
-        deallocate_pipeline_outputs=False,  # True has a race condition with the interleaved schedule and overlap
+        deallocate_pipeline_outputs=frees_sent_outputs(),
         calculate_per_token_loss=True,
         init_method=leave_unset,  # initialize_weights draws the weights, equal for every layout
         output_layer_init_method=leave_unset,

@@ -23,6 +23,7 @@ from megatron_ledom.ops.library import DTYPES, backend
 from megatron_ledom.ops.rms_norm import FusedRMSNorm, TorchRMSNorm
 from megatron_ledom.ops.rope import FusedSelfAttention
 from megatron_ledom.ops.swiglu import FusedSwiGLU
+from megatron_ledom.platform.core_versions import mlp_submodules
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ def build_layer_spec(
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = norm
     if choice.implementation == "fused":
         layer.module = FusedTransformerLayer
-        layer.submodules.mlp.submodules.activation_func = FusedSwiGLU
+        mlp_submodules(layer).activation_func = FusedSwiGLU
         if not core_config.qk_layernorm:  # those norms come between projection and rotation, here one operator
             attention.module = FusedSelfAttention
     num_layers = get_num_layers_to_build(core_config, vp_stage=chunk)

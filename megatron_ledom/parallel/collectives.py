@@ -37,6 +37,28 @@ def from_first_rank(work: Callable[[], Result]) -> Result:
     return result
 
 
+def on_every_rank(work: Callable[[], Result]) -> Result:
+    """Run `work` on every rank and return its result. Call on every rank. A collective in `work` must fail on all ranks or none.
+
+    If it fails on any rank, every rank raises: a failed one its own error, the others that of the first failed rank.
+    """
+    cause: Exception | None = None
+    shared: LedomError | RuntimeError | None = None
+    try:
+        result = work()
+    except Exception as error:
+        cause = error
+        shared = error if isinstance(error, LedomError) else RuntimeError(f"{type(error).__name__}: {error}")
+    found: list[LedomError | RuntimeError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, shared)
+    if cause is not None:
+        raise cause
+    for rank, error_of_rank in enumerate(found):
+        if error_of_rank is not None:
+            raise type(error_of_rank)(f"rank {rank}: {error_of_rank}")
+    return result
+
+
 def check_same(what: str, value: object, advice: str) -> None:
     """Raise RuntimeError on every rank if the text of `value` differs between ranks. Call on every rank.
 

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import optimizer as core_optimizer
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.base import StrategyAction, register_default_strategy
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.optimizer import clip_grads, distrib_optimizer
 from megatron.core.optimizer import optimizer as core_optimizer_classes
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -22,6 +20,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from megatron_ledom.errors import LedomError, cannot_write
 from megatron_ledom.platform.adam import GroupStepAdam, find_apex
 from megatron_ledom.platform.core_state import SaveResults, restricted_module
+from megatron_ledom.platform.core_versions import replace_results_queue, replace_save_common
 from megatron_ledom.storage.files import write_synced
 
 _LOAD_BYTES = DefaultLoadPlanner.load_bytes
@@ -127,31 +126,31 @@ def _keep_save_results_in_memory() -> None:
     The queue runs in its own process, which the first save starts. Batch systems send SIGTERM to all processes of a job, and
     the signal ends the process of the queue.
     """
-    filesystem_async._get_write_results_queue = SaveResults
+    replace_results_queue(SaveResults)
 
 
 def _agree_on_common_state() -> None:
     """Report an error of `common.pt` to all ranks: otherwise the others wait until the timeout if rank 0 cannot write it."""
-    register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, _AgreedCommonState("torch", 1))
+    replace_save_common(save_common)
 
 
-class _AgreedCommonState(TorchCommonSaveStrategy):  # type: ignore[misc]
-    """Saves the small state that is equal on all ranks: on disk on return, or an error on every rank."""
+def save_common(common_state: dict[str, Any], folder: str) -> None:
+    """Write the small state that is equal on all ranks: on disk on return, or an error on every rank.
 
-    def save_common(self, common_state_dict: dict[str, Any], checkpoint_dir: Any) -> None:
-        """Write the state on rank 0 through a Python file, because torch's own file loses the reason of an error."""
-        failure: list[LedomError | None] = [None]
-        if dist.get_rank() == 0:
-            path = os.path.join(checkpoint_dir, COMMON_STATE_FNAME)
-            content = io.BytesIO()
-            torch.save(common_state_dict, content)
-            try:
-                write_synced(path, content.getvalue())
-            except OSError as error:
-                failure = [cannot_write(error, path)]
-        dist.broadcast_object_list(failure, src=0)
-        if failure[0] is not None:
-            raise failure[0]
+    Rank 0 writes through a Python file, because torch's own file loses the reason of an error.
+    """
+    failure: list[LedomError | None] = [None]
+    if dist.get_rank() == 0:
+        path = os.path.join(folder, COMMON_STATE_FNAME)
+        content = io.BytesIO()
+        torch.save(common_state, content)
+        try:
+            write_synced(path, content.getvalue())
+        except OSError as error:
+            failure = [cannot_write(error, path)]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise failure[0]
 
 
 def _fix_padded_buckets() -> None:

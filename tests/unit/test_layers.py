@@ -29,7 +29,7 @@ config: direction errors storage
 platform: errors storage
 ops: platform
 parallel: config errors platform
-model: config errors ops parallel
+model: config errors ops parallel platform
 planning: config errors tables model
 planning.calibration: config parallel platform storage
 planning.dry_run: config data

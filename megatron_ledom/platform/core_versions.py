@@ -1,0 +1,130 @@
+"""Everything that differs between the supported versions of megatron-core. No other module compares versions.
+
+`SUPPORTED` lists the tested pairs of Python and megatron-core. 0.17 and 0.18 work on Python 3.12 and newer and are not tested by
+every change. megatron-core 0.17 and newer need Python 3.12.
+"""
+
+import functools
+import importlib.util
+import logging
+import re
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+from megatron_ledom.errors import UsageError
+
+SUPPORTED = {(3, 11): "0.16.1", (3, 12): "0.19.2", (3, 13): "0.19.2"}
+"""Python -> the megatron-core that the tests run with. `constraints/` pins it."""
+OLDEST, TOO_NEW = (0, 16, 1), (0, 20)
+"""The oldest megatron-core that works, and the first one that nobody has tried."""
+ANNOUNCED = {
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",  # 0.19; DECISIONS.md says what HybridModel would change
+    "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",  # 0.18
+    "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",  # 0.19
+}
+"""Logger -> start of a message about a later version of megatron-core, on which the user of a run cannot act."""
+
+
+@functools.cache
+def core_version() -> tuple[int, ...]:
+    """Return the installed version as numbers, such as (0, 19, 2). Raises UsageError if megatron-core is not installed."""
+    try:
+        text = metadata.version("megatron-core")
+    except metadata.PackageNotFoundError:
+        raise UsageError(f"megatron-core is not installed; {_how_to_install()}") from None
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
+
+
+def check_core() -> None:
+    """Raise UsageError if megatron-core cannot be used here. Call before importing it: its own error would not say why."""
+    found = core_version()
+    if not OLDEST <= found < TOO_NEW:
+        raise UsageError(f"found megatron-core {_text(found)}, expected {_text(OLDEST)} to 0.19; {_how_to_install()}")
+    if found >= (0, 18) and importlib.util.find_spec("triton") is None:
+        raise UsageError(
+            f"megatron-core {_text(found)} imports the package triton, which is not installed and which it does not require: pip install"
+            " triton; a CUDA build of torch brings it"
+        )
+
+
+def _text(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+def _how_to_install() -> str:
+    tested = SUPPORTED.get(sys.version_info[:2])
+    if tested is None:
+        pythons = ", ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
+        return f"use one of Python {pythons}, on which this package is tested"
+    return f"this package is tested with {tested} on this Python: pip install megatron-core=={tested}"
+
+
+def quiet_announcements() -> None:
+    """Suppress megatron-core's messages about its own later versions. Its other warnings stay."""
+    for logger, text in ANNOUNCED.items():
+        logging.getLogger(logger).addFilter(functools.partial(_says_other, text))
+
+
+def _says_other(text: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(text)
+
+
+def frees_sent_outputs() -> bool:
+    """Return True if a pipeline stage may free an output once it is sent (`deallocate_pipeline_outputs`).
+
+    Before 0.18 interleaved stages with overlapped communication freed memory that was still being sent, and so trained on
+    the numbers of other tensors.
+    """
+    return core_version() >= (0, 18)
+
+
+def save_options() -> dict[str, str]:
+    """Return the options of `dist_checkpointing.save` that select megatron-core's own asynchronous writer.
+
+    From 0.17 the default is the writer of nvidia-resiliency-ext, another package.
+    """
+    return {} if core_version() < (0, 17) else {"async_strategy": "mcore"}
+
+
+def replace_results_queue(queue: Callable[[], Any]) -> None:
+    """Make megatron-core's writer build its queue of results by `queue`."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if core_version() < (0, 17):
+        filesystem_async._get_write_results_queue = queue
+    else:
+        filesystem_async.get_write_results_queue = lambda mp_mode="spawn": queue()
+
+
+def replace_save_common(write: Callable[[dict[str, Any], str], None]) -> None:
+    """Make `dist_checkpointing.save` write the state that is equal on all ranks by `write(state, folder)`, as common.pt.
+
+    0.16 has a class for it, 0.17 and 0.18 a function. 0.19 stores that state among the tensors, where earlier versions do not
+    find it: there, `take_common_state` removes it again and the caller writes it.
+    """
+    from megatron.core.dist_checkpointing import serialization
+
+    if core_version() < (0, 17):
+        from megatron.core.dist_checkpointing.strategies import base, common
+
+        strategy = common.TorchCommonSaveStrategy("torch", 1)
+        strategy.save_common = write
+        base.register_default_strategy(base.StrategyAction.SAVE_COMMON, "torch", 1, strategy)
+    elif core_version() < (0, 19):
+        serialization.save_common = write
+
+
+def take_common_state(sharded_state: dict[str, Any]) -> dict[str, Any] | None:
+    """Remove and return the common state that 0.19 puts among the tensors of a save; None in earlier versions."""
+    if core_version() < (0, 19):
+        return None
+    common: dict[str, Any] = sharded_state.pop("common_state").data
+    return common
+
+
+def mlp_submodules(layer: Any) -> Any:
+    """Return the submodules of the MLP of a layer's spec: from 0.18 they are an argument of a partial."""
+    mlp = layer.submodules.mlp
+    return mlp.submodules if core_version() < (0, 18) else mlp.keywords["submodules"]
