@@ -169,3 +169,26 @@ def test_the_newest_python_with_a_small_torch_is_taken(small: list[bool | None],
     assert choice.python.version == version
     assert reason in choice.reason
     assert not choice.cuda
+
+
+def test_the_checks_of_a_submission_demand_the_second_python(tmp_path: Path) -> None:
+    environment = tools(tmp_path) | {"PYENV_ROOT": str(tmp_path)}
+    for name in ("dirname", "sort", "tail"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name) or name)
+    (tmp_path / "bin/python3.12").unlink(missing_ok=True)
+    script(tmp_path / "bin/bash", "exit 0")  # for .ci/install_services
+    script(tmp_path / "bin/make", 'echo make "$@"')
+    command = [shutil.which("bash") or "bash", str(ROOT / ".ci/run")]
+
+    def run(**variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, env=environment | variables, capture_output=True, text=True, check=False)
+
+    refused = run()
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "no python3.12 on the PATH" in refused.stderr
+    first, omitted = run(ONE_PYTHON="1").stdout.splitlines()
+    assert first == "make test PYTHON=python3.11"
+    assert omitted.startswith("=== omitted: the tests of the engine on Python 3.12")
+    (tmp_path / "versions/3.12.9/bin").mkdir(parents=True)
+    second = script(tmp_path / "versions/3.12.9/bin/python3.12", "exit 0")
+    assert run().stdout.splitlines() == [first, f"make test-engine VENV=.venv-3.12 PYTHON={second}"]
