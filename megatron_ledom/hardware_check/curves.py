@@ -1,5 +1,6 @@
 """Compare the losses and gradient norms of two training runs, step by step."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,12 @@ def compare(found: Sequence[Record], expected: Sequence[Record]) -> Difference:
 def _largest(found: Sequence[Record], expected: Sequence[Record], key: str) -> float:
     pairs = [(float(one[key]), float(other[key])) for one, other in zip(found, expected, strict=True)]
     differences = [abs(one - other) / max(abs(other), SMALLEST) for one, other in pairs]
-    return max(differences, key=lambda value: (value != value, value))
+    return largest_number(differences)
+
+
+def largest_number(values: Iterable[float]) -> float:
+    """Return the largest value; NaN counts as larger than every number."""
+    return max(values, key=lambda value: (math.isnan(value), value))
 
 
 def compare_each(
@@ -61,7 +67,7 @@ def compare_each(
 def largest(differences: Iterable[Difference]) -> Difference:
     """Return the largest loss difference and the largest gradient norm difference of several runs."""
     found = list(differences)
-    return Difference(max(one.loss for one in found), max(one.grad_norm for one in found))
+    return Difference(largest_number(one.loss for one in found), largest_number(one.grad_norm for one in found))
 
 
 def numbers_of(differences: Mapping[str, Difference]) -> dict[str, dict[str, float]]:

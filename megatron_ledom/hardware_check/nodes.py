@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 
+from megatron_ledom.config.derived import next_multiple
 from megatron_ledom.hardware_check.check import Outcome, Setting, failed, passed, skipped
 from megatron_ledom.hardware_check.curves import compare
 from megatron_ledom.hardware_check.layouts import DISTRIBUTED, ONE_PROCESS, TOLERANCE
@@ -17,7 +18,7 @@ from megatron_ledom.hardware_check.training_runs import (
     end_of_log,
     own_layers,
 )
-from megatron_ledom.platform.slurm import BY_SBATCH, read_number
+from megatron_ledom.platform.slurm import BY_SBATCH, read_number, read_step
 from megatron_ledom.storage.records import METRICS, read_records
 
 ALL_NODES = "all_nodes"
@@ -29,17 +30,16 @@ def check_nodes(setting: Setting) -> Outcome:
 
     The report's folder must be on a file system that all nodes share.
     """
+    if read_step(os.environ) is not None:
+        return skipped("inside srun; run this check in the batch script itself, which starts the ranks on all nodes")
     num_nodes = nodes_of_job(os.environ)
     if num_nodes < 2:
         return skipped("not in a SLURM job of several nodes; submit the check with --nodes=2")
     if shutil.which("srun") is None:
         return skipped(f"in a SLURM job of {num_nodes} nodes, but there is no srun")
     num_ranks = num_nodes * setting.num_gpus
-    if GLOBAL_BATCH % num_ranks:
-        return skipped(
-            f"{num_nodes} nodes with {setting.num_gpus} ranks each do not divide the batch of {GLOBAL_BATCH} samples"
-        )
-    runs = TrainingRuns(setting, [own_layers(setting.device), "train.micro_batch_size=1"])
+    batch = [f"train.global_batch_size={next_multiple(GLOBAL_BATCH, num_ranks)}", "train.micro_batch_size=1"]
+    runs = TrainingRuns(setting, [own_layers(setting.device), *batch])
     expected = runs.train({ONE_PROCESS: []})[ONE_PROCESS]
     arguments = runs.arguments(ALL_NODES, [f"parallel.{one}" for one in DISTRIBUTED])
     run_on_nodes(runs, [sys.executable, "-m", "megatron_ledom.pretrain", *arguments], num_nodes)
@@ -59,9 +59,8 @@ def run_on_nodes(runs: TrainingRuns, command: list[str], num_nodes: int) -> None
     """Run a command with srun, one task for each GPU of each node, until the check's time ends. Raises RunFailedError."""
     per_node = runs.setting.num_gpus
     srun = ["srun", f"--nodes={num_nodes}", f"--ntasks={num_nodes * per_node}", f"--ntasks-per-node={per_node}"]
-    srun += ["--kill-on-bad-exit=1", "--wait=30"]
-    if "SLURM_CPUS_PER_TASK" in os.environ:  # since SLURM 22.05 srun does not inherit it
-        srun.append(f"--cpus-per-task={os.environ['SLURM_CPUS_PER_TASK']}")
+    cpus = read_number(os.environ, "SLURM_CPUS_ON_NODE", BY_SBATCH, least=1)
+    srun += [f"--cpus-per-task={max(1, cpus // per_node)}", "--kill-on-bad-exit=1", "--wait=30"]
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if runs.setting.device == "cpu" else {}
     log_file = runs.folder / "srun.log"
     with open(log_file, "wb") as output:

@@ -8,6 +8,7 @@ import torch
 from megatron_ledom.convert.hf_export import export_hf
 from megatron_ledom.direction import Direction
 from megatron_ledom.hardware_check.check import Outcome, Setting, failed, passed
+from megatron_ledom.hardware_check.curves import largest_number
 from megatron_ledom.hardware_check.training_runs import TrainingRuns, documents, own_layers
 from megatron_ledom.inference import (
     Candidate,
@@ -75,7 +76,7 @@ def judge(
 ) -> Outcome:
     """Return the outcome: failed if a score is outside the tolerance, or if a ranking or a generated text differs."""
     pairs = [pair for one, other in zip(found, expected, strict=True) for pair in zip(one, other, strict=True)]
-    difference = max((abs_difference(one, other) for one, other in pairs), key=lambda value: (math.isnan(value), value))
+    difference = largest_number(abs_difference(one, other) for one, other in pairs)
     ranks, wanted_ranks = ([rank([score.reward for score in scores]) for scores in side] for side in (found, expected))
     numbers = {"answers": len(pairs), "score_difference_nats": difference, "rankings": ranks, "texts": len(texts)}
     problems = []
@@ -100,4 +101,4 @@ def judge(
 def abs_difference(one: CandidateScore, other: CandidateScore) -> float:
     """Return the largest difference of the log-probabilities of an answer, in nats; infinity if one has no value."""
     pairs = [(one.forward_logprob, other.forward_logprob), (one.reverse_logprob, other.reverse_logprob)]
-    return max(math.inf if a is None or b is None else abs(a - b) for a, b in pairs)
+    return largest_number(math.inf if a is None or b is None else abs(a - b) for a, b in pairs)

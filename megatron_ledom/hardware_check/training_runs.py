@@ -210,16 +210,18 @@ class TrainingRuns:
                 process.wait()
 
 
-def wait_for(processes: Sequence["subprocess.Popen[bytes]"], end: float) -> list[int] | None:
+def wait_for(
+    processes: Sequence["subprocess.Popen[bytes]"], end: float, grace_seconds: float = RESERVE_SECONDS
+) -> list[int] | None:
     """Return the exit codes of all processes, or None if some still run at the time `end` (of time.monotonic).
 
-    If one ends with an error, the others have a few seconds left; the code of those that still run is then UNFORESEEN.
+    If one ends with an error, the others have `grace_seconds` left; the code of those that still run is then UNFORESEEN.
     """
     error_end: float | None = None
     while any(process.poll() is None for process in processes):
         now = time.monotonic()
         if error_end is None and any(process.poll() for process in processes):
-            error_end = now + RESERVE_SECONDS
+            error_end = now + grace_seconds
         if error_end is not None and now > error_end:
             return [UNFORESEEN if process.poll() is None else process.returncode for process in processes]
         if now > end:
