@@ -20,7 +20,8 @@ from megatron_ledom.hardware_check.check import Check, Outcome, Setting, Status,
 
 MARK = "LEDOM_HARDWARE_CHECK"
 """Environment variable of all processes of a check, also of those in sessions of their own, as torchrun starts its ranks."""
-LAUNCHERS = ("SLURM_", "PMI_", "PMIX_", "OMPI_", "MV2_")
+JOBS = ("SLURM_", "PMI_", "PMIX_", "OMPI_", "MV2_")
+"""Beginnings of the variables of SLURM and MPI."""
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 TAIL_LINES, TAIL_BYTES = 15, 1 << 16
 
@@ -55,7 +56,7 @@ def run_isolated(check: Check, setting: Setting, folder: Path) -> Result:
     with open(log, "wb") as output, _no_process_left(f"{os.getpid()}-{folder}") as mark:
         process = subprocess.Popen(
             [sys.executable, "-m", f"{__package__}.one_check", *arguments],
-            env=_environment(setting.device, mark),
+            env=_environment(check, setting.device, mark),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -74,11 +75,10 @@ def run_isolated(check: Check, setting: Setting, folder: Path) -> Result:
     return Result(check, outcome, seconds, limit, tail)
 
 
-def _environment(device: str, mark: str) -> dict[str, str]:
-    """Return the environment of a check: that of this process without its launcher, so that the check is a run of one machine."""
-    kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS) and name not in TORCHRUN
-    }
+def _environment(check: Check, device: str, mark: str) -> dict[str, str]:
+    """Return the environment of a check: that of this process without the variables of a launcher, unless it keeps its job's."""
+    dropped = JOBS if not check.keeps_job else ()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped) and name not in TORCHRUN}
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     return {**kept, **hidden, "PYTHONUNBUFFERED": "1", MARK: mark}
 
