@@ -93,7 +93,7 @@ def _no_process_left(mark: str) -> Iterator[str]:
             for process in left:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
-            psutil.wait_procs(left, timeout=5)
+            psutil.wait_procs(left, timeout=0.5)
 
 
 def _marked(mark: str) -> Iterator[psutil.Process]:

@@ -19,8 +19,8 @@ from megatron_ledom.hardware_check.check import Outcome, Setting, failed
 from megatron_ledom.platform.processes import die_with_the_parent
 from megatron_ledom.storage.files import write_json
 
-STACKS_AT = 0.95
-"""Part of the time limit after which the stacks of all threads are written to the log, because the process is killed soon."""
+STACKS_SECONDS, STACKS_PART = 3.0, 0.2
+"""The stacks of all threads are written to the log these seconds before the kill, or this part of a short limit before it."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> None:
     die_with_the_parent(int(parent))
     given = Setting(**json.loads(setting))
     faulthandler.enable()
-    faulthandler.dump_traceback_later(STACKS_AT * given.seconds)
+    faulthandler.dump_traceback_later(given.seconds - min(STACKS_SECONDS, STACKS_PART * given.seconds))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     outcome = outcome_of(function, given)
     faulthandler.cancel_dump_traceback_later()

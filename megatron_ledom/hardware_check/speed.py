@@ -41,7 +41,7 @@ SMALL: dict[str, Any] = {
     "data": {"seq_length": 256},
     "train": {"global_batch_size": 2},
 }
-WARM_UP, MOST_STEPS = 2, 10
+WARM_UP, STEPS = 2, {"cuda": 10, "cpu": 3}
 HARDWARE = {"B200": "b200", "H200": "h200", "GH200": "h200", "H100": "h100-sxm", "H800": "h100-sxm", "A100": "a100-80", "A800": "a100-80"}
 """Part of a GPU's name -> hardware file."""
 UNKNOWN = "a100-80"
@@ -148,7 +148,7 @@ def chosen_config(platform: Platform, hardware: Hardware) -> RunConfig:
 def _config(values: dict[str, Any], num_layers: int, micro_batch_size: int) -> RunConfig:
     """Return the config of a run that reads no data."""
     model = {**values["model"], "num_layers": num_layers, "params_dtype": "bf16"}
-    train = {**values["train"], "micro_batch_size": micro_batch_size, "train_iters": WARM_UP + MOST_STEPS}
+    train = {**values["train"], "micro_batch_size": micro_batch_size, "train_iters": 100}
     optimizer = {"lr": 1e-4, "lr_warmup_iters": WARM_UP}
     content = {"run_dir": "none", "model": model, "data": values["data"], "train": train, "optimizer": optimizer}
     return config_from_dict({**content, "parallel": {}, "checkpoint": {}, "logging": {}}, "the check of the speed")
@@ -178,7 +178,7 @@ def train_steps(config: RunConfig, platform: Platform, seconds: float) -> Steps:
     groups = start_distributed(platform, config.parallel, ALONE)
     step = training_step(config, config.model.vocab_size, groups, platform.device)
     found = Steps([], [])
-    for number in range(WARM_UP + MOST_STEPS):
+    for number in range(WARM_UP + STEPS[platform.device.type]):
         platform.synchronize()
         start = time.perf_counter()
         loss = step()
