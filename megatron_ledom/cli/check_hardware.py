@@ -12,7 +12,10 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Return the parser of this command."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--gpus", type=int, metavar="N", help="GPUs to use, on a CPU the number of processes (default: all GPUs, or 2 processes)"
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="GPUs to use, on a CPU the number of processes (default: all GPUs, or 2 processes)",
     )
     parser.add_argument(
         "--minutes",
@@ -27,7 +30,11 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         help="new folder for the report and the logs (default %(default)s)",
     )
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help="run only these checks, after the first one, which finds the devices"
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="run only these checks, after the first one, which finds the devices",
     )
     parser.add_argument(
         "--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: GPUs if torch finds any (default %(default)s)"

@@ -49,7 +49,7 @@ def bandwidth(setting: Setting) -> Outcome:
         return skipped(f"only plain torch runs here: {state.state}")
     platform = prepare_platform(None, ALONE)
     start_distributed(platform, ParallelConfig(), ALONE)
-    rows = []
+    rows: list[dict[str, Any]] = []
     copy = copy_bandwidth(platform)
     for transfer in transfers(platform.device):
         speed = transfer.least_bytes / seconds_of(platform, transfer.action)
@@ -143,9 +143,11 @@ def optimizer_kernels(device: torch.device, count: int, size: int = 1 << 17) -> 
     parameters = [torch.nn.Parameter(torch.randn(size, device=device)) for _ in range(count)]
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
-    gradients = [parameter.grad for parameter in parameters]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     optimizer, kernels, flag = FusedAdam(parameters), MultiTensorKernels(), torch.zeros(1, device=device)
     num_bytes = 4 * size * count
-    yield Transfer("adamw", optimizer.step, 7 * num_bytes)  # reads gradient, weight and two moments, writes all but the gradient
+    yield Transfer(
+        "adamw", optimizer.step, 7 * num_bytes
+    )  # reads gradient, weight and two moments, writes all but the gradient
     yield Transfer("norm", lambda: kernels.norm(1, flag, [gradients], False), num_bytes)
     yield Transfer("scale", lambda: kernels.scale(1, flag, [gradients, gradients], 0.999), 2 * num_bytes)

@@ -6,7 +6,9 @@ _ROOM = "megatron_ledom.hardware_check"
 
 CHECKS: tuple[Check, ...] = (
     Check("environment", "The devices, the driver and the versions of the software.", 1.5, f"{_ROOM}.machine:environment"),
-    Check("operators", "The compiled operators: built if needed and possible, and loaded.", 5.0, f"{_ROOM}.operators:operators"),
+    Check(
+        "operators", "The compiled operators: built if needed and possible, and loaded.", 5.0, f"{_ROOM}.operators:operators"
+    ),
     Check(
         "kernels",
         "Each operator, forward and backward, against the same formula in double precision on the device.",

@@ -60,7 +60,7 @@ class Check:
     name: str
     """Name in the report and of `--only`."""
     title: str
-    """What is checked, in a sentence for the report."""
+    """Subject of the check, in a sentence for the report."""
     share: float
     """Part of the whole time that this check may take, relative to the others."""
     function: str

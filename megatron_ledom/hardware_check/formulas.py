@@ -26,11 +26,11 @@ def swiglu_formula(x_N2F: torch.Tensor) -> torch.Tensor:
 
 
 def rope_formula(mixed_SBGM: torch.Tensor, angles_S11D: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Split [S, B, G, (R + 2) * D] into query, key and value, and rotate the first two; cos and sin are those of fp32 angles."""
+    """Split [S, B, G, (R + 2) * D] into query, key and value, and rotate the first two."""
     width = angles_S11D.shape[-1]
-    heads = mixed_SBGM.unflatten(-1, (-1, width))
-    half = angles_S11D[:, 0, 0, : width // 2]
-    cos, sin = (table.to(mixed_SBGM.dtype)[:, None, None, None] for table in (half.cos(), half.sin()))
+    heads = mixed_SBGM.view(*mixed_SBGM.shape[:-1], -1, width)
+    half = angles_S11D[:, 0, 0, : width // 2].to(mixed_SBGM.dtype)
+    cos, sin = (table[:, None, None, None] for table in (half.cos(), half.sin()))
     first, second = heads[..., :-1, :].chunk(2, -1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
     return rotated[..., :-1, :].flatten(2, 3), rotated[..., -1, :], heads[..., -1, :]

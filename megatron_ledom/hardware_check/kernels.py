@@ -33,7 +33,7 @@ from megatron_ledom.platform.device import prepare_platform
 from megatron_ledom.platform.launch import ALONE
 
 EPS = 1e-5
-ADAM = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+ADAM: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 STEPS = 3
 NORM_ULPS = 32.0
 """torch's norm on a CPU adds thousands of squares in a row; those of 16-bit numbers are all rounded in the same direction."""
@@ -109,7 +109,11 @@ def norms(draw: Draw, device: str) -> Iterator[Operation]:
     for rows, hidden in ((1, 8), (65, 1032), (130, 4096)):
         weight = draw(hidden, seed=1)
         yield Operation(
-            "rms_norm", lambda x, w: rms_norm(x, w, EPS), lambda x, w: rms_norm_formula(x, w, EPS), [draw(rows, hidden), weight], 2
+            "rms_norm",
+            lambda x, w: rms_norm(x, w, EPS),
+            lambda x, w: rms_norm_formula(x, w, EPS),
+            [draw(rows, hidden), weight],
+            2,
         )
         # multiples of 1/16 up to 4: their sums are exact in every type, so only the norm is rounded
         x, residual = (draw(rows, hidden, seed=seed).mul(16).round().clamp(-64, 64).div(16) for seed in (2, 3))
@@ -134,9 +138,7 @@ def rotations(draw: Draw, device: str) -> Iterator[Operation]:
     for groups, per_group, width in ((1, 8, 64), (4, 1, 16), (2, 4, 128)):
         angles = drawn(33, 1, 1, width // 2, dtype=torch.float32, seed=2, device=device).mul(100).repeat(1, 1, 1, 2)
         mixed = draw(33, 3, groups, (per_group + 2) * width)
-        yield Operation(
-            "rope", lambda x, a=angles: rope(x, a), lambda x, a=angles: rope_formula(x, a), [mixed], 1
-        )
+        yield Operation("rope", lambda x, a=angles: rope(x, a), lambda x, a=angles: rope_formula(x, a), [mixed], 1)
 
 
 def attention(draw: Draw, device: str) -> Iterator[Operation]:

@@ -35,7 +35,7 @@ def environment(setting: Setting) -> Outcome:
         return passed(_on_cpu(setting), **numbers)
     if found == 0:
         return failed(f"torch finds no GPU: {why_no_gpu()}", **numbers)
-    numbers |= {"driver": driver(), "nccl": ".".join(map(str, torch.cuda.nccl.version())), "gpus": []}
+    numbers |= {"driver": driver(), "nccl": nccl_version(), "gpus": []}
     problems = [] if wanted <= found else [f"--gpus {wanted}, but {found} GPUs are visible"]
     for index in range(numbers["num_gpus"]):
         described, wrong = gpu(index)
@@ -85,6 +85,12 @@ def why_no_gpu() -> str:
 def driver() -> str:
     """Return the version of the NVIDIA driver."""
     return _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0].strip() or "unknown"
+
+
+def nccl_version() -> str:
+    """Return the version of NCCL in torch, such as `2.27.5`."""
+    version: tuple[int, ...] = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+    return ".".join(map(str, version))
 
 
 def gpu(index: int) -> tuple[dict[str, Any], list[str]]:

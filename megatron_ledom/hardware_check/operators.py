@@ -66,5 +66,7 @@ def build(folder: Path, archs: list[str]) -> None:
     done = subprocess.run(command, cwd=CHECKOUT, env=environment)
     made = target / "megatron_ledom" / extension_path().name
     if done.returncode or not made.exists():
-        raise VerificationError(f"the build of the CUDA operators ended with exit code {done.returncode}; see the end of the log")
+        raise VerificationError(
+            f"the build of the CUDA operators ended with exit code {done.returncode}; see the end of the log"
+        )
     write_file(extension_path(), made.read_bytes())

@@ -24,7 +24,7 @@ SMALLEST_LIMIT = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What the user asked for."""
+    """The user's options."""
 
     output: str
     """Folder of the report and of the checks' files."""

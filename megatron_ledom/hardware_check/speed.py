@@ -30,7 +30,13 @@ from megatron_ledom.training.step_policy import Action, Verdict
 from megatron_ledom.training.trainer import train_step
 
 ONE_BILLION: dict[str, Any] = {
-    "model": {"hidden_size": 2048, "ffn_hidden_size": 5632, "num_attention_heads": 16, "num_query_groups": 8, "vocab_size": 32_000},
+    "model": {
+        "hidden_size": 2048,
+        "ffn_hidden_size": 5632,
+        "num_attention_heads": 16,
+        "num_query_groups": 8,
+        "vocab_size": 32_000,
+    },
     "data": {"seq_length": 2048},
     "train": {"global_batch_size": 8},
 }
@@ -42,7 +48,15 @@ SMALL: dict[str, Any] = {
     "train": {"global_batch_size": 2},
 }
 WARM_UP, STEPS = 2, {"cuda": 10, "cpu": 3}
-HARDWARE = {"B200": "b200", "H200": "h200", "GH200": "h200", "H100": "h100-sxm", "H800": "h100-sxm", "A100": "a100-80", "A800": "a100-80"}
+HARDWARE = {
+    "B200": "b200",
+    "H200": "h200",
+    "GH200": "h200",
+    "H100": "h100-sxm",
+    "H800": "h100-sxm",
+    "A100": "a100-80",
+    "A800": "a100-80",
+}
 """Part of a GPU's name -> hardware file."""
 UNKNOWN = "a100-80"
 """Hardware file whose efficiencies and links stand for those of a GPU without a file."""

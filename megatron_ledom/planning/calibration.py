@@ -215,9 +215,7 @@ def describe(hardware: Hardware, measurements: list[Measurement], output: str) -
     return "\n".join([*lines, f"{output}: ledom plan-run --hardware {output}"]) + "\n"
 
 
-def mean_and_largest_error(
-    hardware: Hardware, measurements: list[Measurement], *, is_fitted: bool
-) -> tuple[float, float]:
+def mean_and_largest_error(hardware: Hardware, measurements: list[Measurement], *, is_fitted: bool) -> tuple[float, float]:
     """Return the mean and the largest relative error, without sign, on the fitted kernels or on the others."""
     found = [abs(one.error(hardware)) for one in measurements if one.is_fitted == is_fitted]
     return statistics.mean(found), max(found)

@@ -64,14 +64,14 @@ def test_each_ending_of_a_check_has_its_reason_and_the_others_run(tmp_path: Path
     assert checks["wrong"]["log_tail"] == ["the losses follow"]
     assert checks["wrong"]["numbers"] == {"loss_difference": 3.0}
     assert checks["breaks"]["log_tail"][-1] == "ZeroDivisionError: no tokens"
-    assert any("Segmentation fault" in line for line in checks["crashes"]["log_tail"])
+    assert any(line.endswith(" in crashes") for line in checks["crashes"]["log_tail"])
     assert (checks["missing"]["status"], checks["good"]["status"]) == ("skipped", "passed")
     assert (checks["missing"]["log_tail"], checks["good"]["log_tail"]) == ([], [])
     assert report.summary() == "2 passed, 9 failed, 1 skipped"
 
 
 def test_a_check_that_hangs_is_killed_with_its_children_at_its_limit(tmp_path: Path) -> None:
-    report, checks = run(tmp_path, "hangs", minutes=0.1)
+    _, checks = run(tmp_path, "hangs", minutes=0.1)
     assert checks["hangs"]["status"] == "failed"
     assert re.fullmatch(r"its process was killed at its time limit of \d s, without a result", checks["hangs"]["reason"])
     assert any(line.endswith(" in hangs") for line in checks["hangs"]["log_tail"])  # the stack before the kill
