@@ -39,9 +39,9 @@ def check_scores(setting: Setting) -> Outcome:
     for direction, folder in folders.items():
         export_hf(runs.run_dir(direction.value), folder, verify=None)  # `conversion` has the parity check
     asked = questions()
-    followings = [text[-24:] for text in documents(4, seed=3)]
+    following_texts = [text[-24:] for text in documents(4, seed=3)]
     (found, texts), (expected, wanted_texts) = (
-        scores_on(folders, device, dtype, batch_size, asked, followings)
+        scores_on(folders, device, dtype, batch_size, asked, following_texts)
         for device, dtype, batch_size in ((setting.device, torch.float32, BATCH), ("cpu", torch.float64, 1))
     )
     return judge(found, expected, texts, wanted_texts, setting.device)
@@ -56,14 +56,19 @@ def questions() -> Questions:
 
 
 def scores_on(
-    folders: dict[Direction, str], device: str, dtype: torch.dtype, batch_size: int, asked: Questions, followings: list[str]
+    folders: dict[Direction, str],
+    device: str,
+    dtype: torch.dtype,
+    batch_size: int,
+    asked: Questions,
+    following_texts: list[str],
 ) -> tuple[list[list[CandidateScore]], list[str]]:
     """Return the scores of all answers, and the texts that the reverse model writes before the given ones."""
     reverse = ReverseLM.from_pretrained(folders[Direction.REVERSE], device, dtype)
     forward = ForwardLM.from_pretrained(folders[Direction.FORWARD], device, dtype)
     engines = TransformersEngine(forward, batch_size), TransformersEngine(reverse, batch_size)
     scores = score_questions(*engines, asked, RewardSettings())
-    written = reverse.generate_preceding(followings, max_new_tokens=NEW_TOKENS, batch_size=batch_size)
+    written = reverse.generate_preceding(following_texts, max_new_tokens=NEW_TOKENS, batch_size=batch_size)
     return scores, [one.text for one in written]
 
 
