@@ -48,7 +48,7 @@ CONFIG: dict[str, Any] = {
     },
     "data": {"seq_length": 64, "allow_repeats": True},
     "parallel": {"distributed_timeout_minutes": 2},
-    "optimizer": {"lr": 1e-3, "min_lr": 1e-4, "lr_warmup_iters": 2},
+    "optimizer": {"lr": 2e-4, "min_lr": 2e-5, "lr_warmup_iters": 2},
     "train": {
         "train_iters": STEPS,
         "global_batch_size": GLOBAL_BATCH,
@@ -59,7 +59,8 @@ CONFIG: dict[str, Any] = {
     },
     "logging": {"log_interval": 1, "tensorboard": False, "peak_tflops": 1.0},
 }
-"""The model has widths that the CUDA kernels accept, and heads for eight tensor-parallel ranks."""
+"""The model has widths that the CUDA kernels accept, and heads for eight tensor-parallel ranks. The learning rate is low: at 1e-3
+the gradient norm has spikes, in which rounding to bf16 grows to 2% of the loss."""
 
 
 class RunFailedError(VerificationError):
