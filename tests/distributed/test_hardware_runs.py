@@ -7,8 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ledom.convert.hf_export import export_hf
+from megatron_ledom.convert.verify import MAX_LOGIT_DIFFERENCE
 from megatron_ledom.errors import UNFORESEEN
+from megatron_ledom.hardware_check import golden, layouts
 from megatron_ledom.hardware_check.check import Setting
+from megatron_ledom.hardware_check.conversion import device_difference
+from megatron_ledom.hardware_check.curves import compare_each
+from megatron_ledom.hardware_check.resume import first_different_step, first_different_tensor, stored_tensors
 from megatron_ledom.hardware_check.training_runs import RESERVE_SECONDS, RunFailedError, TrainingRuns, free_ports, wait_for
 
 ONE_STEP = ["train.train_iters=1", "optimizer.lr_warmup_iters=0"]
@@ -29,6 +35,20 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:
     assert all("exit codes [2]" in failure and "optimizer.min_lr" in failure for failure in failures.values())
     with pytest.raises(RunFailedError, match="the run bad on 1 ranks ended with the exit codes"):
         runs.train({"bad": IMPOSSIBLE})
+
+
+def test_the_comparisons_see_a_run_with_another_seed(tmp_path: Path) -> None:
+    runs = training(tmp_path)
+    records = runs.train({"one": ONE_STEP, "other": [*ONE_STEP, "train.seed=43"]})
+    for tolerance in (golden.TOLERANCE, layouts.TOLERANCE):
+        assert compare_each(records, records["one"], tolerance)[1][0].startswith("other: losses differ by")
+    assert first_different_step(records["other"], records["one"]) == 1
+    one, other = (stored_tensors(runs.run_dir(name)) for name in ("one", "other"))
+    assert "tensors differ" in str(first_different_tensor(other, one))
+    folder = str(tmp_path / "hugging_face")
+    export_hf(runs.run_dir("one"), folder, verify=None)
+    assert device_difference(runs.run_dir("one"), folder, "cpu") <= MAX_LOGIT_DIFFERENCE
+    assert device_difference(runs.run_dir("other"), folder, "cpu") > 100 * MAX_LOGIT_DIFFERENCE
 
 
 def test_runs_end_before_the_time_limit(tmp_path: Path) -> None:
