@@ -5,7 +5,12 @@ from megatron_ledom.hardware_check.check import Check
 HERE = "megatron_ledom.hardware_check"
 CHECKS: tuple[Check, ...] = (
     Check("environment", "Devices, driver, and versions of the software", 3, f"{HERE}.machine:environment"),
-    Check("operators", "The compiled operators are there, built if needed and possible, and load", 5, f"{HERE}.operators:operators"),
+    Check(
+        "operators",
+        "The compiled operators are there, built if needed and possible, and load",
+        5,
+        f"{HERE}.operators:operators",
+    ),
     Check("kernels", "Each operator has the results of its formula in double precision", 2, f"{HERE}.kernels:kernels"),
     Check("bandwidth", "Each operator moves its bytes about as fast as a copy", 1.5, f"{HERE}.bandwidth:bandwidth"),
     Check("golden", "Ten training steps on this device have the losses of the CPU", 2, f"{HERE}.golden:check_golden"),
