@@ -112,7 +112,7 @@ def _judge(outcome_file: Path, status: int | None, limit: float) -> Outcome:
     if status == 0:
         return written or failed("its process ended without a result; the log may show the reason")
     if status is None:
-        ending = f"was killed at its time limit of {limit:.0f} s"
+        ending = f"was killed at its time limit of {limit:.0f} s (allow more with --minutes)"
     elif status < 0:
         ending = f"was killed by {signal.Signals(-status).name}"
         ending += "; the usual cause is too little memory of the machine" if -status == signal.SIGKILL else ""

@@ -73,7 +73,7 @@ def test_each_ending_of_a_check_has_its_reason_and_the_others_run(tmp_path: Path
 def test_a_check_that_hangs_is_killed_with_its_children_at_its_limit(tmp_path: Path) -> None:
     _, checks = run(tmp_path, "hangs", minutes=0.1)
     assert checks["hangs"]["status"] == "failed"
-    assert re.fullmatch(r"its process was killed at its time limit of \d s, without a result", checks["hangs"]["reason"])
+    assert re.fullmatch(r"its process was killed at its time limit of \d s \(allow more with --minutes\), without a result", checks["hangs"]["reason"])
     assert any(line.endswith(" in hangs") for line in checks["hangs"]["log_tail"])  # the stack before the kill
     assert checks["hangs"]["seconds"] == pytest.approx(checks["hangs"]["limit_seconds"], abs=1.0)
     assert not is_alive(int((tmp_path / "hangs/files/child").read_text()))
