@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ EOD = "<eod>"
 RESERVE_SECONDS = 5.0
 """Time that a check keeps for its report before its limit."""
 POLL_SECONDS = 0.05
+LONG_SECONDS = 45.0
+"""Seconds in which every run ends, with the start of its processes."""
 LINES_OF_LOG = 3
 NO_TIME = "no time was left"
 """Reason for a run that was not started, or did not end, within the time limit."""
@@ -54,7 +57,7 @@ CONFIG: dict[str, Any] = {
         "global_batch_size": GLOBAL_BATCH,
         "micro_batch_size": 4,
         "num_threads": 1,
-        "watchdog_seconds": 60,
+        "watchdog_seconds": 40,
         "exit_before_limit_seconds": 0,
     },
     "logging": {"log_interval": 1, "tensorboard": False, "peak_tflops": 1.0},
@@ -157,7 +160,7 @@ class TrainingRuns:
         """Train runs; return the records of those that end well, and the failures. Runs in neither had no time left.
 
         The runs share processes. If one fails after others, it starts again from an empty folder in new processes, and has
-        failed if it fails there too.
+        failed if it fails there too. A run has also failed if it had LONG_SECONDS when the time ended: it may hang.
         """
         waiting, failures, finished = dict(runs), dict[str, str](), list[str]()
         while waiting and self.seconds_left() > 0:
@@ -167,7 +170,7 @@ class TrainingRuns:
             if failure is None:
                 break
             failing = next(iter(waiting))
-            if done:
+            if done and self.seconds_left() > 0:
                 shutil.rmtree(self.run_dir(failing), ignore_errors=True)
             else:
                 failures[failing] = failure
@@ -184,11 +187,15 @@ class TrainingRuns:
             for (name, overrides), port in zip(runs.items(), ports, strict=True)
         ]
         path.write_text(json.dumps({"parent": os.getpid(), "runs": described}), encoding="utf-8")
-        log_file = path.with_suffix(".log")
+        log_file, started = path.with_suffix(".log"), time.time()
         codes = self._run_ranks(path, log_file, num_ranks, device)
         finished = Path(f"{path}.finished")
         names = finished.read_text(encoding="utf-8").splitlines() if finished.exists() else []
-        if codes is None or not any(codes):
+        if codes is None:
+            seconds = time.time() - (finished.stat().st_mtime if names else started)
+            too_long = f"did not end in {seconds:.0f} s, so it may hang: {end_of_log(log_file)}"
+            return names, too_long if seconds > LONG_SECONDS else None
+        if not any(codes):
             return names, None
         return names[: len(runs) - 1], f"ended with the exit codes {codes}: {end_of_log(log_file)}"
 
@@ -247,15 +254,14 @@ def write_tokenizer(folder: Path, texts: Sequence[str]) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return different ports of this machine that are free now."""
-    listeners = [socket.socket() for _ in range(count)]
-    try:
-        for listener in listeners:
-            listener.bind(("127.0.0.1", 0))
-        return [listener.getsockname()[1] for listener in listeners]
-    finally:
-        for listener in listeners:
-            listener.close()
+    """Return different ports that are free now, from a range that systems do not use for outgoing connections."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        port = random.SystemRandom().randrange(20_000, 30_000)
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            ports.add(port)
+    return list(ports)
 
 
 def end_of_log(path: Path) -> str:

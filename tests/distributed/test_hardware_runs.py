@@ -10,7 +10,7 @@ import pytest
 from megatron_ledom.convert.hf_export import export_hf
 from megatron_ledom.convert.verify import MAX_LOGIT_DIFFERENCE
 from megatron_ledom.errors import UNFORESEEN
-from megatron_ledom.hardware_check import golden, layouts
+from megatron_ledom.hardware_check import golden, layouts, training_runs
 from megatron_ledom.hardware_check.check import Setting
 from megatron_ledom.hardware_check.conversion import device_difference
 from megatron_ledom.hardware_check.curves import compare_each
@@ -49,6 +49,15 @@ def test_the_comparisons_see_a_run_with_another_seed(tmp_path: Path) -> None:
     export_hf(runs.run_dir("one"), folder, verify=None)
     assert device_difference(runs.run_dir("one"), folder, "cpu") <= MAX_LOGIT_DIFFERENCE
     assert device_difference(runs.run_dir("other"), folder, "cpu") > 100 * MAX_LOGIT_DIFFERENCE
+
+
+def test_a_run_that_had_much_time_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layout whose collectives hang must not pass as one for which no time was left."""
+    monkeypatch.setattr(training_runs, "LONG_SECONDS", 0.0)
+    records, failures = training(tmp_path, seconds=RESERVE_SECONDS + 1).try_each({"long": [], "next": []})
+    assert records == {}
+    assert list(failures) == ["long"]
+    assert "so it may hang" in failures["long"]
 
 
 def test_runs_end_before_the_time_limit(tmp_path: Path) -> None:
