@@ -6,6 +6,10 @@ in report.json and report.md, for a bug report: they name neither hosts nor user
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_ledom.hardware_check.check import Check
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -42,12 +46,16 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run the command and return its exit code. Imports follow parsing, so `--help` is fast."""
+def main(argv: Sequence[str] | None = None, prog: str | None = None, *, checks: "Sequence[Check] | None" = None) -> int:
+    """Run the command and return its exit code. Imports follow parsing, so `--help` is fast.
+
+    checks: in place of the checks of the catalogue.
+    """
     arguments = build_parser(prog).parse_args(argv)
     import logging
     import sys
 
+    from megatron_ledom.hardware_check.catalogue import CHECKS
     from megatron_ledom.hardware_check.runner import Request, check_hardware, describe
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
@@ -58,6 +66,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         minutes=arguments.minutes,
         only=arguments.only,
     )
-    report = check_hardware(request)
+    report = check_hardware(request, CHECKS if checks is None else checks)
     print(describe(report, arguments.output), end="")
     return int(any(result.has_failed for result in report.results))

@@ -8,7 +8,7 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "operators",
         "The compiled operators are there, built if needed and possible, and load",
-        5,
+        9,
         f"{HERE}.operators:operators",
     ),
     Check("kernels", "Each operator has the results of its formula in double precision", 2, f"{HERE}.kernels:kernels"),

@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from megatron_ledom.errors import UsageError
-from megatron_ledom.hardware_check.catalogue import CHECKS
 from megatron_ledom.hardware_check.check import Check, Setting, skipped
 from megatron_ledom.hardware_check.isolation import Result, run_isolated
 from megatron_ledom.hardware_check.report import JSON_FILE, MARKDOWN_FILE, Report, anonymous
@@ -38,11 +37,11 @@ class Request:
     """Names of checks to run after the first one; empty: all."""
 
 
-def check_hardware(request: Request, checks: Sequence[Check] = CHECKS) -> Report:
+def check_hardware(request: Request, checks: Sequence[Check]) -> Report:
     """Run the checks, write the report after each of them, and return it.
 
     checks: the first one describes the machine and always runs; its numbers have `device` and `num_gpus` for the others, which
-    are skipped without them. A KeyboardInterrupt or SIGTERM stops the running check; it is raised after the report is written.
+    are skipped without a device. A KeyboardInterrupt or SIGTERM stops the running check; it is raised after the report is written.
     Raises UsageError for an unknown name in `only`, and for an output folder that is not empty or that another process uses.
     """
     if request.minutes <= 0:
@@ -89,10 +88,10 @@ def _run_all(checks: Sequence[Check], request: Request, report: Report) -> None:
         limit = max(SMALLEST_LIMIT, left * check.share / sum(other.share for other in checks[index:]))
         if index == 0:
             result = _run(check, request, request.device, request.num_gpus or 0, limit)
-        elif {"device", "num_gpus"} <= report.machine.keys():
+        elif report.machine.get("num_gpus"):
             result = _run(check, request, report.machine["device"], report.machine["num_gpus"], limit)
         else:
-            result = Result(check, skipped(f"the check {checks[0].name} did not find out which devices there are"))
+            result = Result(check, skipped(f"the check {checks[0].name} found no device"))
         left -= result.seconds
         report.results.append(result)
         report.is_complete = index == len(checks) - 1
