@@ -12,7 +12,7 @@ WORKERS ?= 2
 AT_ONCE := -n $(WORKERS) --dist loadfile
 ALONE := distributed or slurm
 
-.PHONY: quickstart study docs test test-fast test-slow check unit clean
+.PHONY: quickstart study docs test test-fast test-slow moves check unit clean
 
 quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart/run.py
@@ -41,6 +41,10 @@ test-fast: check unit
 
 test-slow: $(STAMP)
 	$(PYTEST) tests -m slow --durations=20
+
+# Checkpoints of one megatron-core read by another; tests/engines/moves.py describes ENGINES, one NAME=PYTHON[,FOLDER] for each.
+moves: $(STAMP)
+	$(BIN)/python tests/engines/moves.py $(ENGINES)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

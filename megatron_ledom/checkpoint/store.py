@@ -106,6 +106,7 @@ class CheckpointStore:
         state = _read(checkpoint, wanted, strict=StrictHandling.RAISE_ALL)
 
         def fill() -> None:
+            """Move the state that was read into the run."""
             for key, chunk in zip(_model_keys(model), model, strict=True):
                 unwrapped(chunk).load_state_dict(state[key])
             use_settings_of(optimizer, state["optimizer"])
@@ -137,6 +138,7 @@ def load_weights(checkpoint: str, model: list[Any], metadata: dict[str, Any]) ->
     state = _read(checkpoint, wanted)
 
     def fill() -> None:
+        """Move the weights that were read into the model."""
         for key, chunk in zip(_model_keys(model), model, strict=True):
             unwrapped(chunk).load_state_dict(state[key] | dict.fromkeys(extra[key]))
 

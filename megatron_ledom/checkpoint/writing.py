@@ -110,7 +110,9 @@ class CheckpointWriter:
         part = os.path.join(self.folder, name + PART)
         if not self._begin(name, part):
             return
-        request = dist_checkpointing.save(state, part, self._spread, async_sharded_save=True, content_metadata=content, **save_options())
+        request = dist_checkpointing.save(
+            state, part, self._spread, async_sharded_save=True, content_metadata=content, **save_options()
+        )
         storage, metadata = self._strategy.planned
         buckets, results = request.async_fn_args[1:] if request.async_fn_args else ([], SaveResults())
         pending = _Pending(manifest, part, storage, metadata, results)

@@ -182,12 +182,15 @@ CORRECTIONS = {
     "padded buckets": Correction(
         _fix_padded_buckets, f"{_HAZARDS}::test_optimizer_state_of_padded_buckets_is_saved_at_its_position"
     ),
-    "torch's Adam": Correction(_fix_torch_adam, f"{_HAZARDS}::test_the_distributed_optimizer_cannot_load_the_state_of_torchs_adam"),
+    "torch's Adam": Correction(
+        _fix_torch_adam, f"{_HAZARDS}::test_the_distributed_optimizer_cannot_load_the_state_of_torchs_adam"
+    ),
     "joined gradient tensors": Correction(  # without it a run is slower, not wrong
         _join_tensors_of_a_gradient, "tests/unit/platform/test_core_fixes.py::test_norm_and_clipping_launch_few_kernels"
     ),
     "save results in memory": Correction(
-        _keep_save_results_in_memory, "tests/distributed/test_crash_safe_save.py::test_signals_end_a_save_whose_results_are_in_a_process"
+        _keep_save_results_in_memory,
+        "tests/distributed/test_crash_safe_save.py::test_signals_end_a_save_whose_results_are_in_a_process",
     ),
     "common state": Correction(
         _agree_on_common_state,

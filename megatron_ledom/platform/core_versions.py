@@ -32,7 +32,7 @@ ANNOUNCED = {
 class Correction:
     """A change of megatron-core: the function that makes it, the versions that need it, and the proof that they still do.
 
-    proof: id of a test that leaves the correction out, and then sees the problem in the versions that need it.
+    proof: id of a test that removes the correction, and then sees the problem in the versions that need it.
     before: the first version that does not need it; TOO_NEW if every supported version does.
     """
 

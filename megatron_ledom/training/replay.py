@@ -194,6 +194,7 @@ def _sample_index(config: RunConfig, sources: Sources, launch: Launch) -> Iterat
     with ExitStack() as stack:
 
         def choose_folder() -> str | None:
+            """Return the folder for this node, on its first rank."""
             if launch.local_rank > 0:
                 return None
             is_whole = all(index_spec(config, blend).is_intact(cache) for blend in sources.all_blends())

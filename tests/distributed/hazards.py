@@ -9,7 +9,7 @@ from megatron_ledom.platform.core_versions import Correction
 
 
 def without(name: str) -> None:
-    """Leave out one correction of megatron-core, by its name in `core_fixes.CORRECTIONS` or `core_on_cpu.REPLACEMENTS`."""
+    """Remove one correction of megatron-core, by its name in `core_fixes.CORRECTIONS` or `core_on_cpu.REPLACEMENTS`."""
     from megatron_ledom.platform import core_fixes, core_on_cpu
 
     table = core_fixes.CORRECTIONS if name in core_fixes.CORRECTIONS else core_on_cpu.REPLACEMENTS

@@ -17,7 +17,12 @@ from megatron_ledom.errors import MismatchError, UsageError
 from megatron_ledom.platform.core_versions import needs_common_file
 from tests.support.tiny_runs import TinyData, curve, run_on_ranks, start_ranks
 
-COMMAND = ("train.train_iters=4", "optimizer.lr_warmup_iters=1", "parallel.tensor_model_parallel_size=2", "train.exit_interval=2")
+COMMAND = (
+    "train.train_iters=4",
+    "optimizer.lr_warmup_iters=1",
+    "parallel.tensor_model_parallel_size=2",
+    "train.exit_interval=2",
+)
 UNCHECKED = "checkpoint.verify_on_load=false"
 
 

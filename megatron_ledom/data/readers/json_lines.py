@@ -18,7 +18,7 @@ from megatron_ledom.errors import DataError
 
 MOST_NESTED = 20_000
 """Limit on nested brackets. The standard library's parser in C takes about 150 bytes of the stack for each; from Python 3.12 on it
-has a lower limit of its own, and the parser in Python goes on."""
+has a lower limit of its own, and the parser in Python is used beyond it."""
 MOST_DIGITS = 4_000
 """Limit on the digits of an integer that Python converts; a longer one becomes a Decimal."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"

@@ -102,7 +102,8 @@ PARAMETERS: dict[Callable[..., Any], str] = {
     get_gpt_layer_local_spec: "normalization qk_layernorm",
     get_gpt_layer_with_transformer_engine_spec: "qk_layernorm",
     get_num_layers_to_build: "config vp_stage",
-    dist_checkpointing.save: "sharded_state_dict checkpoint_dir sharded_strategy async_sharded_save content_metadata" + STRATEGY,
+    dist_checkpointing.save: "sharded_state_dict checkpoint_dir sharded_strategy async_sharded_save content_metadata"
+    + STRATEGY,
     AsyncCallsQueue.__init__: "persistent",
     AsyncCallsQueue.maybe_finalize_async_calls: "blocking",
     FullyParallelSaveStrategyWrapper.__init__: "strategy parallelization_group do_cache_distribution",

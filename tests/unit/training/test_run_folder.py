@@ -1,8 +1,8 @@
 """One launch at a time has a run folder: the lock ends with the process that holds it, whatever its children do."""
 
-import importlib.util
 import errno
 import fcntl
+import importlib.util
 import multiprocessing
 import os
 import signal
