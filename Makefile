@@ -18,7 +18,7 @@ ALONE := distributed or slurm
 ENGINE := tests/golden tests/unit/platform tests/unit/checkpoint tests/numerics/test_conversion.py tests/quickstart/test_one_minute.py \
 	$(addprefix tests/distributed/test_,hazards.py layouts.py resume.py reshard.py async_save.py)
 
-.PHONY: quickstart study docs test test-fast test-slow test-engine check unit clean
+.PHONY: quickstart study docs test test-fast test-slow test-engine moves check unit clean
 
 quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart/run.py
@@ -64,6 +64,10 @@ test-slow: $(STAMP)
 
 test-engine: $(STAMP)
 	$(PYTEST) $(ENGINE) --durations=15
+
+# Checkpoints of one megatron-core read by another; tests/engines/moves.py describes ENGINES, one NAME=PYTHON[,FOLDER] for each.
+moves: $(STAMP)
+	$(BIN)/python tests/engines/moves.py $(ENGINES)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -29,7 +29,9 @@ NAME = re.compile(r"iter_(\d{7,})")
 LEFT_OVER = re.compile(rf"{NAME.pattern}({re.escape(PART)}|({re.escape(PART)})?\.\d+{re.escape(TRASH)})")
 BACKENDS = "metadata.json"
 """File that names megatron-core's formats. `save_backends` writes it itself: importing megatron-core for it takes seconds."""
-COMMON_FILES = ("common.pt", BACKENDS, ".metadata")
+COMMON_STATE = "common.pt"
+"""File with the state that is equal on all ranks."""
+COMMON_FILES = (COMMON_STATE, BACKENDS, ".metadata")
 """Files of a checkpoint, apart from those of the ranks and the manifest."""
 
 

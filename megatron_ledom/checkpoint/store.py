@@ -5,6 +5,7 @@ killed at any moment, the checkpoint that `latest` names stays complete.
 """
 
 import logging
+import os
 import pickle
 import re
 from typing import Any
@@ -17,13 +18,14 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ledom.checkpoint import stored_tensors
-from megatron_ledom.checkpoint.folder import LATEST, advising_another, latest_checkpoint
+from megatron_ledom.checkpoint.folder import COMMON_STATE, LATEST, advising_another, latest_checkpoint
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, check_sizes, load_manifest
 from megatron_ledom.checkpoint.writing import CheckpointWriter
 from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.errors import DataError, TransientError, may_pass
 from megatron_ledom.parallel.collectives import from_first_rank, gathered_weights, on_every_rank
 from megatron_ledom.platform.core_state import use_settings_of
+from megatron_ledom.platform.core_versions import core_text, needs_common_file
 from megatron_ledom.storage.hashes import content_problems, refuse_damaged
 
 log = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ class CheckpointStore:
 
     def load_manifest(self, checkpoint: str) -> CheckpointManifest:
         """Return the manifest of a checkpoint."""
-        return load_manifest(checkpoint)
+        return on_every_rank(lambda: load_manifest(checkpoint))
 
     def save(self, manifest: CheckpointManifest, model: list[Any], optimizer: Any, scheduler: Any) -> None:
         """Start a checkpoint of the current state. With `async_save`, `poll`, `finish` or the next save completes it.
@@ -95,25 +97,24 @@ class CheckpointStore:
             self._load(checkpoint, model, optimizer, scheduler)
 
     def _load(self, checkpoint: str, model: list[Any], optimizer: Any, scheduler: Any) -> None:
+        manifest = self.load_manifest(checkpoint)
         if self.settings.verify_on_load:
-            self._verify(checkpoint)
-        if load_manifest(checkpoint).weights_only:
+            _check_content(checkpoint, manifest)
+        if manifest.weights_only:
             load_weights(checkpoint, model, self.metadata)
             optimizer.reload_model_params()  # its fp32 copies
             return
         wanted = self._sharded(model, optimizer, scheduler, loading=True)
         state = _read(checkpoint, wanted, strict=StrictHandling.RAISE_ALL)
-        _fill(model, state)
-        use_settings_of(optimizer, state["optimizer"])
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
 
-    def _verify(self, checkpoint: str) -> None:
-        """Read every file once, each rank a part of them. Raises DataError on all ranks if any rank finds a damaged file."""
-        found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-        files = load_manifest(checkpoint).files
-        dist.all_gather_object(found, content_problems(checkpoint, files, dist.get_rank(), dist.get_world_size()))
-        refuse_damaged(checkpoint, [problem for problems in found for problem in problems])
+        def fill() -> None:
+            """Move the state that was read into the run."""
+            _fill(model, state)
+            use_settings_of(optimizer, state["optimizer"])
+            optimizer.load_state_dict(state["optimizer"])
+            scheduler.load_state_dict(state["scheduler"])
+
+        on_every_rank(fill)
 
     def _sharded(self, model: list[Any], optimizer: Any, scheduler: Any, *, loading: bool) -> dict[str, Any]:
         state = sharded_weights(model, self.metadata)
@@ -132,7 +133,8 @@ def sharded_weights(model: list[Any], metadata: dict[str, Any]) -> dict[str, Any
 def load_weights(checkpoint: str, model: list[Any], metadata: dict[str, Any]) -> None:
     """Fill a model with the weights of a checkpoint of any layout; nothing else is read."""
     wanted = {key: _without(part, EXTRA_STATE) for key, part in sharded_weights(model, metadata).items()}
-    _fill(model, _read(checkpoint, wanted))
+    state = _read(checkpoint, wanted)
+    on_every_rank(lambda: _fill(model, state))
 
 
 def _without(state: dict[str, Any], suffix: str) -> dict[str, Any]:
@@ -148,13 +150,36 @@ def _fill(model: list[Any], state: dict[str, Any]) -> None:
         module.load_state_dict(absent | state[key])
 
 
+def _check_content(checkpoint: str, manifest: CheckpointManifest) -> None:
+    """Read every file once, each rank a part of them. Raises DataError on all ranks if any rank finds a damaged file."""
+    found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, content_problems(checkpoint, manifest.files, dist.get_rank(), dist.get_world_size()))
+    refuse_damaged(checkpoint, [problem for problems in found for problem in problems])
+
+
 def _read(checkpoint: str, wanted: dict[str, Any], **how: Any) -> dict[str, Any]:
     """Return the state that megatron-core loads from a checkpoint. Raises DataError on every rank if any finds it damaged.
 
     From megatron-core 0.18 a load has no collectives: without the agreement a healthy rank would wait for a damaged one.
     """
-    on_every_rank(lambda: check_sizes(checkpoint))
-    return on_every_rank(lambda: _read_own(checkpoint, wanted, **how))
+    manifest = on_every_rank(lambda: _check_files(checkpoint))
+    try:
+        return on_every_rank(lambda: _read_own(checkpoint, wanted, **how))
+    except DataError:
+        _check_content(checkpoint, manifest)  # names the damaged file
+        raise
+
+
+def _check_files(checkpoint: str) -> CheckpointManifest:
+    """Return the manifest. Raises DataError if files are missing, have another size, or are of a newer megatron-core."""
+    manifest = check_sizes(checkpoint)
+    if needs_common_file() and not os.path.exists(os.path.join(checkpoint, COMMON_STATE)):
+        raise DataError(
+            f"{checkpoint} has no {COMMON_STATE}: megatron-core 0.19 or newer wrote it without this package, and the installed"
+            f" {core_text()} does not find that state elsewhere; load it with megatron-core 0.19 (Python 3.12 or newer) and save it"
+            f" there, since this package writes {COMMON_STATE} with every version"
+        )
+    return manifest
 
 
 def _read_own(checkpoint: str, wanted: dict[str, Any], **how: Any) -> dict[str, Any]:

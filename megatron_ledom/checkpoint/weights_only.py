@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from megatron_ledom.checkpoint.folder import COMMON_FILES, save_backends
+from megatron_ledom.checkpoint.folder import COMMON_FILES, COMMON_STATE, save_backends
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, save_manifest
 from megatron_ledom.errors import first_cause
 from megatron_ledom.storage.hashed_file import HashedFile, read_ahead
@@ -131,7 +131,7 @@ def save_weights(
             results = [_written(writer, plan, source) for plan in plans]
         files = {name: file.sums() for name, file in file_system.files.items()}
     writer.finish(Metadata(_entries(pieces, dtype, num_layers)), results)
-    torch.save({"content_metadata": CONTENT}, os.path.join(folder, "common.pt"))
+    torch.save({"content_metadata": CONTENT}, os.path.join(folder, COMMON_STATE))
     save_backends(folder)
     files |= {name: checksum(os.path.join(folder, name)) for name in COMMON_FILES}
     manifest = replace(manifest, files=dict(sorted(files.items())), weights_only=True)

@@ -26,8 +26,7 @@ def from_first_rank(work: Callable[[], Result]) -> Result:
             found[0] = work()
         except Exception as error:
             cause = error
-            is_known = isinstance(error, LedomError | OSError)
-            found[1] = error if is_known else RuntimeError(f"rank 0 failed: {type(error).__name__}: {error}")
+            found[1] = _to_share(error)
     dist.broadcast_object_list(found, src=0)
     if cause is not None:
         raise cause
@@ -40,23 +39,29 @@ def from_first_rank(work: Callable[[], Result]) -> Result:
 def on_every_rank(work: Callable[[], Result]) -> Result:
     """Run `work` on every rank and return its result. Call on every rank. A collective in `work` must fail on all ranks or none.
 
-    If it fails on any rank, every rank raises: a failed one its own error, the others that of the first failed rank.
+    If it fails, every rank raises the error of the first failed rank, so that all end with one exit code: that rank its own,
+    the others a copy that names the rank, a LedomError or OSError of the same type and any other as a RuntimeError.
     """
     cause: Exception | None = None
-    shared: LedomError | RuntimeError | None = None
     try:
         result = work()
     except Exception as error:
         cause = error
-        shared = error if isinstance(error, LedomError) else RuntimeError(f"{type(error).__name__}: {error}")
-    found: list[LedomError | RuntimeError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, shared)
-    if cause is not None:
-        raise cause
-    for rank, error_of_rank in enumerate(found):
-        if error_of_rank is not None:
-            raise type(error_of_rank)(f"rank {rank}: {error_of_rank}")
+    found: list[LedomError | OSError | RuntimeError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, None if cause is None else _to_share(cause))
+    for rank, failure in enumerate(found):
+        if cause is not None and rank == dist.get_rank():
+            raise cause
+        if isinstance(failure, OSError):
+            raise OSError(failure.errno, f"{failure.strerror} (rank {rank})", failure.filename) from cause
+        if failure is not None:
+            raise type(failure)(f"rank {rank}: {failure}") from cause
     return result
+
+
+def _to_share(error: Exception) -> LedomError | OSError | RuntimeError:
+    """Return an error that every rank can unpickle and raise."""
+    return error if isinstance(error, LedomError | OSError) else RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def check_same(what: str, value: object, advice: str) -> None:

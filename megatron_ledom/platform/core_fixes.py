@@ -1,4 +1,7 @@
-"""Corrections of megatron-core 0.16 for every machine. Each docstring states the correction, then the problem without it."""
+"""Corrections of megatron-core for every machine. Each docstring states the correction, then the problem without it.
+
+`CORRECTIONS` lists them, each with the versions that need it and the test that proves it.
+"""
 
 import functools
 import io
@@ -20,21 +23,10 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from megatron_ledom.errors import LedomError, cannot_write
 from megatron_ledom.platform.adam import GroupStepAdam, find_apex
 from megatron_ledom.platform.core_state import SaveResults, restricted_module
-from megatron_ledom.platform.core_versions import replace_results_queue, replace_save_common
+from megatron_ledom.platform.core_versions import Correction, apply_needed, replace_results_queue, replace_save_common
 from megatron_ledom.storage.files import write_synced
 
 _LOAD_BYTES = DefaultLoadPlanner.load_bytes
-
-
-@functools.cache
-def install_core_fixes() -> None:
-    """Apply every correction, once per process."""
-    _fix_padded_buckets()
-    _fix_torch_adam()
-    _join_tensors_of_a_gradient()
-    _keep_save_results_in_memory()
-    _agree_on_common_state()
-    _run_no_code_of_checkpoints()
 
 
 def _run_no_code_of_checkpoints() -> None:
@@ -183,3 +175,36 @@ def _fix_padded_buckets() -> None:
                 buffer.param_index_map = index_map
 
     DistributedOptimizer.sharded_param_state_fully_reshardable = _without_padding
+
+
+_HAZARDS = "tests/distributed/test_hazards.py"
+CORRECTIONS = {
+    "padded buckets": Correction(
+        _fix_padded_buckets, f"{_HAZARDS}::test_optimizer_state_of_padded_buckets_is_saved_at_its_position"
+    ),
+    "torch's Adam": Correction(
+        _fix_torch_adam, f"{_HAZARDS}::test_the_distributed_optimizer_cannot_load_the_state_of_torchs_adam"
+    ),
+    "joined gradient tensors": Correction(  # without it a run is slower, not wrong
+        _join_tensors_of_a_gradient, "tests/unit/platform/test_core_fixes.py::test_norm_and_clipping_launch_few_kernels"
+    ),
+    "save results in memory": Correction(
+        _keep_save_results_in_memory,
+        "tests/distributed/test_crash_safe_save.py::test_signals_end_a_save_whose_results_are_in_a_process",
+    ),
+    "common state": Correction(
+        _agree_on_common_state,
+        "tests/distributed/test_crash_safe_save.py::test_a_full_disk_for_the_common_state_is_an_error_on_all_ranks",
+        before=(0, 19),
+    ),
+    "restricted unpickling": Correction(
+        _run_no_code_of_checkpoints,
+        "tests/distributed/test_crafted_checkpoints.py::test_a_crafted_checkpoint_runs_code_without_the_correction",
+    ),
+}
+
+
+@functools.cache
+def install_core_fixes() -> None:
+    """Make the corrections that the installed megatron-core needs, once per process."""
+    apply_needed(CORRECTIONS)

@@ -1,6 +1,6 @@
 """Patches that let megatron-core run on a machine without CUDA. With CUDA none of them is applied.
 
-megatron-core 0.16 uses CUDA by name in its training path: streams, `device="cuda"`, pinned memory, the CUDA random state
+megatron-core, 0.16 to 0.19, uses CUDA by name in its training path: streams, `device="cuda"`, pinned memory, the CUDA random state
 and tensor type names. This module replaces each with its CPU equivalent until the process ends, so that the rest of the
 package and megatron-core itself are the same on both kinds of machine.
 """
@@ -17,6 +17,7 @@ from megatron.core.optimizer import optimizer as core_optimizer_classes
 from megatron.core.tensor_parallel import layers as core_layers
 from megatron.core.tensor_parallel import random as core_random
 
+from megatron_ledom.platform.core_versions import Correction, apply_needed
 from megatron_ledom.platform.cpu_ops import find_cpu_ops
 
 CPU = torch.device("cpu")
@@ -31,17 +32,6 @@ class _NoStream:
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
-
-
-@functools.cache
-def install_core_on_cpu() -> None:
-    """Replace every CUDA call of megatron-core's training path with its CPU equivalent, once per process."""
-    _replace_cuda_calls()
-    _replace_cuda_devices()
-    _replace_random_state()
-    _replace_optimizer_parts()
-    core_layers.fused_weight_gradient_mlp_cuda = _WeightGradients  # absent without CUDA
-    core_layers._grad_accum_fusion_available = True
 
 
 class _WeightGradients:
@@ -63,6 +53,11 @@ class _WeightGradients:
         for start in range(0, sums.numel(), _WeightGradients.ELEMENTS):
             part = slice(start, start + _WeightGradients.ELEMENTS)
             sums[part].add_(more[part])
+
+
+def _replace_weight_gradients() -> None:
+    core_layers.fused_weight_gradient_mlp_cuda = _WeightGradients  # absent without CUDA
+    core_layers._grad_accum_fusion_available = True
 
 
 def _replace_cuda_calls() -> None:
@@ -158,3 +153,19 @@ def _replace_optimizer_parts() -> None:
     for name in ("load_parameter_state_from_dp_reshardable", "load_parameter_state_from_fully_reshardable"):
         load = getattr(distrib_optimizer.DistributedOptimizer, name)  # writes into views of fp32 leaves
         setattr(distrib_optimizer.DistributedOptimizer, name, torch.no_grad()(load))
+
+
+_PROOF = "tests/distributed/test_hazards.py::test_a_run_on_a_cpu_needs_each_replacement"
+REPLACEMENTS = {
+    "cuda calls": Correction(_replace_cuda_calls, _PROOF),
+    "cuda devices": Correction(_replace_cuda_devices, _PROOF),
+    "random state": Correction(_replace_random_state, _PROOF),
+    "optimizer parts": Correction(_replace_optimizer_parts, _PROOF),
+    "weight gradients": Correction(_replace_weight_gradients, _PROOF),
+}
+
+
+@functools.cache
+def install_core_on_cpu() -> None:
+    """Replace every CUDA call of megatron-core's training path with its CPU equivalent, once per process."""
+    apply_needed(REPLACEMENTS)

@@ -10,6 +10,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -25,6 +26,30 @@ ANNOUNCED = {
     "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",  # 0.19
 }
 """Logger -> start of a message about a later version of megatron-core, on which the user of a run cannot act."""
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """A change of megatron-core: the function that makes it, the versions that need it, and the proof that they still do.
+
+    proof: id of a test that removes the correction, and then sees the problem in the versions that need it.
+    before: the first version that does not need it; TOO_NEW if every supported version does.
+    """
+
+    apply: Callable[[], None]
+    proof: str
+    before: tuple[int, ...] = TOO_NEW
+
+    def is_needed(self) -> bool:
+        """Return True if the installed version needs the correction."""
+        return core_version() < self.before
+
+
+def apply_needed(corrections: dict[str, Correction]) -> None:
+    """Make the corrections that the installed version needs, in order."""
+    for correction in corrections.values():
+        if correction.is_needed():
+            correction.apply()
 
 
 @functools.cache
@@ -47,6 +72,11 @@ def check_core() -> None:
             f"megatron-core {_text(found)} imports the package triton, which is not installed and which it does not require: pip install"
             " triton; a CUDA build of torch brings it"
         )
+
+
+def core_text() -> str:
+    """Return the installed version as a text for messages, such as "megatron-core 0.19.2"."""
+    return f"megatron-core {_text(core_version())}"
 
 
 def _text(version: tuple[int, ...]) -> str:
@@ -101,8 +131,8 @@ def replace_results_queue(queue: Callable[[], Any]) -> None:
 def replace_save_common(write: Callable[[dict[str, Any], str], None]) -> None:
     """Make `dist_checkpointing.save` write the state that is equal on all ranks by `write(state, folder)`, as common.pt.
 
-    0.16 has a class for it, 0.17 and 0.18 a function. 0.19 stores that state among the tensors, where earlier versions do not
-    find it: there, `take_common_state` removes it again and the caller writes it.
+    0.16 has a class for it, 0.17 and 0.18 a function. Not for 0.19, which stores that state among the tensors, where earlier
+    versions do not find it: there, `take_common_state` removes it again and the caller writes it.
     """
     from megatron.core.dist_checkpointing import serialization
 
@@ -112,8 +142,13 @@ def replace_save_common(write: Callable[[dict[str, Any], str], None]) -> None:
         strategy = common.TorchCommonSaveStrategy("torch", 1)
         strategy.save_common = write
         base.register_default_strategy(base.StrategyAction.SAVE_COMMON, "torch", 1, strategy)
-    elif core_version() < (0, 19):
+    else:
         serialization.save_common = write
+
+
+def needs_common_file() -> bool:
+    """Return True if a load needs common.pt. 0.19 also finds the common state among the tensors."""
+    return core_version() < (0, 19)
 
 
 def take_common_state(sharded_state: dict[str, Any]) -> dict[str, Any] | None:

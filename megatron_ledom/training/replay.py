@@ -31,6 +31,7 @@ from megatron_ledom.data.dataset.sample_index import index_spec, prepare_indices
 from megatron_ledom.direction import to_text_order
 from megatron_ledom.errors import UsageError
 from megatron_ledom.model.layer_specs import choose_layers
+from megatron_ledom.parallel.collectives import on_every_rank
 from megatron_ledom.parallel.groups import start_distributed, stop_distributed
 from megatron_ledom.platform.device import prepare_platform
 from megatron_ledom.platform.launch import Launch, read_launch
@@ -191,12 +192,16 @@ def _sample_index(config: RunConfig, sources: Sources, launch: Launch) -> Iterat
     """Set `config.data.path_to_cache` to a folder with a complete sample index: the run's, or a temporary one on each node."""
     node, cache = socket.gethostname(), index_cache(config)
     with ExitStack() as stack:
-        folder = None
-        if launch.local_rank == 0:
+
+        def choose_folder() -> str | None:
+            """Return the folder for this node, on its first rank."""
+            if launch.local_rank > 0:
+                return None
             is_whole = all(index_spec(config, blend).is_intact(cache) for blend in sources.all_blends())
-            folder = cache if is_whole else stack.enter_context(tempfile.TemporaryDirectory(prefix="sample_index_"))
+            return cache if is_whole else stack.enter_context(tempfile.TemporaryDirectory(prefix="sample_index_"))
+
         folders: list[Any] = [None] * launch.world_size
-        dist.all_gather_object(folders, (node, folder))
+        dist.all_gather_object(folders, (node, on_every_rank(choose_folder)))
         config.data.path_to_cache = next(path for where, path in folders if where == node and path is not None)
         prepare_indices(config, sources, index_cache(config), launch)
         yield

@@ -22,7 +22,7 @@ from megatron_ledom.data.blends.sources import Sources
 from megatron_ledom.data.dataset.blend_samples import BlendSamples, build_held_out_datasets, build_train_dataset, index_cache
 from megatron_ledom.model.builder import build_model_chunks, checkpoint_metadata, wrap_for_training
 from megatron_ledom.model.layer_specs import LayerChoice
-from megatron_ledom.parallel.collectives import check_same
+from megatron_ledom.parallel.collectives import check_same, on_every_rank
 from megatron_ledom.parallel.groups import ParallelGroups, seed_iteration
 from megatron_ledom.platform.device import Platform
 from megatron_ledom.provenance import Provenance
@@ -105,9 +105,9 @@ def build_state(
         model=model,
         optimizer=optimizer,
         scheduler=build_scheduler(config, optimizer),
-        train_dataset=build_train_dataset(config, sources, cache),
-        valid_datasets=build_held_out_datasets(config, sources, sources.valid, cache),
-        test_datasets=build_held_out_datasets(config, sources, sources.test, cache),
+        train_dataset=on_every_rank(lambda: build_train_dataset(config, sources, cache)),
+        valid_datasets=on_every_rank(lambda: build_held_out_datasets(config, sources, sources.valid, cache)),
+        test_datasets=on_every_rank(lambda: build_held_out_datasets(config, sources, sources.test, cache)),
         sources=sources,
         store=CheckpointStore(checkpoint_folder(config), checkpoint_metadata(groups), config.checkpoint),
     )

@@ -5,6 +5,16 @@ import tempfile
 from contextlib import nullcontext
 from typing import Any
 
+from megatron_ledom.platform.core_versions import Correction
+
+
+def without(name: str) -> None:
+    """Remove one correction of megatron-core, by its name in `core_fixes.CORRECTIONS` or `core_on_cpu.REPLACEMENTS`."""
+    from megatron_ledom.platform import core_fixes, core_on_cpu
+
+    table = core_fixes.CORRECTIONS if name in core_fixes.CORRECTIONS else core_on_cpu.REPLACEMENTS
+    del table[name]
+
 
 def _change_core_config(**changes: Any) -> None:
     from megatron_ledom.model import builder
@@ -37,13 +47,6 @@ def stale_weights() -> None:
     from megatron_ledom.checkpoint import store
 
     store.gathered_weights = validate.gathered_weights = lambda model: nullcontext()  # type: ignore[assignment]
-
-
-def padded_buckets() -> None:
-    """Save optimizer state as megatron-core does, without the correction for padded buckets."""
-    from megatron_ledom.platform import core_fixes
-
-    core_fixes._fix_padded_buckets = lambda: None  # type: ignore[assignment]
 
 
 def _sharding(kind: str | None) -> None:
@@ -82,3 +85,11 @@ def fused_activation() -> None:
     """Use SwiGLU as one function, which is compiled at its first call, on a machine without a compiler."""
     no_compiler()
     _change_core_config(bias_activation_fusion=True)
+
+
+_INTERLEAVED = "tests/distributed/test_hazards.py::test_interleaved_stages_train_another_model_without_the_guard"
+GUARDS = {
+    "no batched p2p": Correction(batched_p2p, _INTERLEAVED),
+    "outputs kept": Correction(deallocated_outputs, _INTERLEAVED, before=(0, 18)),
+}
+"""Settings of `model.builder` that avoid an error of megatron-core. `apply` removes the guard."""

@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from megatron_ledom.convert.hf_export import export_hf
 from megatron_ledom.errors import DataError, VerificationError
 from megatron_ledom.platform.core_fixes import install_core_fixes
 from megatron_ledom.storage.hashes import checksum
+from tests.distributed import hazards
 from tests.support.tiny_runs import TinyData, run_on_ranks, start_ranks
 
 SHORT = ("train.train_iters=4", "optimizer.lr_warmup_iters=1")
@@ -91,6 +93,13 @@ def test_resume_runs_no_code_of_a_checkpoint(data: TinyData, crafted: Path) -> N
     assert not (crafted.parent / "mark").exists()
     assert "Traceback" not in ranks.output()
     assert "has a file that needs posix.mkdir. No run writes such a file, and it could run code" in ranks.output()
+
+
+def test_a_crafted_checkpoint_runs_code_without_the_correction(data: TinyData, crafted: Path) -> None:
+    """megatron-core itself loads the settings with torch's `weights_only`."""
+    ranks = start_ranks(data.config, crafted, *SHORT, hook=partial(hazards.without, "restricted unpickling"))
+    ranks.wait()
+    assert (crafted.parent / "mark").exists() == (crafted.name != "settings"), ranks.output()
 
 
 def test_export_and_inspection_run_no_code_of_a_checkpoint(crafted: Path, tmp_path: Path) -> None:

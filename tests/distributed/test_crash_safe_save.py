@@ -19,9 +19,11 @@ import torch
 
 from megatron_ledom.checkpoint.folder import latest_checkpoint
 from megatron_ledom.checkpoint.manifest import load_manifest
+from megatron_ledom.platform.core_fixes import CORRECTIONS
 from megatron_ledom.platform.processes import JOB_SIGNALS
 from megatron_ledom.storage.hashes import content_problems, size_problems
 from megatron_ledom.training.resilience import STOP_SIGNALS
+from tests.distributed import hazards
 from tests.support.crashes import Steps
 from tests.support.tiny_runs import TinyData, read_tensors, start_ranks
 
@@ -42,6 +44,8 @@ def save(config_file: str, folder: str, iteration: int, *, elements: int = 1000,
     from megatron_ledom.parallel.groups import start_distributed, stop_distributed
     from megatron_ledom.platform.device import prepare_platform
 
+    if "without" in how:
+        hazards.without(how["without"])
     config = load_config(config_file, [])
     provenance = load_sources(config).provenance
     groups = start_distributed(prepare_platform(1), ParallelConfig())
@@ -49,13 +53,14 @@ def save(config_file: str, folder: str, iteration: int, *, elements: int = 1000,
     settings = CheckpointConfig(keep_last=1, async_save=how.get("async_save", True))
     writer = CheckpointWriter(folder, settings, groups.data_and_context)
     tensor = torch.full((elements,), float(iteration))
-    state = {"weights": ShardedTensor.from_rank_offsets("weights", tensor, (0, rank, world)), "step": iteration}
+    weights = ShardedTensor.from_rank_offsets("weights", tensor, (0, rank, world))
+    state = {"weights": weights, "step": iteration, "settings": "x" * how.get("common_bytes", 0)}
     position = {"iteration": iteration, "consumed_train_samples": 0, "consumed_train_tokens": 0}
     manifest = CheckpointManifest.describe(config, provenance, [], world, **position)
     if "die_at" in how:
         Steps(how["die_at"], folder)
     if how.get("full_disk_on_rank") == rank:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (how.get("disk_bytes", 3000), resource.RLIM_INFINITY))
     if how.get("signals"):
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
             signal.signal(number, lambda *_: None)
@@ -142,6 +147,19 @@ def test_a_full_disk_on_one_rank_is_an_error_on_all_and_keeps_the_previous_check
     assert check_whole(tmp_path) == 2
 
 
+def test_a_full_disk_for_the_common_state_is_an_error_on_all_ranks(data: TinyData, tmp_path: Path) -> None:
+    """Without the correction, which megatron-core needs before 0.19, only the first rank knows."""
+    for name, without in {"corrected": {}, "stock": {"without": "common state"}}.items():
+        sizes = {"common_bytes": 100_000, "disk_bytes": 50_000}
+        codes, output = saved(data, tmp_path / name, 1, num_ranks=2, full_disk_on_rank=0, **sizes, **without)
+        told = output.count("common.pt cannot be written: File too large; make room, then run the same command again")
+        if name == "corrected" or not CORRECTIONS["common state"].is_needed():
+            assert (codes, told) == ([1, 1], 2), output
+        else:
+            assert told == 0, output
+            assert all(code != 0 for code in codes)
+
+
 def test_a_writer_that_is_killed_is_an_error_with_its_cause(data: TinyData, tmp_path: Path) -> None:
     assert saved(data, tmp_path, 1, num_ranks=2)[0] == [0, 0]
     codes, output = saved(data, tmp_path, 2, num_ranks=2, kill_writer_of_rank=1, elements=BIG)
@@ -159,3 +177,10 @@ def test_signals_to_all_processes_of_a_job_do_not_end_a_save(data: TinyData, tmp
     codes, output = saved(data, tmp_path, 1, signals=True, elements=BIG)
     assert codes == [0], output
     assert check_whole(tmp_path) == 1
+
+
+def test_signals_end_a_save_whose_results_are_in_a_process(data: TinyData, tmp_path: Path) -> None:
+    """Without the correction the same signals end megatron-core's process for the results."""
+    codes, output = saved(data, tmp_path, 1, signals=True, elements=BIG, without="save results in memory")
+    assert codes != [0], output
+    assert latest_checkpoint(str(tmp_path / "checkpoints")) is None

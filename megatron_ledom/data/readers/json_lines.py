@@ -17,7 +17,8 @@ from megatron_ledom.data.readers.streams import BadRecordError
 from megatron_ledom.errors import DataError
 
 MOST_NESTED = 20_000
-"""Limit on nested brackets. The standard library takes about 150 bytes of the stack for each."""
+"""Limit on nested brackets. The standard library's parser in C takes about 150 bytes of the stack for each; from Python 3.12 on it
+has a lower limit of its own, and the parser in Python is used beyond it."""
 MOST_DIGITS = 4_000
 """Limit on the digits of an integer that Python converts; a longer one becomes a Decimal."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -31,8 +32,13 @@ def loads_leniently(line: bytes, refusal: orjson.JSONDecodeError) -> Any:
     """
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(MOST_NESTED)
+    text = line.decode("utf-8", "surrogateescape")
     try:
-        return json.loads(line.decode("utf-8", "surrogateescape"), parse_int=_integer)
+        try:
+            return json.loads(text, parse_int=_integer)
+        except RecursionError:
+            sys.setrecursionlimit(2 * MOST_NESTED)  # two calls for each bracket
+            return _PythonDecoder(parse_int=_integer).decode(text)
     except RecursionError:
         raise BadRecordError("malformed_json", f"JSON that nests more than {MOST_NESTED:,} deep") from None
     except ValueError:
@@ -40,6 +46,14 @@ def loads_leniently(line: bytes, refusal: orjson.JSONDecodeError) -> Any:
         raise BadRecordError("malformed_json", f"malformed JSON ({refusal})") from None
     finally:
         sys.setrecursionlimit(limit)
+
+
+class _PythonDecoder(json.JSONDecoder):
+    """The standard library's parser in Python."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.scan_once = json.scanner.py_make_scanner(self)  # type: ignore[attr-defined]
 
 
 def _integer(digits: str) -> int | Decimal:

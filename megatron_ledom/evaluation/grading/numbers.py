@@ -1,4 +1,4 @@
-"""Read the number that is the answer of a text: its exact value, or None if the value is not certain.
+r"""Read the number that is the answer of a text: its exact value, or None if the value is not certain.
 
 It never reads a part of a number. A *group* is a run of numbers that belong together: `3/4`, `1 1/2`, `1,2,3`, or
 `10 - 3`. It has a value only if the whole is one number and the surrounding text does not change the value. So `7\pi`,

@@ -1,6 +1,7 @@
 """The parts of megatron-core that this package uses: an upgrade that removes one fails here with its name."""
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -21,6 +22,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.enums import Fp8Recipe
 from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -43,6 +45,7 @@ from megatron_ledom.config.schema import ModelConfig, ParallelConfig
 from megatron_ledom.model import builder
 from megatron_ledom.model.layer_specs import LayerChoice
 from megatron_ledom.ops.swiglu import swiglu_reference
+from megatron_ledom.platform.core_versions import core_version, mlp_submodules, save_options
 
 SMALL = {
     "model": {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4},
@@ -70,6 +73,7 @@ DATACLASS_FIELDS = {
     TransformerBlockSubmodules: "layer_specs layer_norm",
 }
 
+STRATEGY = "".join(f" {name}" for name in save_options())
 SCHEDULE = "forward_step_func data_iterator model num_microbatches seq_length micro_batch_size forward_only"
 
 PARAMETERS: dict[Callable[..., Any], str] = {
@@ -98,12 +102,14 @@ PARAMETERS: dict[Callable[..., Any], str] = {
     get_gpt_layer_local_spec: "normalization qk_layernorm",
     get_gpt_layer_with_transformer_engine_spec: "qk_layernorm",
     get_num_layers_to_build: "config vp_stage",
-    dist_checkpointing.save: "sharded_state_dict checkpoint_dir sharded_strategy async_sharded_save content_metadata",
+    dist_checkpointing.save: "sharded_state_dict checkpoint_dir sharded_strategy async_sharded_save content_metadata"
+    + STRATEGY,
     AsyncCallsQueue.__init__: "persistent",
     AsyncCallsQueue.maybe_finalize_async_calls: "blocking",
     FullyParallelSaveStrategyWrapper.__init__: "strategy parallelization_group do_cache_distribution",
     TorchDistSaveShardedStrategy.__init__: "backend version thread_count",
-    TorchDistSaveShardedStrategy._get_save_and_finalize_callbacks: "writer save_state_dict_ret",
+    TorchDistSaveShardedStrategy._get_save_and_finalize_callbacks: "writer save_state_dict_ret" + STRATEGY,
+    FullyParallelSaveStrategyWrapper.async_save: "sharded_state_dict checkpoint_dir" + STRATEGY,
     FileSystemWriterAsync.write_preloaded_data: """transform_list local_proc_idx write_bucket results_queue count_queue
         use_fsync""",
     FileSystemWriterAsync.finish: "metadata results",
@@ -202,7 +208,8 @@ def test_nccl_groups_have_the_names_we_use() -> None:
 
 def test_the_transformer_engine_spec_has_the_parts_we_rely_on() -> None:
     """Read the source, because it cannot be called without Transformer Engine. Norms, attention and masks are its own."""
-    source = inspect.getsource(get_gpt_layer_with_transformer_engine_spec)
+    parts = "get_gpt_layer_with_transformer_engine_submodules"  # 0.19 builds them in a function of their own
+    source = inspect.getsource(getattr(gpt_layer_specs, parts, get_gpt_layer_with_transformer_engine_spec))
     assert "TESpecProvider()" in source
     submodules = {field.name for field in dataclasses.fields(TransformerLayerSubmodules)}
     assert {"input_layernorm", "self_attention", "pre_mlp_layernorm", "mlp"} <= submodules
@@ -216,7 +223,6 @@ def test_names_that_the_platform_replaces_exist() -> None:
         "megatron.core.optimizer.optimizer": "clip_grad_by_total_norm_fp32",
         "megatron.core.optimizer.clip_grads": "clip_grad_by_total_norm_fp32",
         "megatron.core.optimizer.distrib_optimizer": "Adam HAVE_APEX_OR_TE USING_APEX_OPTIMIZER",
-        "megatron.core.dist_checkpointing.strategies.filesystem_async": "_get_write_results_queue",
         "megatron.core.tensor_parallel.random": "_get_cuda_rng_state _set_cuda_rng_state CudaRNGStatesTracker",
     }.items():
         loaded = importlib.import_module(module)
@@ -224,6 +230,40 @@ def test_names_that_the_platform_replaces_exist() -> None:
     for method in ("load_parameter_state_from_dp_reshardable", "load_parameter_state_from_fully_reshardable"):
         assert hasattr(DistributedOptimizer, method)
     assert hasattr(DistributedOptimizer, "sharded_param_state_fully_reshardable")
+
+
+DIFFERENCES = {
+    (0, 16): ("no strategy", "_get_write_results_queue", "class", "spec", "lr apart", "freed while sent", "collectives"),
+    (0, 17): ("strategy", "get_write_results_queue", "function", "spec", "lr apart", "freed while sent", "collectives"),
+    (0, 18): ("strategy", "get_write_results_queue", "function", "partial", "lr apart", "freed when sent", "no collectives"),
+    (0, 19): ("strategy", "get_write_results_queue", "among tensors", "partial", "lr", "freed when sent", "no collectives"),
+}
+"""Version -> the parts that differ and that `core_versions` hides: argument of a save, queue of results, common state, MLP of a
+spec, identity of a parameter group, outputs of a pipeline stage, reading."""
+
+
+def test_each_version_differs_where_core_versions_says() -> None:
+    from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing.strategies import common, filesystem_async, torch
+    from megatron.core.optimizer import optimizer
+
+    queues = [name for name in ("_get_write_results_queue", "get_write_results_queue") if hasattr(filesystem_async, name)]
+    layer, schedules = get_gpt_layer_local_spec(normalization="RMSNorm"), inspect.getsource(core_schedules)
+    found = (
+        "strategy" if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else "no strategy",
+        *queues,
+        "class"
+        if hasattr(common, "TorchCommonSaveStrategy")
+        else "function"
+        if hasattr(serialization, "save_common")
+        else "among tensors",
+        "partial" if isinstance(layer.submodules.mlp, functools.partial) else "spec",
+        "lr" if "max_lr" in optimizer.param_group_identifier_keys else "lr apart",
+        "freed when sent" if "send_next_wait_handle is not None and config.deallocate" in schedules else "freed while sent",
+        "no collectives" if "no_dist=True" in inspect.getsource(torch) else "collectives",
+    )
+    assert found == DIFFERENCES[core_version()[:2]]
+    assert {"linear_fc1", "linear_fc2", "activation_func"} <= set(dir(mlp_submodules(layer)))
 
 
 def test_checkpoints_can_be_written_and_checked() -> None:

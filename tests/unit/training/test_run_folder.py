@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import importlib.util
 import multiprocessing
 import os
 import signal
@@ -136,7 +137,8 @@ def test_a_folder_without_write_permission_is_refused(tmp_path: Path, monkeypatc
 def test_a_check_refuses_wandb_where_it_is_not_installed(
     data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else find(name))
     config = load_config(str(data.config), [f"run_dir={tmp_path}/run", "logging.wandb_project=ledom"])
     with pytest.raises(UsageError, match=r"logging.wandb_project is set but wandb is not installed"):
         check_start(config, 1)
