@@ -215,6 +215,7 @@ def training_step(config: RunConfig, vocab_size: int, groups: ParallelGroups, de
     accept = Verdict(Action.UPDATE)
 
     def step() -> float:
+        """Train one step and return its loss."""
         result = train_step(config, model, optimizer, batches, groups, lambda *_: accept)
         scheduler.step(increment=1)
         return float(result.lm_loss)
