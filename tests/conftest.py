@@ -1,7 +1,7 @@
 """All tests. Folders: `unit` mirrors the package; `distributed` starts ranks of real runs; `numerics` compares with plain torch
 and with Hugging Face; `judges` with Transformer Engine and Megatron Bridge; `golden` has recorded losses; `inventory` compares the
-results of every command with recorded ones; `kernels` runs CUDA kernels on an emulator; `packaging`, `slurm`, `quickstart`, `study`
-and `notebooks` run the commands of users;
+results of every command with recorded ones; `kernels` runs CUDA kernels on an emulator; `hardware_check` rehearses the check of a
+machine; `packaging`, `slurm`, `quickstart`, `study` and `notebooks` run the commands of users;
 `benchmarks` measure and are not tests; `engines` compares versions of megatron-core by hand; `support` is code for tests of several folders.
 
     make test-fast                          lint, types and unit tests
@@ -29,8 +29,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 from tests.support.paths import ROOT  # noqa: E402
 from tests.support.tiny_runs import TinyData, write_tiny_data  # noqa: E402
 
-MARKER_OF_FOLDER = {"distributed": "distributed", "golden": "distributed", "kernels": "kernels", "slurm": "slurm"}
-SECONDS_OF_FOLDER = {"inventory": 1800, "packaging": 900, "quickstart": 900, "study": 900}
+MARKER_OF_FOLDER = {
+    "distributed": "distributed",
+    "golden": "distributed",
+    "hardware_check": "distributed",
+    "kernels": "kernels",
+    "slurm": "slurm",
+}
+SECONDS_OF_FOLDER = {"hardware_check": 900, "inventory": 1800, "packaging": 900, "quickstart": 900, "study": 900}
 """Time limits of folders whose first test runs a pipeline for all; pyproject.toml has the limit of the others."""
 SLOW_SECONDS = 1800
 

@@ -110,10 +110,12 @@ def both(name: str, operator: Operator, inputs: Sequence[torch.Tensor], *, reads
     read, written = (sum(tensor.nbytes for tensor in tensors) for tensors in (leaves, outputs))
 
     def forward() -> None:
+        """Compute the outputs."""
         with torch.no_grad():
             operator(*leaves)
 
     def backward() -> None:
+        """Compute the gradients."""
         torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
 
     yield Transfer(f"{name} forward", forward, read + written)
@@ -126,10 +128,12 @@ def cross_entropy(rows: int, normal: Callable[..., torch.Tensor]) -> Iterator[Tr
     labels = torch.randint(0, ids, (rows, 1), device=logits.device)
 
     def forward() -> None:
+        """Compute the loss."""
         with torch.no_grad():
             vocab_parallel_cross_entropy(logits, labels, ids, world())
 
     def with_gradient() -> None:
+        """Compute loss and gradient."""
         leaf = logits.detach().requires_grad_()
         losses, _ = vocab_parallel_cross_entropy(leaf, labels, ids, world())
         torch.autograd.backward(losses.sum())

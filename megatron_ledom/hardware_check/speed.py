@@ -190,6 +190,8 @@ def train_steps(config: RunConfig, platform: Platform, seconds: float) -> Steps:
     assert config.model.vocab_size is not None
     begun = time.monotonic()
     groups = start_distributed(platform, config.parallel, ALONE)
+    if platform.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(platform.device)
     step = training_step(config, config.model.vocab_size, groups, platform.device)
     found = Steps([], [])
     for number in range(WARM_UP + STEPS[platform.device.type]):
@@ -215,6 +217,7 @@ def training_step(config: RunConfig, vocab_size: int, groups: ParallelGroups, de
     accept = Verdict(Action.UPDATE)
 
     def step() -> float:
+        """Train one step and return its loss."""
         result = train_step(config, model, optimizer, batches, groups, lambda *_: accept)
         scheduler.step(increment=1)
         return float(result.lm_loss)
@@ -238,6 +241,6 @@ def planned_gib(plan: Plan) -> float:
 
 
 def peak_memory(platform: Platform) -> dict[str, float]:
-    """Return the largest memory of tensors so far; nothing on a CPU."""
+    """Return the largest memory of tensors since the start of the steps; nothing on a CPU."""
     measure = partial(torch.cuda.max_memory_allocated, platform.device)
     return {"allocated_gib": measure() / GIB} if platform.device.type == "cuda" else {}
