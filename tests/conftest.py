@@ -30,7 +30,7 @@ from tests.support.paths import ROOT  # noqa: E402
 from tests.support.tiny_runs import TinyData, write_tiny_data  # noqa: E402
 
 MARKER_OF_FOLDER = {"distributed": "distributed", "golden": "distributed", "kernels": "kernels", "slurm": "slurm"}
-SECONDS_OF_FOLDER = {"inventory": 1800, "packaging": 900, "quickstart": 900, "study": 900}
+SECONDS_OF_FOLDER = {"inventory": 1800, "judges": 900, "packaging": 900, "quickstart": 900, "study": 900}
 """Time limits of folders whose first test runs a pipeline for all; pyproject.toml has the limit of the others."""
 SLOW_SECONDS = 1800
 
