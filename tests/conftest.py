@@ -36,7 +36,7 @@ MARKER_OF_FOLDER = {
     "kernels": "kernels",
     "slurm": "slurm",
 }
-SECONDS_OF_FOLDER = {"hardware_check": 900, "inventory": 1800, "packaging": 900, "quickstart": 900, "study": 900}
+SECONDS_OF_FOLDER = {"hardware_check": 900, "inventory": 1800, "judges": 900, "packaging": 900, "quickstart": 900, "study": 900}
 """Time limits of folders whose first test runs a pipeline for all; pyproject.toml has the limit of the others."""
 SLOW_SECONDS = 1800
 

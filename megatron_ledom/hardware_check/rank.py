@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ledom.errors import run_command
+from megatron_ledom.platform.launch import read_launch
 from megatron_ledom.platform.processes import die_with_the_parent
 
 
@@ -30,7 +31,7 @@ def train_each() -> int:
         code: int = pretrain.main(run["arguments"])
         if code:
             return code
-        if os.environ["RANK"] == "0":
+        if read_launch().rank == 0:
             with open(f"{path}.finished", "a", encoding="utf-8") as finished:
                 finished.write(run["name"] + "\n")
     return 0
