@@ -42,9 +42,9 @@ test-fast: check unit
 test-slow: $(STAMP)
 	$(PYTEST) tests -m slow --durations=20
 
-# Checkpoints of one megatron-core read by another; tests/engines/moves.py describes ENGINES, one NAME=PYTHON[,FOLDER] for each.
+# Checkpoints of one megatron-core read by another: CORES has NAME=PYTHON[,FOLDER] for each (tests/benchmarks/move_checkpoints.py).
 moves: $(STAMP)
-	$(BIN)/python tests/engines/moves.py $(ENGINES)
+	$(BIN)/python tests/benchmarks/move_checkpoints.py $(CORES)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
