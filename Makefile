@@ -1,8 +1,10 @@
 # Two commands on a fresh machine: `make quickstart` and `make test`. Both first make .venv and install pinned versions.
-PYTHON ?= python3.11
+# .ci/choose_python.py chooses the Python of a new environment, or `make PYTHON=python3.12` names it. Two environments live side by
+# side: make VENV=.venv-3.12 PYTHON=python3.12 test-engine
+PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+STAMP := $(VENV)/.installed$(if $(PYTHON),-$(subst /,_,$(PYTHON)))
 PYTEST := $(BIN)/python -m pytest
 
 SIZE ?= full
@@ -12,7 +14,11 @@ WORKERS ?= 2
 AT_ONCE := -n $(WORKERS) --dist loadfile
 ALONE := distributed or slurm
 
-.PHONY: quickstart study docs test test-fast test-slow moves check unit clean
+# What a version of megatron-core can change. CI runs it on Python 3.12 beside the whole suite on 3.11.
+ENGINE := tests/golden tests/unit/platform tests/unit/checkpoint tests/numerics/test_conversion.py tests/quickstart/test_one_minute.py \
+	$(addprefix tests/distributed/test_,hazards.py layouts.py resume.py reshard.py async_save.py)
+
+.PHONY: quickstart study docs test test-fast test-slow test-engine moves check unit clean
 
 quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart/run.py
@@ -25,6 +31,20 @@ study: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m docs.generator
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Transformer Engine's layers and Megatron Bridge beside ours, without a GPU: 11 MB of packages in a folder that only tests/judges reads.
+# With them installed, `make test` runs tests/judges too; without them it skips them.
+JUDGES := $(VENV)/judges/.installed
+.PHONY: judges install-judges
+install-judges: $(JUDGES)
+
+judges: $(JUDGES)
+	$(PYTEST) tests/judges --durations=5
+
+$(JUDGES): tests/judges/requirements.txt $(STAMP)
+	rm -rf $(@D)
+	$(BIN)/python -m pip --disable-pip-version-check install --progress-bar off --no-deps --no-compile --target $(@D) -r $<
+	touch $@
 
 # All tests except the slow ones. The second part also runs if the first fails; a failure of either fails the target.
 test: check
@@ -42,6 +62,9 @@ test-fast: check unit
 test-slow: $(STAMP)
 	$(PYTEST) tests -m slow --durations=20
 
+test-engine: $(STAMP)
+	$(PYTEST) $(ENGINE) --durations=15
+
 # Checkpoints of one megatron-core read by another: CORES has NAME=PYTHON[,FOLDER] for each (tests/benchmarks/move_checkpoints.py).
 moves: $(STAMP)
 	$(BIN)/python tests/benchmarks/move_checkpoints.py $(CORES)
@@ -54,9 +77,10 @@ check: $(STAMP)
 unit: $(STAMP)
 	$(PYTEST) tests/unit $(AT_ONCE) -m "not ($(ALONE))" --durations=10
 
-$(STAMP): pyproject.toml setup.py constraints.txt .ci/make_venv $(wildcard csrc/*/*)
+# An environment of another Python than the named one is replaced.
+$(STAMP): pyproject.toml setup.py $(wildcard constraints/*) .ci/make_venv .ci/choose_python.py $(wildcard csrc/*/*)
 	PYTHON="$(PYTHON)" bash .ci/make_venv "$(VENV)"
-	touch $@
+	touch "$(VENV)/.installed" "$@"
 
 clean:
 	rm -rf $(VENV) build minute quickstart study

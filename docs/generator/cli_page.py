@@ -18,7 +18,7 @@ SUBJECTS = {
     "Generation and ranking": ("generate", "rerank", "report-rerank"),
     "Evaluation": ("evaluate", "harness", "compare-losses"),
     "Planning": ("configs", "plan-run", "calibrate-hardware", "validate-planner"),
-    "Inspection": ("inspect-shard", "inspect-checkpoint", "ops"),
+    "Inspection": ("inspect-shard", "inspect-checkpoint", "ops", "check-hardware"),
     "Other": ("completion",),
 }
 """Heading of the page -> its commands, by what a user does."""

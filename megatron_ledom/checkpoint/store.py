@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 EXTRA_STATE = "_extra_state"
 """State of a layer that is not a weight: fp8 scales, or nothing."""
+EXTRA_STATE_OF_NORMS = "layernorm._extra_state"
+"""Only Transformer Engine's norms have it, and it is empty: a checkpoint without it has the same keys for all kinds of layers."""
 UNREADABLE = (*stored_tensors.UNREADABLE, CheckpointingException, CheckpointException)
 """Exceptions for a damaged checkpoint. torch's CheckpointException, with the errors of all ranks, is not an Exception."""
 
@@ -107,8 +109,7 @@ class CheckpointStore:
 
         def fill() -> None:
             """Move the state that was read into the run."""
-            for key, chunk in zip(_model_keys(model), model, strict=True):
-                unwrapped(chunk).load_state_dict(state[key])
+            _fill(model, state)
             use_settings_of(optimizer, state["optimizer"])
             optimizer.load_state_dict(state["optimizer"])
             scheduler.load_state_dict(state["scheduler"])
@@ -125,24 +126,28 @@ class CheckpointStore:
 def sharded_weights(model: list[Any], metadata: dict[str, Any]) -> dict[str, Any]:
     """Return the sharded state of the model chunks under the keys of checkpoints."""
     chunks = zip(_model_keys(model), model, strict=True)
-    return {key: unwrapped(chunk).sharded_state_dict(metadata=metadata) for key, chunk in chunks}
+    states = {key: unwrapped(chunk).sharded_state_dict(metadata=metadata) for key, chunk in chunks}
+    return {key: _without(state, EXTRA_STATE_OF_NORMS) for key, state in states.items()}
 
 
 def load_weights(checkpoint: str, model: list[Any], metadata: dict[str, Any]) -> None:
     """Fill a model with the weights of a checkpoint of any layout; nothing else is read."""
-    wanted = sharded_weights(model, metadata)
-    extra = {key: [name for name in part if name.endswith(EXTRA_STATE)] for key, part in wanted.items()}
-    for key, names in extra.items():
-        for name in names:
-            del wanted[key][name]
+    wanted = {key: _without(part, EXTRA_STATE) for key, part in sharded_weights(model, metadata).items()}
     state = _read(checkpoint, wanted)
+    on_every_rank(lambda: _fill(model, state))
 
-    def fill() -> None:
-        """Move the weights that were read into the model."""
-        for key, chunk in zip(_model_keys(model), model, strict=True):
-            unwrapped(chunk).load_state_dict(state[key] | dict.fromkeys(extra[key]))
 
-    on_every_rank(fill)
+def _without(state: dict[str, Any], suffix: str) -> dict[str, Any]:
+    """Return the entries of a chunk's state whose names do not end with `suffix`."""
+    return {name: value for name, value in state.items() if not name.endswith(suffix)}
+
+
+def _fill(model: list[Any], state: dict[str, Any]) -> None:
+    """Load the state of every model chunk; extra state that it lacks is None, which layers ignore."""
+    for key, chunk in zip(_model_keys(model), model, strict=True):
+        module = unwrapped(chunk)
+        absent = dict.fromkeys(name for name in module.state_dict() if name.endswith(EXTRA_STATE))
+        module.load_state_dict(absent | state[key])
 
 
 def _check_content(checkpoint: str, manifest: CheckpointManifest) -> None:

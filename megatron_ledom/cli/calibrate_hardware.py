@@ -23,6 +23,11 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Run the command. Imports follow parsing, so `--help` is fast."""
     arguments = build_parser(prog).parse_args(argv)
+    from megatron_ledom.platform.core_versions import check_core
+    from megatron_ledom.platform.quiet import quiet_libraries
+
+    check_core()
+    quiet_libraries()
     from megatron_ledom.planning.calibration import calibrate
 
     print(calibrate(arguments.hardware, arguments.output), end="")

@@ -29,6 +29,7 @@ GROUPS = {
         "plan-run": "predict memory, time and cost of a run; search for the best layout",
         "calibrate-hardware": "measure this machine for the planner",
         "validate-planner": "compare the planner with published runs",
+        "check-hardware": "check a machine in minutes and write a report",
         "ops": "show which fused operators are built, and which are used on this machine",
     },
     "training": {

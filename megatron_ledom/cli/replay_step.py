@@ -27,6 +27,11 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command. Imports follow parsing, so `--help` is fast."""
     arguments = build_parser(prog).parse_args(argv)
+    from megatron_ledom.platform.core_versions import check_core
+    from megatron_ledom.platform.quiet import quiet_libraries
+
+    check_core()
+    quiet_libraries()
     from megatron_ledom.training.replay import replay_step
 
     return replay_step(arguments.run, arguments.iteration, arguments.show, allow_long=arguments.allow_long)

@@ -60,8 +60,10 @@ class Check:
     name: str
     """Name in the report and of `--only`."""
     title: str
-    """A sentence for the report."""
+    """Subject of the check, in a sentence for the report."""
     share: float
     """Part of the whole time that this check may take, relative to the others."""
     function: str
     """`module:function`; the function maps a Setting to an Outcome. The module is imported in the check's process only."""
+    keeps_job: bool = False
+    """True for a check that starts ranks on the nodes of a SLURM job. The others do not see the job: they are runs of one machine."""

@@ -37,7 +37,7 @@ class LayerChoice:
 def build_layer_spec(
     choice: LayerChoice, core_config: TransformerConfig, chunk: int | None, *, unfused_attention: bool = False
 ) -> Any:
-    """Return GPTModel's layer spec for one model chunk. Transformer Engine: not yet run on hardware."""
+    """Return GPTModel's layer spec for one model chunk. Transformer Engine: built on CPUs by tests, not yet run on hardware."""
     if choice.implementation == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=core_config.qk_layernorm)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=core_config.qk_layernorm)
@@ -209,5 +209,6 @@ def start_user_buffers(config: RunConfig) -> None:
         shape=[tokens, config.model.hidden_size],
         tp_size=config.parallel.tensor_model_parallel_size,
         use_fp8=config.model.fp8 is not None,
+        dtype=PARAMS_DTYPES[config.model.params_dtype],
         bootstrap_backend="nccl",
     )

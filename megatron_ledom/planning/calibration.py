@@ -21,7 +21,7 @@ from megatron_ledom.parallel.groups import start_distributed, stop_distributed
 from megatron_ledom.planning.hardware import Hardware, load_hardware
 from megatron_ledom.planning.step_time import Group, all_reduce_seconds, flash_seconds, matmul_seconds, memory_seconds
 from megatron_ledom.platform.device import Platform, measured_matmul_flops, prepare_platform
-from megatron_ledom.platform.launch import read_launch
+from megatron_ledom.platform.launch import Launch, read_launch
 from megatron_ledom.storage.files import write_file
 from megatron_ledom.storage.locks import output_file_lock
 
@@ -54,7 +54,19 @@ def calibrate(start_from: str, output: str) -> str:
     """
     launch = read_launch()
     platform = prepare_platform(1 if launch.world_size > 1 or not torch.cuda.is_available() else None, launch)
-    hardware = load_hardware(start_from)
+    hardware, measurements = measure_hardware(load_hardware(start_from), platform, launch)
+    if launch.rank != 0:
+        return ""
+    with output_file_lock(output):
+        write_file(output, _yaml(hardware))
+    return describe(hardware, measurements, output)
+
+
+def measure_hardware(hardware: Hardware, platform: Platform, launch: Launch) -> tuple[Hardware, list[Measurement]]:
+    """Return the hardware with the efficiencies measured here, and the measurements. Call on every rank.
+
+    On a CPU the peaks are measured too.
+    """
     if platform.device.type == "cpu":
         hardware = _cpu_peaks(hardware, platform)
     measurements = [*measure_products(platform), *measure_memory(platform), *measure_attention(platform)]
@@ -62,12 +74,7 @@ def calibrate(start_from: str, output: str) -> str:
         start_distributed(platform, ParallelConfig(), launch)
         measurements += measure_collectives(platform, launch.local_world_size)
         stop_distributed()
-    hardware = fit_kernels(hardware, measurements)
-    if launch.rank != 0:
-        return ""
-    with output_file_lock(output):
-        write_file(output, _yaml(hardware))
-    return describe(hardware, measurements, output)
+    return fit_kernels(hardware, measurements), measurements
 
 
 def _seconds(platform: Platform, run: Callable[[], Any]) -> float:
@@ -203,9 +210,15 @@ def describe(hardware: Hardware, measurements: list[Measurement], output: str) -
             f"{one.name:<36}  {one.seconds:>10.6f}  {one.planned(hardware):>10.6f}  {one.error(hardware):>+7.1%}{mark}"
         )
     for words, is_fitted in (("fitted", True), ("not fitted", False)):
-        found = [abs(one.error(hardware)) for one in measurements if one.is_fitted == is_fitted]
-        lines.append(f"{words}: {statistics.mean(found):.1%} off on average, {max(found):.1%} at most")
+        mean, largest = mean_and_largest_error(hardware, measurements, is_fitted=is_fitted)
+        lines.append(f"{words}: {mean:.1%} off on average, {largest:.1%} at most")
     return "\n".join([*lines, f"{output}: ledom plan-run --hardware {output}"]) + "\n"
+
+
+def mean_and_largest_error(hardware: Hardware, measurements: list[Measurement], *, is_fitted: bool) -> tuple[float, float]:
+    """Return the mean and the largest relative error, without sign, on the fitted kernels or on the others."""
+    found = [abs(one.error(hardware)) for one in measurements if one.is_fitted == is_fitted]
+    return statistics.mean(found), max(found)
 
 
 def _yaml(hardware: Hardware) -> str:

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from bench_train_step import random_batches
 
 from megatron_ledom.config.load import config_from_dict
 from megatron_ledom.direction import Direction
@@ -49,6 +48,7 @@ def measure(arguments: argparse.Namespace, folder: str) -> None:
     from megatron_ledom.checkpoint.manifest import CheckpointManifest
     from megatron_ledom.checkpoint.store import CheckpointStore
     from megatron_ledom.config.schema import CheckpointConfig
+    from megatron_ledom.hardware_check.speed import random_batches
     from megatron_ledom.model.builder import build_model_chunks, checkpoint_metadata, wrap_for_training
     from megatron_ledom.model.layer_specs import choose_layers
     from megatron_ledom.parallel.groups import start_distributed
@@ -78,7 +78,7 @@ def measure(arguments: argparse.Namespace, folder: str) -> None:
     model = wrap_for_training(config, build_model_chunks(config, VOCAB_SIZE, groups, choose_layers(config)))
     optimizer = build_optimizer(config, model, groups)
     scheduler = build_scheduler(config, optimizer)
-    batches = [random_batches(config, VOCAB_SIZE)]
+    batches = [random_batches(config, VOCAB_SIZE, torch.device("cpu"))]
     parameters = sum(weight.numel() for weight in model[0].parameters())
     print(
         f"{parameters / 1e6:.0f} M parameters, {12 * parameters / 1e9:.2f} GB per checkpoint, {torch.get_num_threads()} threads"

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from megatron_ledom.hardware_check.speed import training_step
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.ops.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ledom.ops.rms_norm import rms_norm
@@ -25,7 +26,7 @@ from megatron_ledom.ops.rope import rope
 from megatron_ledom.ops.swiglu import swiglu
 from megatron_ledom.parallel.groups import start_distributed
 from megatron_ledom.platform.device import prepare_platform
-from tests.benchmarks.bench_train_step import VOCAB_SIZES, load, our_step
+from tests.benchmarks.bench_train_step import VOCAB_SIZES, load
 
 TOKENS, HIDDEN, FFN, HEADS, GROUPS, WIDTH, ROWS, IDS = 512, 512, 1408, 8, 4, 64, 8064, 8005
 Operation = Callable[..., Any]
@@ -92,7 +93,7 @@ def ratio(ours: Callable[[], float], other: Callable[[], float], rounds: int) ->
     return statistics.median(theirs / mine for mine, theirs in pairs), statistics.median(mine for mine, _ in pairs)
 
 
-def timed(step: Callable[[], None]) -> Callable[[], float]:
+def timed(step: Callable[[], Any]) -> Callable[[], float]:
     """Return a function that runs the step and returns its seconds."""
 
     def run() -> float:
@@ -112,7 +113,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compare with torch.compile, too; needs a C++ compiler")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
-    groups = start_distributed(prepare_platform(None), load("32m", "fp32", 512).parallel)
+    platform = prepare_platform(None)
+    groups = start_distributed(platform, load("32m", "fp32", 512).parallel)
     for dtype in arguments.dtype:
         for name, (ours, eager, inputs) in operations(PARAMS_DTYPES[dtype]).items():
             of_eager, mine = ratio(lambda: seconds_of(ours, inputs), lambda: seconds_of(eager, inputs), arguments.rounds)  # noqa: B023
@@ -127,7 +129,7 @@ def main() -> None:
             steps = []
             for implementation in ("fused", "torch"):
                 config.model.transformer_impl = implementation
-                steps.append(timed(our_step(config, VOCAB_SIZES["32m"], groups)))
+                steps.append(timed(training_step(config, VOCAB_SIZES["32m"], groups, platform.device)))
             of_torch, mine = ratio(*steps, arguments.step_rounds)
             print(
                 f"{dtype} step of 32 M, {length:5d} tokens per sample {mine:6.2f} s   torch layers / ours {of_torch:5.2f}",

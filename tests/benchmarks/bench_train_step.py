@@ -12,7 +12,7 @@ import argparse
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from megatron_ledom.config.derived import num_microbatches
 from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.convert.hf_config import build_hf_config
+from megatron_ledom.hardware_check.speed import random_batches, training_step
 from megatron_ledom.model.arithmetic import flops_per_token
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.parallel.groups import start_distributed
@@ -35,7 +36,8 @@ SHAPES = {
 }
 VOCAB_SIZES = {"32m": 8_005, "125m": 25_000}
 TOKENS = 2048
-Step = Callable[[], None]
+CPU = torch.device("cpu")
+Step = Callable[[], Any]
 
 
 def load(size: str, dtype: str, seq_length: int) -> RunConfig:
@@ -47,41 +49,11 @@ def load(size: str, dtype: str, seq_length: int) -> RunConfig:
     )
 
 
-def random_batches(config: RunConfig, vocab_size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield micro-batches of random ids [micro_batch_size, seq_length] without end."""
-    rows, length = config.train.micro_batch_size, config.data.seq_length
-    ids = torch.randint(0, vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(0))
-    positions = torch.arange(length).expand(rows, -1).contiguous()
-    batch = {"tokens": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous(), "position_ids": positions}
-    while True:
-        yield {**batch, "loss_mask": torch.ones(rows, length)}
-
-
-def our_step(config: RunConfig, vocab_size: int, groups: Any) -> Step:
-    """Return a function that runs one optimizer step of the trainer."""
-    from megatron_ledom.model.builder import build_model_chunks, wrap_for_training
-    from megatron_ledom.model.layer_specs import choose_layers
-    from megatron_ledom.training.optimizer import build_optimizer, build_scheduler
-    from megatron_ledom.training.step_policy import Action, Verdict
-    from megatron_ledom.training.trainer import train_step
-
-    model = wrap_for_training(config, build_model_chunks(config, vocab_size, groups, choose_layers(config)))
-    optimizer = build_optimizer(config, model, groups)
-    scheduler = build_scheduler(config, optimizer)
-    batches, accept = [random_batches(config, vocab_size)], Verdict(Action.UPDATE)
-
-    def step() -> None:
-        train_step(config, model, optimizer, batches, groups, lambda *_: accept)
-        scheduler.step(increment=1)
-
-    return step
-
-
 def their_step(config: RunConfig, vocab_size: int, model: torch.nn.Module) -> Step:
     """Return one optimizer step of a plain loop. `model` returns logits, or an object with `logits`."""
     model = model.to(torch.bfloat16 if config.model.params_dtype == "bf16" else torch.float32)
     optimizer = plain_optimizer(config, model)
-    batches, count = random_batches(config, vocab_size), num_microbatches(config, 1)
+    batches, count = random_batches(config, vocab_size, CPU), num_microbatches(config, 1)
 
     def logits(tokens: torch.Tensor) -> torch.Tensor:
         output = model(tokens)
@@ -96,7 +68,7 @@ def build_steps(config: RunConfig, vocab_size: int, groups: Any) -> dict[str, St
         direction=config.data.direction, tokenizer_name="", tokenizer_sha256="", vocab_size=vocab_size, eod_id=2
     )
     return {
-        "megatron_ledom": our_step(config, vocab_size, groups),
+        "megatron_ledom": training_step(config, vocab_size, groups, CPU),
         "transformers": their_step(config, vocab_size, LlamaForCausalLM(build_hf_config(config, provenance))),
         "plain torch": their_step(config, vocab_size, PlainLlama(config.model, vocab_size)),
     }

@@ -82,6 +82,34 @@ def weights_of(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
+def sum_a_transposed_tensor(without: str | None) -> None:
+    """Sum a tensor over two ranks as a row-parallel layer does; without the correction each rank keeps its own values."""
+    from megatron.core.tensor_parallel import mappings
+
+    from megatron_ledom.config.schema import ParallelConfig
+    from megatron_ledom.parallel.groups import start_distributed, stop_distributed
+    from megatron_ledom.platform import core_fixes
+    from megatron_ledom.platform.device import prepare_platform
+    from megatron_ledom.platform.launch import read_launch
+
+    is_right = without is None or not core_fixes.CORRECTIONS[without].is_needed()
+    if without is not None:
+        del core_fixes.CORRECTIONS[without]
+    launch = read_launch()
+    groups = start_distributed(prepare_platform(1, launch), ParallelConfig(tensor_model_parallel_size=2), launch)
+    own = torch.arange(6.0).view(2, 3).t() * (launch.rank + 1)
+    found = mappings.reduce_from_tensor_model_parallel_region(own, group=groups.tensor)
+    expected = torch.arange(6.0).view(2, 3).t() * 3
+    assert torch.equal(found, expected) is is_right
+    stop_distributed()
+
+
+@pytest.mark.parametrize("without", [None, "sums of all memory layouts"])
+def test_ranks_sum_a_tensor_that_is_not_contiguous(data: TinyData, tmp_path: Path, without: str | None) -> None:
+    ranks = start_ranks(data.config, tmp_path / "run", num_ranks=2, instead=partial(sum_a_transposed_tensor, without))
+    assert ranks.wait() == [0, 0], ranks.output()
+
+
 def test_optimizer_state_of_padded_buckets_is_saved_at_its_position(data: TinyData, tmp_path: Path) -> None:
     """Without the correction everything after the first padded bucket is saved from a wrong position."""
     saved = {}

@@ -106,7 +106,7 @@ def test_source_distribution_contains_the_sources_of_the_wheel(built: Path) -> N
         "LICENSE",
         "README.md",
         "setup.py",
-        "constraints.txt",
+        "constraints/python3.11.txt",
         "docs/images/loss_curves.png",
         *(name for name in here if "__pycache__" not in name),
     }

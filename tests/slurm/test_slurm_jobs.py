@@ -100,3 +100,19 @@ def test_array_evaluates_each_task_in_a_folder_of_its_own(cluster: Cluster, tmp_
     assert cluster.states(array) == ["COMPLETED", "COMPLETED"], (tmp_path / "0.log").read_text()
     for task in ("piqa", "boolq"):
         assert list(json.loads((tmp_path / "evaluated" / task / "summary.json").read_text())["tasks"]) == [task]
+
+
+def test_two_nodes_check_themselves_and_a_run_over_both(cluster: Cluster, tmp_path: Path) -> None:
+    log, output = tmp_path / "job.log", tmp_path / "checked"
+    options = ["--gpus-per-node=0", "--cpus-per-task=1", "--mem=4000M", f"--output={log}"]
+    variables = {"OUTPUT": str(output), "MINUTES": "4", **VARIABLES}
+    chosen = ["--device", "cpu", "--gpus", "1", "--only", "operators"]
+    script = ROOT / "examples/slurm/check_hardware.sbatch"
+    job = cluster.submit(script, *chosen, options=options, cwd=ROOT, **variables)
+    cluster.wait_for_end(job, seconds=300, explain=lambda: log.read_text() if log.exists() else "")
+    assert cluster.states(job) == ["COMPLETED"], log.read_text()
+    reports = {name: json.loads((output / name / "report.json").read_text()) for name in ("node_0", "node_1", "nodes")}
+    found = {name: {one["name"]: one["status"] for one in report["checks"]} for name, report in reports.items()}
+    of_a_node = {"environment": "passed", "operators": "passed"}
+    assert found == {"node_0": of_a_node, "node_1": of_a_node, "nodes": {"environment": "passed", "nodes": "passed"}}
+    assert reports["nodes"]["checks"][1]["numbers"]["ranks"] == 2

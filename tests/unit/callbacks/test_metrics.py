@@ -5,7 +5,7 @@ import json
 import math
 import subprocess
 from functools import partial
-from importlib import metadata
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -160,7 +160,7 @@ def test_a_run_folder_records_its_launches(data: TinyData, tmp_path: Path) -> No
     assert [launch["from_iteration"] for launch in launches] == [0, 3]
     assert launches[0]["config"]["train"]["train_iters"] == 3
     assert launches[0]["versions"]["torch"] == torch.__version__
-    assert launches[0]["versions"]["megatron-core"] == metadata.version("megatron-core")
+    assert launches[0]["versions"]["megatron-core"] == version("megatron-core")
     assert launches[0]["command"]
 
 

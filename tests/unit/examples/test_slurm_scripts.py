@@ -390,6 +390,7 @@ def accepted_settings(folder: Path) -> dict[str, tuple[dict[str, str], str]]:
             {"MODEL": model, "DATA": str(folder), "TASKS": "svamp,boolq,piqa", "OUTPUT": str(folder / "evaluated")},
             "--array=0-2",
         ),
+        "check_hardware.sbatch": ({"OUTPUT": str(folder / "checked")}, ""),
     }
 
 
@@ -404,13 +405,14 @@ def accepted_settings(folder: Path) -> dict[str, tuple[dict[str, str], str]]:
         ("evaluate.sbatch", "REVERSE", "config.json does not exist"),
         ("evaluate_tasks.sbatch", "MODEL", "config.json does not exist"),
         ("evaluate_tasks.sbatch", "DATA", "is not a folder"),
+        ("check_hardware.sbatch", "OUTPUT", "exists; name another folder"),
     ],
 )
 def test_script_by_hand_checks_its_settings_and_submits_itself(
     cluster: Cluster, tmp_path: Path, script: str, wrong: str, says: str
 ) -> None:
     variables, options = accepted_settings(tmp_path)[script]
-    bad = {**variables, wrong: str(tmp_path / "run") if wrong == "SAVE" else str(tmp_path / "missing")}
+    bad = {**variables, wrong: str(tmp_path / "run") if wrong in ("SAVE", "OUTPUT") else str(tmp_path / "missing")}
     refused = cluster.submit(script, **bad)
     assert (refused.returncode, cluster.recorded("submitted")) == (2, "")
     assert says in refused.stderr

@@ -1,15 +1,16 @@
 """Our fused operators compared with double precision, with the kernels of this CPU: all shapes, types and gradients."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from megatron_ledom.hardware_check.comparison import Operator, drawn, largest_errors
+from megatron_ledom.hardware_check.formulas import add_rms_norm_formula, rms_norm_formula, rope_formula, swiglu_formula
 from megatron_ledom.ops import __main__ as report
 from megatron_ledom.ops.library import backend, describe
-from megatron_ledom.ops.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from megatron_ledom.ops.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
 from megatron_ledom.ops.rope import rope, rope_reference
 from megatron_ledom.ops.swiglu import swiglu, swiglu_reference
 from megatron_ledom.platform.core_fixes import norm_of_all, scale_all
@@ -17,8 +18,6 @@ from megatron_ledom.platform.cpu_ops import find_cpu_ops
 
 EOD = 0
 DTYPES = (torch.float32, torch.bfloat16)
-ULPS = 2.0
-"""Largest error in units of the last place of the type, at the magnitude of the array's largest element."""
 ISAS = ("avx2", "avx512", "baseline")
 
 
@@ -37,54 +36,22 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     kernels.use_isa(best)
 
 
-def drawn(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def check_op(operator: Operator, formula: Operator, inputs: list[torch.Tensor], differentiable: int) -> None:
+    errors = largest_errors(operator, formula, inputs, differentiable)
+    assert max(errors.values()) <= 1, errors
 
 
-def check_close(found: torch.Tensor, exact: torch.Tensor, ulps: float = ULPS) -> None:
-    """Check that elements agree within `ulps` of their last place, or of that of a thousandth of the largest."""
-    unit = torch.finfo(found.dtype).eps
-    allowed = ulps * unit * exact.abs().clamp(min=1e-3 * float(exact.detach().abs().max()) + 1e-30)
-    if found.dtype == torch.float32:
-        allowed = allowed + 4 * unit * float(exact.detach().abs().max())  # sums have another order
-    worst = float(((found.double() - exact).abs() / allowed).max())
-    assert worst <= 1, f"{worst * ulps:.2f} ulp"
-
-
-def check_op(op: Callable[..., Any], reference: Callable[..., Any], inputs: list[torch.Tensor], differentiable: int) -> None:
-    """Compare outputs and gradients of `op` with the reference on the same values in double precision."""
-    leaves = [t.clone().requires_grad_(i < differentiable) for i, t in enumerate(inputs)]
-    exact = [t.double().requires_grad_(i < differentiable) for i, t in enumerate(inputs)]
-    found, wanted = op(*leaves), reference(*exact)
-    found, wanted = (out if isinstance(out, tuple) else (out,) for out in (found, wanted))
-    gradients = [drawn(*one.shape, dtype=one.dtype, seed=7 + i) for i, one in enumerate(found)]
-    for one, other in zip(found, wanted, strict=True):
-        check_close(one, other)
-    torch.autograd.backward(found, gradients)
-    torch.autograd.backward(wanted, [g.double() for g in gradients])
-    for one, other in zip(leaves[:differentiable], exact, strict=False):
-        assert one.grad is not None
-        assert other.grad is not None
-        check_close(one.grad, other.grad)
-
-
-@pytest.fixture
-def in_double(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let references compute in the type of their input instead of fp32."""
-    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
-
-
-@pytest.mark.usefixtures("isa", "in_double")
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1, 8), (3, 2, 40), (65, 3, 17), (129, 1, 512)])
 def test_rms_norm_equals_double_precision(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     weight = drawn(shape[-1], dtype=dtype, seed=1)
     check_op(
-        lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: rms_norm_reference(x, w, 1e-5), [drawn(*shape, dtype=dtype), weight], 2
+        lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: rms_norm_formula(x, w, 1e-5), [drawn(*shape, dtype=dtype), weight], 2
     )
 
 
-@pytest.mark.usefixtures("isa", "in_double")
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1, 8), (65, 3, 17), (129, 1, 512)])
 def test_norm_of_a_sum_equals_double_precision(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -93,7 +60,7 @@ def test_norm_of_a_sum_equals_double_precision(shape: tuple[int, ...], dtype: to
     weight = drawn(shape[-1], dtype=dtype, seed=1)
     check_op(
         lambda x, r, w: add_rms_norm(x, r, w, 1e-5),
-        lambda x, r, w: add_rms_norm_reference(x, r, w, 1e-5),
+        lambda x, r, w: add_rms_norm_formula(x, r, w, 1e-5),
         [x.to(dtype), residual.to(dtype), weight],
         3,
     )
@@ -110,21 +77,31 @@ def test_norm_of_a_sum_is_the_norm_after_the_sum(dtype: torch.dtype) -> None:
     assert torch.equal(normed, rms_norm(added, weight, 1e-5))
 
 
-@pytest.mark.usefixtures("isa", "in_double")
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 2), (5, 3, 26), (64, 1, 2816)])
 @pytest.mark.parametrize("spread", [1.0, 30.0])
 def test_swiglu_equals_double_precision(shape: tuple[int, ...], dtype: torch.dtype, spread: float) -> None:
-    check_op(swiglu, swiglu_reference, [drawn(*shape, dtype=dtype) * spread], 1)
+    check_op(swiglu, swiglu_formula, [drawn(*shape, dtype=dtype) * spread], 1)
 
 
-@pytest.mark.usefixtures("isa", "in_double")
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("groups", "per_group", "width"), [(1, 8, 64), (4, 1, 10), (2, 4, 192)])
 def test_rope_equals_double_precision(groups: int, per_group: int, width: int, dtype: torch.dtype) -> None:
     angles = drawn(9, 1, 1, width // 2, dtype=torch.float32, seed=2).mul(100).repeat(1, 1, 1, 2)
     mixed = drawn(9, 3, groups, (per_group + 2) * width, dtype=dtype)
-    check_op(lambda x: rope(x, angles), lambda x: rope_reference(x, angles.double()), [mixed], 1)
+    check_op(lambda x: rope(x, angles), lambda x: rope_formula(x, angles), [mixed], 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_references_equal_double_precision(dtype: torch.dtype) -> None:
+    """Test the functions that run without kernels."""
+    weight, angles = drawn(48, dtype=dtype, seed=1), drawn(5, 1, 1, 6, dtype=torch.float32).repeat(1, 1, 1, 2)
+    norm = [lambda x, w: rms_norm_reference(x, w, 1e-5), lambda x, w: rms_norm_formula(x, w, 1e-5)]
+    check_op(*norm, [drawn(5, 2, 48, dtype=dtype), weight], 2)
+    check_op(swiglu_reference, swiglu_formula, [drawn(5, 2, 48, dtype=dtype)], 1)
+    check_op(lambda x: rope_reference(x, angles), lambda x: rope_formula(x, angles), [drawn(5, 2, 2, 48, dtype=dtype)], 1)
 
 
 @pytest.mark.usefixtures("isa")

@@ -1,0 +1,144 @@
+"""Describes the machine and checks its devices: memory, capability, arithmetic, and access between GPUs."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from shutil import which
+from typing import Any
+
+import torch
+
+from megatron_ledom.hardware_check.check import Outcome, Setting, failed, passed
+from megatron_ledom.platform.cpu_ops import find_cpu_ops
+
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "transformers", "numpy", "flash-attn", "apex")
+CPU_RANKS = 2
+"""Processes of the checks on a CPU, unless --gpus gives a number."""
+FREE_FRACTION = 0.9
+"""Part of a GPU's memory that must be free: less means that another program uses it."""
+AMPERE = (8, 0)
+"""Lowest compute capability with bf16 instructions, for which the CUDA operators are built."""
+
+
+def environment(setting: Setting) -> Outcome:
+    """Describe this machine and check each device. Its numbers have `device` and `num_gpus`, which the other checks use.
+
+    setting.device may be `auto`; setting.num_gpus is 0 for all GPUs.
+    """
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = ("cuda" if found else "cpu") if setting.device == "auto" else setting.device
+    wanted = setting.num_gpus or (found if device == "cuda" else CPU_RANKS)
+    numbers = {"device": device, "num_gpus": min(wanted, found) if device == "cuda" else wanted, **software(), **processor()}
+    if device == "cpu":
+        return passed(_on_cpu(setting), **numbers)
+    if found == 0:
+        return failed(f"torch finds no GPU: {why_no_gpu()}", **numbers)
+    numbers |= {"driver": driver(), "nccl": nccl_version(), "gpus": []}
+    problems = [] if wanted <= found else [f"--gpus {wanted}, but {found} GPUs are visible"]
+    for index in range(numbers["num_gpus"]):
+        described, wrong = gpu(index)
+        numbers["gpus"].append(described)
+        problems += wrong
+    numbers["peer_access"] = peer_access(numbers["num_gpus"])
+    _print_topology()
+    return failed("; ".join(problems), **numbers) if problems else passed(_on_gpus(numbers), **numbers)
+
+
+def software() -> dict[str, Any]:
+    """Return the versions of Python and of the packages that compute; None for a missing package."""
+    versions: dict[str, Any] = {"python": platform.python_version(), "system": f"{platform.system()} {platform.release()}"}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions | {"cuda": torch.version.cuda}
+
+
+def processor() -> dict[str, Any]:
+    """Return the processor's name, its cores and threads for this process, and the machine's memory in GiB."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8") if os.path.exists("/proc/cpuinfo") else ""
+    names = [line.partition(":")[2].strip() for line in lines.splitlines() if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "cpu": names[0] if names else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(memory, 1),
+        "cpu_operators": find_cpu_ops().state,
+    }
+
+
+def why_no_gpu() -> str:
+    """Return the reason why torch sees no GPU."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; install a CUDA build"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return "CUDA_VISIBLE_DEVICES is empty; unset it"
+    if not os.path.exists("/dev/nvidiactl"):
+        return "there is no /dev/nvidiactl; load the driver, or start the container with GPUs"
+    return f"torch is built for CUDA {torch.version.cuda}, the driver is {driver()}; compare both in NVIDIA's table"
+
+
+def driver() -> str:
+    """Return the version of the NVIDIA driver."""
+    return _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0].strip() or "unknown"
+
+
+def nccl_version() -> str:
+    """Return the version of NCCL in torch, such as `2.27.5`."""
+    version: tuple[int, ...] = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+    return ".".join(map(str, version))
+
+
+def gpu(index: int) -> tuple[dict[str, Any], list[str]]:
+    """Describe a GPU and let it compute. Returns its description and its problems. Not yet run on hardware."""
+    properties = torch.cuda.get_device_properties(index)
+    free, total = torch.cuda.mem_get_info(index)
+    capability = torch.cuda.get_device_capability(index)
+    described = {
+        "name": properties.name,
+        "memory_gib": round(total / 2**30, 1),
+        "free_gib": round(free / 2**30, 1),
+        "capability": f"{capability[0]}.{capability[1]}",
+        "multiprocessors": properties.multi_processor_count,
+        "bf16": capability >= AMPERE,
+    }
+    problems = []
+    if free < FREE_FRACTION * total:
+        problems.append(f"GPU {index} has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free: another program uses it")
+    if capability < AMPERE:
+        problems.append(f"GPU {index} has compute capability {described['capability']}, below 8.0: no bf16, no CUDA operators")
+    ones = torch.ones(256, 256, device=f"cuda:{index}", dtype=torch.bfloat16 if capability >= AMPERE else torch.float32)
+    if not bool((ones @ ones == 256).all()):
+        problems.append(f"GPU {index} multiplies two matrices of ones wrongly")
+    return described, problems
+
+
+def peer_access(count: int) -> str:
+    """Return the number of pairs of GPUs that read each other's memory, such as `56 of 56 pairs`."""
+    pairs = [(one, other) for one in range(count) for other in range(count) if one != other]
+    direct = sum(torch.cuda.can_device_access_peer(one, other) for one, other in pairs)
+    return f"{direct} of {len(pairs)} pairs" if pairs else "one GPU"
+
+
+def _on_gpus(numbers: dict[str, Any]) -> str:
+    names = sorted({one["name"] for one in numbers["gpus"]})
+    return f"{numbers['num_gpus']} x {' and '.join(names)}, driver {numbers['driver']}, CUDA {numbers['cuda']}"
+
+
+def _on_cpu(setting: Setting) -> str:
+    return "the CPU, as asked" if setting.device == "cpu" else f"the CPU, because torch finds no GPU: {why_no_gpu()}"
+
+
+def _print_topology() -> None:
+    """Print the links between the GPUs to the log."""
+    print(_nvidia_smi("topo", "-m"), flush=True)
+
+
+def _nvidia_smi(*arguments: str) -> str:
+    """Return the output of nvidia-smi; nothing without that program."""
+    tool = which("nvidia-smi")
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=20).stdout if tool else ""

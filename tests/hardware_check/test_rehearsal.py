@@ -1,0 +1,35 @@
+"""A rehearsal of `ledom check-hardware` on the CPU: the same code as on GPUs, with small sizes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron_ledom.hardware_check.catalogue import CHECKS
+from tests.support.paths import ROOT
+
+MINUTES = 8
+"""Limit of all checks together; with two free cores they need less than three."""
+NEED_A_MACHINE = {"nodes", "transformer_engine", "fp8"}
+"""Checks that a CPU skips."""
+
+
+def test_all_checks_pass_on_a_cpu_or_are_skipped_with_a_reason(tmp_path: Path) -> None:
+    output = tmp_path / "rehearsal"
+    command = ["tools/check_hardware.py", "--device", "cpu", "--minutes", str(MINUTES), "--output", str(output)]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((output / "report.json").read_text())
+    checks = {check["name"]: check for check in report["checks"]}
+    assert list(checks) == [check.name for check in CHECKS]
+    assert report["is_complete"]
+    assert {name for name, check in checks.items() if check["status"] == "skipped"} <= NEED_A_MACHINE
+    assert all(check["reason"] for check in checks.values())
+    assert report["machine"]["device"] == "cpu"
+    assert max(row["error"] for row in checks["kernels"]["numbers"]["errors"]) <= 1
+    assert checks["bandwidth"]["numbers"]["copy_gb_per_second"] > 0
+    assert 0 < checks["speed"]["numbers"]["mfu"] < 1
+    assert checks["speed"]["numbers"]["last_loss"] < checks["speed"]["numbers"]["first_loss"]
+    assert checks["planner"]["numbers"]["planned_step_seconds"] > 0
+    assert f"{report['passed']} passed, 0 failed" in done.stdout
+    assert str(tmp_path) not in (output / "report.md").read_text()

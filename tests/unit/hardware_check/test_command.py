@@ -1,0 +1,45 @@
+"""The command: exit codes, what it prints, and a machine without the GPUs that were asked for."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_ledom.cli.check_hardware import main
+from megatron_ledom.errors import UsageError
+from megatron_ledom.hardware_check.catalogue import CHECKS
+from tests.support.paths import ROOT
+from tests.unit.hardware_check.planted import catalogue
+
+
+@pytest.fixture(autouse=True)
+def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the processes of checks import the planted ones."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize(("names", "code"), [(["good", "missing"], 0), (["wrong", "good"], 1)])
+def test_exit_code_is_one_if_a_check_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], names: list[str], code: int
+) -> None:
+    assert main(["--output", str(tmp_path / "out"), "--gpus", "3"], checks=catalogue(*names)) == code
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1].endswith(f"the report is {tmp_path}/out/report.md and report.json")
+    assert (
+        printed[:-1] == {0: ["skipped: missing: there is no such device"], 1: ["failed: wrong: the losses differ by 3.0"]}[code]
+    )
+
+
+def test_folder_with_a_report_is_wrong_use(tmp_path: Path) -> None:
+    main(["--output", str(tmp_path / "out")], checks=catalogue())
+    with pytest.raises(UsageError, match="has a report already"):
+        main(["--output", str(tmp_path / "out")], checks=catalogue())
+
+
+def test_without_the_gpus_that_were_asked_for_nothing_runs_on_the_cpu_instead(tmp_path: Path) -> None:
+    """Tests hide GPUs, so the real first check finds none."""
+    output = tmp_path / "out"
+    assert main(["--output", str(output), "--device", "cuda"], checks=[CHECKS[0], *catalogue("good")[1:]]) == 1
+    checks = json.loads((output / "report.json").read_text())["checks"]
+    assert [check["status"] for check in checks] == ["failed", "skipped"]
+    assert checks[0]["reason"].startswith("torch finds no GPU: ")
