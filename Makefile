@@ -65,9 +65,9 @@ test-slow: $(STAMP)
 test-engine: $(STAMP)
 	$(PYTEST) $(ENGINE) --durations=15
 
-# Checkpoints of one megatron-core read by another; tests/engines/moves.py describes ENGINES, one NAME=PYTHON[,FOLDER] for each.
+# Checkpoints of one megatron-core read by another: CORES has NAME=PYTHON[,FOLDER] for each (tests/benchmarks/move_checkpoints.py).
 moves: $(STAMP)
-	$(BIN)/python tests/engines/moves.py $(ENGINES)
+	$(BIN)/python tests/benchmarks/move_checkpoints.py $(CORES)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

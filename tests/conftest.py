@@ -2,7 +2,7 @@
 and with Hugging Face; `judges` with Transformer Engine and Megatron Bridge; `golden` has recorded losses; `inventory` compares the
 results of every command with recorded ones; `kernels` runs CUDA kernels on an emulator; `hardware_check` rehearses the check of a
 machine; `packaging`, `slurm`, `quickstart`, `study` and `notebooks` run the commands of users;
-`benchmarks` measure and are not tests; `engines` compares versions of megatron-core by hand; `support` is code for tests of several folders.
+`benchmarks` measure and are not tests; `support` is code for tests of several folders.
 
     make test-fast                          lint, types and unit tests
     make test                               all tests except the slow ones, which `make test-slow` runs

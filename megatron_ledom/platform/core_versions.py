@@ -22,8 +22,9 @@ OLDEST, TOO_NEW = (0, 16, 1), (0, 20)
 """The oldest megatron-core that works, and the first one that nobody has tried."""
 ANNOUNCED = {
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",  # 0.19; DECISIONS.md says what HybridModel would change
-    "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",  # 0.18
+    "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",  # 0.17
     "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",  # 0.19
+    "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",  # 0.18
 }
 """Logger -> start of a message about a later version of megatron-core, on which the user of a run cannot act."""
 

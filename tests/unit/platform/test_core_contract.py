@@ -45,7 +45,7 @@ from megatron_ledom.config.schema import ModelConfig, ParallelConfig
 from megatron_ledom.model import builder
 from megatron_ledom.model.layer_specs import LayerChoice
 from megatron_ledom.ops.swiglu import swiglu_reference
-from megatron_ledom.platform.core_versions import core_version, mlp_submodules, save_options
+from megatron_ledom.platform.core_versions import ANNOUNCED, core_version, mlp_submodules, save_options
 
 SMALL = {
     "model": {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4},
@@ -264,6 +264,12 @@ def test_each_version_differs_where_core_versions_says() -> None:
     )
     assert found == DIFFERENCES[core_version()[:2]]
     assert {"linear_fc1", "linear_fc2", "activation_func"} <= set(dir(mlp_submodules(layer)))
+
+
+@pytest.mark.skipif(core_version() < (0, 19), reason="these messages came with 0.17 to 0.19")
+@pytest.mark.parametrize("module", ANNOUNCED)
+def test_messages_that_are_suppressed_are_those_of_the_newest_version(module: str) -> None:
+    assert ANNOUNCED[module] in inspect.getsource(importlib.import_module(module))
 
 
 def test_checkpoints_can_be_written_and_checked() -> None:

@@ -1,9 +1,9 @@
 """Checkpoints of one megatron-core (and Python) read by another: every ordered pair, two optimizers, same and changed layout.
 
-Each engine trains six iterations in one go, and three that end with a checkpoint. Every other engine resumes from that checkpoint
-and makes the last three, whose losses and gradient norms are compared with those of its own six. Run by hand:
+Each installation trains six iterations without a stop, and three that end with a checkpoint. Every other one resumes from that
+checkpoint and makes the last three, whose losses and gradient norms are compared with those of its own six. Run by hand:
 
-    make moves ENGINES="3.11:0.16.1=.venv/bin/python 3.12:0.19.2=VENV/bin/python 3.12:0.18.2=VENV/bin/python,FOLDER"
+    make moves CORES="3.11:0.16.1=.venv/bin/python 3.12:0.19.2=VENV/bin/python 3.12:0.18.2=VENV/bin/python,FOLDER"
 
 NAME=PYTHON[,FOLDER]: FOLDER holds an unpacked megatron-core that comes before the one of PYTHON. Prints a table in Markdown; exit
 code 1 if a move fails.
@@ -37,7 +37,7 @@ STOP = "train.exit_interval=3"
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
+class Core:
     """A Python and a megatron-core: a name for the table, the interpreter, and a folder for the start of its path."""
 
     name: str
@@ -45,18 +45,18 @@ class Engine:
     folder: str
 
     def run(self, *arguments: str) -> None:
-        """Run this script on the engine. Raises CalledProcessError."""
+        """Run this script on it. Raises CalledProcessError."""
         path = os.pathsep.join(filter(None, (self.folder, str(ROOT), os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         subprocess.run([self.python, __file__, *arguments], env=environment, cwd=ROOT, check=True)
 
 
-def _engine(text: str) -> Engine:
+def _core(text: str) -> Core:
     name, found, place = text.partition("=")
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PYTHON[,FOLDER]")
     python, _, folder = place.partition(",")
-    return Engine(name, os.path.abspath(python), os.path.abspath(folder) if folder else "")
+    return Core(name, os.path.abspath(python), os.path.abspath(folder) if folder else "")
 
 
 def _run_of(work: Path, *names: str) -> Path:
@@ -64,7 +64,7 @@ def _run_of(work: Path, *names: str) -> Path:
 
 
 def train(work: Path, own: str) -> None:
-    """Train the references and the first parts of one engine."""
+    """Train the references and the first parts of one installation."""
     from tests.support.tiny_runs import TinyData, run_on_ranks
 
     config = TinyData(work).config
@@ -76,7 +76,7 @@ def train(work: Path, own: str) -> None:
 
 
 def resume(work: Path, own: str, writers: list[str]) -> None:
-    """Resume the first parts of other engines, and write the largest difference or the error of each to a file."""
+    """Resume the first parts of other installations, and write the largest difference or the error of each to a file."""
     from tests.support.tiny_runs import TinyData, curve, read_metrics, start_ranks
 
     config, found = TinyData(work).config, {}
@@ -101,14 +101,14 @@ def resume(work: Path, own: str, writers: list[str]) -> None:
     (work / f"{own.replace(':', '-')}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
-def table(engines: list[Engine], work: Path) -> tuple[str, list[str]]:
+def table(cores: list[Core], work: Path) -> tuple[str, list[str]]:
     """Return the largest differences as a table in Markdown, and a sentence for each move that failed."""
     columns = [(optimizer, layout) for optimizer in OPTIMIZERS for layout in LAYOUTS]
     rows = ["| written by | read by | " + " | ".join(f"{optimizer}, {layout}" for optimizer, layout in columns) + " |"]
     rows.append("|---" * (len(columns) + 2) + "|")
     failures = []
-    for writer in engines:
-        for reader in engines:
+    for writer in cores:
+        for reader in cores:
             if writer == reader:
                 continue
             found = json.loads((work / f"{reader.name.replace(':', '-')}.json").read_text(encoding="utf-8"))
@@ -126,7 +126,7 @@ def table(engines: list[Engine], work: Path) -> tuple[str, list[str]]:
 def main() -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("engines", nargs="*", type=_engine, metavar="NAME=PYTHON[,FOLDER]")
+    parser.add_argument("cores", nargs="*", type=_core, metavar="NAME=PYTHON[,FOLDER]")
     parser.add_argument("--work", type=Path, help="keep the runs in this new folder")
     parser.add_argument("--train", metavar="NAME", help=argparse.SUPPRESS)
     parser.add_argument("--resume", nargs="+", metavar="NAME", help=argparse.SUPPRESS)
@@ -137,20 +137,20 @@ def main() -> int:
     if arguments.resume:
         resume(arguments.work, arguments.resume[0], arguments.resume[1:])
         return 0
-    if len(arguments.engines) < 2:
-        parser.error("give at least two engines")
+    if len(arguments.cores) < 2:
+        parser.error("give at least two installations")
     from tests.support.tiny_runs import write_tiny_data
 
     with tempfile.TemporaryDirectory() as scratch:
         work = arguments.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         write_tiny_data(work)
-        for engine in arguments.engines:
-            engine.run("--work", str(work), "--train", engine.name)
-        for engine in arguments.engines:
-            others = [other.name for other in arguments.engines if other != engine]
-            engine.run("--work", str(work), "--resume", engine.name, *others)
-        text, failures = table(arguments.engines, work)
+        for core in arguments.cores:
+            core.run("--work", str(work), "--train", core.name)
+        for core in arguments.cores:
+            others = [other.name for other in arguments.cores if other != core]
+            core.run("--work", str(work), "--resume", core.name, *others)
+        text, failures = table(arguments.cores, work)
     print(text)
     print(*failures, sep="\n", file=sys.stderr)
     return 1 if failures else 0
