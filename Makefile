@@ -16,7 +16,7 @@ ALONE := distributed or slurm
 
 # What a version of megatron-core can change. CI runs it on Python 3.12 beside the whole suite on 3.11.
 ENGINE := tests/golden tests/unit/platform tests/unit/checkpoint tests/numerics/test_conversion.py tests/quickstart/test_one_minute.py \
-	$(addprefix tests/distributed/test_,hazards.py layouts.py resume.py reshard.py async_save.py)
+	$(addprefix tests/distributed/test_,hazards.py damaged_shards.py layouts.py resume.py reshard.py async_save.py)
 
 .PHONY: quickstart study docs test test-fast test-slow test-engine moves check unit clean
 
