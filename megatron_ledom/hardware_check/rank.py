@@ -27,7 +27,7 @@ def train_each() -> int:
     die_with_the_parent(launch["parent"])
     pretrain = importlib.import_module("megatron_ledom.pretrain")  # it imports cli, which imports hardware_check
     for run in launch["runs"]:
-        os.environ["MASTER_PORT"] = str(run["port"])
+        os.environ.update(MASTER_PORT=str(run["port"]))
         code: int = pretrain.main(run["arguments"])
         if code:
             return code

@@ -187,8 +187,8 @@ def test_the_checks_of_a_submission_demand_the_second_python(tmp_path: Path) -> 
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "no python3.12 on the PATH" in refused.stderr
     first, omitted = run(ONE_PYTHON="1").stdout.splitlines()
-    assert first == "make test PYTHON=python3.11"
+    assert first == "make install-judges test PYTHON=python3.11"
     assert omitted.startswith("=== omitted: the tests of the engine on Python 3.12")
     (tmp_path / "versions/3.12.9/bin").mkdir(parents=True)
     second = script(tmp_path / "versions/3.12.9/bin/python3.12", "exit 0")
-    assert run().stdout.splitlines() == [first, f"make test-engine VENV=.venv-3.12 PYTHON={second}"]
+    assert run().stdout.splitlines() == [first, f"make test-engine judges VENV=.venv-3.12 PYTHON={second}"]
