@@ -8,8 +8,9 @@ from pathlib import Path
 from megatron_ledom.hardware_check.catalogue import CHECKS
 from tests.support.paths import ROOT
 
-MINUTES = 8
-"""Limit of all checks together; with two free cores they need less than three."""
+MINUTES = 15
+"""Limits are wide, because other programs may use this machine; with two free cores the checks need less than three minutes."""
+MOST_SECONDS = 480
 NEED_A_MACHINE = {"nodes", "transformer_engine", "fp8"}
 """Checks that a CPU skips."""
 
@@ -23,6 +24,7 @@ def test_all_checks_pass_on_a_cpu_or_are_skipped_with_a_reason(tmp_path: Path) -
     checks = {check["name"]: check for check in report["checks"]}
     assert list(checks) == [check.name for check in CHECKS]
     assert report["is_complete"]
+    assert sum(check["seconds"] for check in report["checks"]) < MOST_SECONDS
     assert {name for name, check in checks.items() if check["status"] == "skipped"} <= NEED_A_MACHINE
     assert all(check["reason"] for check in checks.values())
     assert report["machine"]["device"] == "cpu"
