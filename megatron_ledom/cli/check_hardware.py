@@ -41,7 +41,10 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         help="run only these checks, after the first one, which finds the devices",
     )
     parser.add_argument(
-        "--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: GPUs if torch finds any (default %(default)s)"
+        "--device",
+        choices=["auto", "cuda", "cpu"],
+        default="auto",
+        help="auto: the CPU only if there is no NVIDIA driver, so that GPUs that torch does not find are a failure (default %(default)s)",
     )
     return parser
 
@@ -57,7 +60,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None, *, checks: 
 
     from megatron_ledom.hardware_check.catalogue import CHECKS
     from megatron_ledom.hardware_check.runner import Request, check_hardware, describe
+    from megatron_ledom.platform.core_versions import check_core
 
+    check_core()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     request = Request(
         output=arguments.output,

@@ -4,6 +4,8 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
+from itertools import permutations
 from pathlib import Path
 from shutil import which
 from typing import Any
@@ -18,6 +20,10 @@ CPU_RANKS = 2
 """Processes of the checks on a CPU, unless --gpus gives a number."""
 FREE_FRACTION = 0.9
 """Part of a GPU's memory that must be free: less means that another program uses it."""
+SMI_SECONDS = 15
+"""Time limit of nvidia-smi. Without persistence mode it takes seconds for each GPU."""
+DRIVER = "/dev/nvidiactl"
+"""File that exists while NVIDIA's driver is loaded."""
 AMPERE = (8, 0)
 """Lowest compute capability with bf16 instructions, for which the CUDA operators are built."""
 
@@ -28,22 +34,30 @@ def environment(setting: Setting) -> Outcome:
     setting.device may be `auto`; setting.num_gpus is 0 for all GPUs.
     """
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    device = ("cuda" if found else "cpu") if setting.device == "auto" else setting.device
+    device = chosen_device(setting.device, found)
     wanted = setting.num_gpus or (found if device == "cuda" else CPU_RANKS)
     numbers = {"device": device, "num_gpus": min(wanted, found) if device == "cuda" else wanted, **software(), **processor()}
     if device == "cpu":
         return passed(_on_cpu(setting), **numbers)
     if found == 0:
-        return failed(f"torch finds no GPU: {why_no_gpu()}", **numbers)
+        return failed(f"torch finds no GPU: {why_no_gpu()}; --device cpu checks the CPU instead", **numbers)
     numbers |= {"driver": driver(), "nccl": nccl_version(), "gpus": []}
     problems = [] if wanted <= found else [f"--gpus {wanted}, but {found} GPUs are visible"]
     for index in range(numbers["num_gpus"]):
         described, wrong = gpu(index)
         numbers["gpus"].append(described)
         problems += wrong
-    numbers["peer_access"] = peer_access(numbers["num_gpus"])
+    numbers["peer_access"] = peer_access([index for index, one in enumerate(numbers["gpus"]) if "capability" in one])
     _print_topology()
     return failed("; ".join(problems), **numbers) if problems else passed(_on_gpus(numbers), **numbers)
+
+
+def chosen_device(wanted: str, found: int) -> str:
+    """Return the device to check. `auto` means the GPUs too if there is a driver but torch finds none, so that the check fails."""
+    if wanted != "auto":
+        return wanted
+    has_driver = os.path.exists(DRIVER) and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+    return "cuda" if found or has_driver else "cpu"
 
 
 def software() -> dict[str, Any]:
@@ -77,8 +91,8 @@ def why_no_gpu() -> str:
         return f"torch {torch.__version__} is built without CUDA; install a CUDA build"
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return "CUDA_VISIBLE_DEVICES is empty; unset it"
-    if not os.path.exists("/dev/nvidiactl"):
-        return "there is no /dev/nvidiactl; load the driver, or start the container with GPUs"
+    if not os.path.exists(DRIVER):
+        return f"there is no {DRIVER}; load the driver, or start the container with GPUs"
     return f"torch is built for CUDA {torch.version.cuda}, the driver is {driver()}; compare both in NVIDIA's table"
 
 
@@ -94,7 +108,15 @@ def nccl_version() -> str:
 
 
 def gpu(index: int) -> tuple[dict[str, Any], list[str]]:
-    """Describe a GPU and let it compute. Returns its description and its problems. Not yet run on hardware."""
+    """Describe a GPU and let it compute. Returns its description and its problems. An error of CUDA is a problem of this GPU."""
+    try:
+        return _working_gpu(index)
+    except (RuntimeError, AssertionError) as error:
+        return {"name": "unknown"}, [f"GPU {index} cannot be used: {str(error).partition(chr(10))[0]}"]
+
+
+def _working_gpu(index: int) -> tuple[dict[str, Any], list[str]]:
+    """Describe a GPU that CUDA can use. Not yet run on hardware."""
     properties = torch.cuda.get_device_properties(index)
     free, total = torch.cuda.mem_get_info(index)
     capability = torch.cuda.get_device_capability(index)
@@ -117,9 +139,9 @@ def gpu(index: int) -> tuple[dict[str, Any], list[str]]:
     return described, problems
 
 
-def peer_access(count: int) -> str:
+def peer_access(gpus: Sequence[int]) -> str:
     """Return the number of pairs of GPUs that read each other's memory, such as `56 of 56 pairs`."""
-    pairs = [(one, other) for one in range(count) for other in range(count) if one != other]
+    pairs = list(permutations(gpus, 2))
     direct = sum(torch.cuda.can_device_access_peer(one, other) for one, other in pairs)
     return f"{direct} of {len(pairs)} pairs" if pairs else "one GPU"
 
@@ -139,6 +161,10 @@ def _print_topology() -> None:
 
 
 def _nvidia_smi(*arguments: str) -> str:
-    """Return the output of nvidia-smi; nothing without that program."""
+    """Return the output of nvidia-smi; nothing without that program, or if it does not answer: the report can do without."""
     tool = which("nvidia-smi")
-    return subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=20).stdout if tool else ""
+    try:
+        return subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=SMI_SECONDS).stdout if tool else ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        print(error, flush=True)
+        return ""

@@ -8,6 +8,7 @@ import pytest
 from megatron_ledom.cli.check_hardware import main
 from megatron_ledom.errors import UsageError
 from megatron_ledom.hardware_check.catalogue import CHECKS
+from megatron_ledom.platform.core_versions import core_version
 from tests.support.paths import ROOT
 from tests.unit.hardware_check.planted import catalogue
 
@@ -43,3 +44,19 @@ def test_without_the_gpus_that_were_asked_for_nothing_runs_on_the_cpu_instead(tm
     checks = json.loads((output / "report.json").read_text())["checks"]
     assert [check["status"] for check in checks] == ["failed", "skipped"]
     assert checks[0]["reason"].startswith("torch finds no GPU: ")
+
+
+def test_megatron_core_of_an_untried_version_is_refused_before_any_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "megatron_core-0.15.0.dist-info").mkdir()
+    metadata = "Metadata-Version: 2.1\nName: megatron-core\nVersion: 0.15.0\n"
+    (tmp_path / "megatron_core-0.15.0.dist-info/METADATA").write_text(metadata)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    core_version.cache_clear()
+    try:
+        with pytest.raises(UsageError, match=r"found megatron-core 0\.15\.0, expected"):
+            main(["--output", str(tmp_path / "out")], checks=catalogue("good"))
+    finally:
+        core_version.cache_clear()
+    assert not (tmp_path / "out").exists()
