@@ -26,6 +26,9 @@ MARK = "LEDOM_HARDWARE_CHECK"
 JOBS = ("SLURM_", "PMI_", "PMIX_", "OMPI_", "MV2_")
 """Beginnings of the variables of SLURM and MPI."""
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+NO_TF32 = {"NVIDIA_TF32_OVERRIDE": "0", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0"}
+"""Switch off products in TF32, whose errors are above every tolerance of fp32; containers may switch it on for torch. Libraries read these
+variables when they are loaded, so a check cannot set them itself."""
 KILL_SECONDS = 10.0
 """Time in which killed processes end. One that waits inside a broken GPU driver never does, and must not stop the other checks."""
 TAIL_LINES, TAIL_BYTES = 15, 1 << 16
@@ -86,7 +89,7 @@ def _environment(check: Check, device: str, mark: str) -> dict[str, str]:
     dropped = JOBS if not check.keeps_job else ()
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped) and name not in TORCHRUN}
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-    return {**kept, **hidden, "PYTHONUNBUFFERED": "1", MARK: mark}
+    return {**kept, **hidden, **NO_TF32, "PYTHONUNBUFFERED": "1", MARK: mark}
 
 
 @contextmanager

@@ -185,6 +185,14 @@ def test_a_check_does_not_see_the_launcher_unless_it_keeps_its_job(tmp_path: Pat
     assert [result.outcome.numbers["variables"] for result in report.results[1:]] == [[], ["SLURM_JOB_ID"]]
 
 
+def test_a_check_does_not_multiply_in_tf32_where_a_container_switches_it_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
+    _, checks = run(tmp_path, "multiplies_in_fp32")
+    assert checks["multiplies_in_fp32"]["numbers"] == {"tf32": False, "cublas": "0"}
+
+
 CALL = """
 import logging, sys
 from megatron_ledom.errors import run_command
