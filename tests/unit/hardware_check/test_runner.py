@@ -92,7 +92,7 @@ def test_no_child_of_a_passed_check_is_left(tmp_path: Path) -> None:
 def test_a_process_that_cannot_be_killed_does_not_stop_the_other_checks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A process inside a broken driver ignores the kill; here the kill is left out."""
+    """A process inside a broken driver ignores the kill; here the kill does nothing."""
     with monkeypatch.context() as context:
         context.setattr(psutil.Process, "kill", lambda process: None)
         context.setattr(isolation, "KILL_SECONDS", 0.5)
