@@ -67,7 +67,8 @@ def check_core() -> None:
     """Raise UsageError if megatron-core cannot be used here. Call before importing it: its own error would not say why."""
     found = core_version()
     if not OLDEST <= found < TOO_NEW:
-        raise UsageError(f"found megatron-core {_text(found)}, expected {_text(OLDEST)} to 0.19; {_how_to_install()}")
+        newest = f"{TOO_NEW[0]}.{TOO_NEW[1] - 1}"
+        raise UsageError(f"found megatron-core {_text(found)}, expected {_text(OLDEST)} to {newest}; {_how_to_install()}")
     if found >= (0, 18) and importlib.util.find_spec("triton") is None:
         raise UsageError(
             f"megatron-core {_text(found)} imports the package triton without requiring it, and triton is not installed: pip install"
