@@ -59,7 +59,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None, *, checks: 
     import sys
 
     from megatron_ledom.hardware_check.runner import Request, check_hardware, describe
+    from megatron_ledom.platform.core_versions import check_core
 
+    check_core()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     request = Request(
         output=arguments.output,

@@ -25,8 +25,10 @@ from megatron_ledom.platform.launch import ALONE
 
 LEAST_FRACTION = 0.2
 """A CUDA kernel that moves its least bytes slower than this fraction of a copy has failed: something is seriously wrong."""
-ROWS = {"cuda": 8192, "cpu": 256}
+ROWS = {"cuda": 32_768, "cpu": 256}
 """Tokens of the tensors; the other sizes are those of a 7B model on a GPU, and of a small one on a CPU."""
+LISTS = {"cuda": (16, 1 << 23), "cpu": (16, 1 << 17)}
+"""Number of the optimizer's tensors, and elements of each: the host takes 2 to 16 us for a tensor, and a GPU must take longer."""
 COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 SERIES = {"cuda": 20, "cpu": 2}
 """Calls that are measured together, because a wait for a GPU takes about as long as a kernel."""
@@ -97,9 +99,9 @@ def transfers(device: torch.device) -> Iterator[Transfer]:
     angles = torch.rand(rows, 1, 1, 64, device=device).repeat(1, 1, 1, 2)
     yield from both("rope", partial(rope, angles_S11D=angles), [normal(rows, 1, scale, (4 + 2) * 128)], reads_inputs=False)
     length = 256 * scale
-    yield from both("causal_softmax", partial(causal_softmax, scale=0.125), [normal(1, 2 * scale, length, length)])
+    yield from both("causal_softmax", partial(causal_softmax, scale=0.125), [normal(1, scale * scale, length, length)])
     yield from cross_entropy(rows, normal)
-    yield from optimizer_kernels(device, 16 * scale)
+    yield from optimizer_kernels(device, *LISTS[device.type])
 
 
 def both(name: str, operator: Operator, inputs: Sequence[torch.Tensor], *, reads_inputs: bool = True) -> Iterator[Transfer]:
@@ -142,7 +144,7 @@ def cross_entropy(rows: int, normal: Callable[..., torch.Tensor]) -> Iterator[Tr
     yield Transfer("cross_entropy forward and backward", with_gradient, 3 * logits.nbytes)
 
 
-def optimizer_kernels(device: torch.device, count: int, size: int = 1 << 17) -> Iterator[Transfer]:
+def optimizer_kernels(device: torch.device, count: int, size: int) -> Iterator[Transfer]:
     """Yield AdamW on fp32 weights, the norm and the scaling of `count` tensors of `size` elements."""
     parameters = [torch.nn.Parameter(torch.randn(size, device=device)) for _ in range(count)]
     for parameter in parameters:

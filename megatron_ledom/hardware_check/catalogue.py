@@ -4,7 +4,7 @@ from megatron_ledom.hardware_check.check import Check
 
 HERE = "megatron_ledom.hardware_check"
 CHECKS: tuple[Check, ...] = (
-    Check("environment", "Devices, driver, and versions of the software", 3, f"{HERE}.machine:environment"),
+    Check("environment", "Devices, driver, and versions of the software", 6, f"{HERE}.machine:environment"),
     Check(
         "operators",
         "The compiled operators are there, built if needed and possible, and load",

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -18,11 +19,18 @@ import psutil
 from megatron_ledom.errors import visible
 from megatron_ledom.hardware_check.check import Check, Outcome, Setting, Status, failed
 
+log = logging.getLogger(__name__)
+
 MARK = "LEDOM_HARDWARE_CHECK"
 """Environment variable of all processes of a check, also of those in sessions of their own, as torchrun starts its ranks."""
 JOBS = ("SLURM_", "PMI_", "PMIX_", "OMPI_", "MV2_")
 """Beginnings of the variables of SLURM and MPI."""
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+NO_TF32 = {"NVIDIA_TF32_OVERRIDE": "0", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0"}
+"""Switch off products in TF32, whose errors are above every tolerance of fp32; containers may switch it on for torch. Libraries read these
+variables when they are loaded, so a check cannot set them itself."""
+KILL_SECONDS = 10.0
+"""Time in which killed processes end. One that waits inside a broken GPU driver never does, and must not stop the other checks."""
 TAIL_LINES, TAIL_BYTES = 15, 1 << 16
 
 
@@ -49,11 +57,11 @@ def run_isolated(check: Check, setting: Setting, folder: Path) -> Result:
     folder: gets `log.txt` and `outcome.json`; it must exist. The log has all output of the check. KeyboardInterrupt passes,
     after the processes have been killed.
     """
-    outcome_file, log = folder / "outcome.json", folder / "log.txt"
+    outcome_file, log_file = folder / "outcome.json", folder / "log.txt"
     function, limit = check.function, setting.seconds
     arguments = [function, json.dumps(asdict(setting)), str(outcome_file), str(os.getpid())]
     started = time.monotonic()
-    with open(log, "wb") as output, _no_process_left(f"{os.getpid()}-{folder}") as mark:
+    with open(log_file, "wb") as output, _no_process_left(f"{os.getpid()}-{folder}") as mark:
         process = subprocess.Popen(
             [sys.executable, "-m", f"{__package__}.one_check", *arguments],
             env=_environment(check, setting.device, mark),
@@ -68,10 +76,11 @@ def run_isolated(check: Check, setting: Setting, folder: Path) -> Result:
             status = None
         finally:
             process.kill()
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(KILL_SECONDS)
     seconds = time.monotonic() - started
     outcome = _judge(outcome_file, status, limit)
-    tail = last_lines(log) if outcome.status is Status.FAILED else []
+    tail = last_lines(log_file) if outcome.status is Status.FAILED else []
     return Result(check, outcome, seconds, limit, tail)
 
 
@@ -80,20 +89,24 @@ def _environment(check: Check, device: str, mark: str) -> dict[str, str]:
     dropped = JOBS if not check.keeps_job else ()
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped) and name not in TORCHRUN}
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-    return {**kept, **hidden, "PYTHONUNBUFFERED": "1", MARK: mark}
+    return {**kept, **hidden, **NO_TF32, "PYTHONUNBUFFERED": "1", MARK: mark}
 
 
 @contextmanager
 def _no_process_left(mark: str) -> Iterator[str]:
-    """Yield the mark of a check; kill every process that has it after the context."""
+    """Yield the mark of a check; kill every process that has it after the context. Those that a driver holds are given up."""
     try:
         yield mark
     finally:
+        end = time.monotonic() + KILL_SECONDS
         while left := list(_marked(mark)):
             for process in left:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             psutil.wait_procs(left, timeout=0.5)
+            if time.monotonic() > end:
+                log.warning("processes that cannot be killed, as a broken driver holds them: %s", [one.pid for one in left])
+                break
 
 
 def _marked(mark: str) -> Iterator[psutil.Process]:
@@ -137,9 +150,9 @@ def _read(outcome_file: Path) -> Outcome | None:
     return outcome
 
 
-def last_lines(log: Path, count: int = TAIL_LINES) -> list[str]:
+def last_lines(log_file: Path, count: int = TAIL_LINES) -> list[str]:
     """Return the last lines of a log, safe to print."""
-    with open(log, "rb") as stream:
+    with open(log_file, "rb") as stream:
         stream.seek(0, os.SEEK_END)
         stream.seek(max(0, stream.tell() - TAIL_BYTES))
         text = stream.read().decode("utf-8", errors="replace")

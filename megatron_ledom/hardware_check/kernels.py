@@ -96,11 +96,21 @@ def _larger(one: float, other: float) -> float:
 
 
 def _errors(operation: Operation) -> dict[str, float]:
-    """Return the largest errors; an operator whose second call gives other bits has an infinite one."""
-    first, second = (outputs_of(operation.operator(*operation.inputs)) for _ in range(2))
-    is_repeatable = all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    """Return the largest errors; a pass whose second run gives other bits has an infinite one."""
+    first, second = (_results(operation) for _ in range(2))
     errors = largest_errors(operation.operator, operation.formula, operation.inputs, operation.differentiable)
-    return errors if is_repeatable else {**errors, "forward": math.inf}
+    return {
+        direction: error if all(map(torch.equal, first[direction], second[direction])) else math.inf
+        for direction, error in errors.items()
+    }
+
+
+def _results(operation: Operation) -> dict[str, Sequence[torch.Tensor]]:
+    """Return the outputs and the gradients of one run."""
+    leaves = [tensor.clone().requires_grad_() for tensor in operation.inputs[: operation.differentiable]]
+    outputs = outputs_of(operation.operator(*leaves, *operation.inputs[operation.differentiable :]))
+    above = [drawn(*one.shape, dtype=one.dtype, seed=index, device=one.device) for index, one in enumerate(outputs)]
+    return {"forward": outputs, "backward": torch.autograd.grad(outputs, leaves, above)}
 
 
 def operations(device: str, dtype: torch.dtype) -> Iterator[Operation]:

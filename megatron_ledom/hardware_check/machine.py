@@ -4,6 +4,8 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
+from itertools import permutations
 from pathlib import Path
 from shutil import which
 from typing import Any
@@ -23,6 +25,8 @@ NVIDIA_DRIVER = "/dev/nvidiactl"
 """Device file of NVIDIA's driver: it exists where the driver is loaded, and in a container that was started with GPUs."""
 HIDES_GPUS = ("", "-1")
 """Values of CUDA_VISIBLE_DEVICES for no GPU."""
+SMI_SECONDS = 15
+"""Time limit of nvidia-smi. Without persistence mode it takes seconds for each GPU."""
 AMPERE = (8, 0)
 """Lowest compute capability with bf16 instructions, for which the CUDA operators are built."""
 
@@ -48,7 +52,7 @@ def environment(setting: Setting) -> Outcome:
         described, wrong = gpu(index)
         numbers["gpus"].append(described)
         problems += wrong
-    numbers["peer_access"] = peer_access(ranks)
+    numbers["peer_access"] = peer_access([index for index, one in enumerate(numbers["gpus"]) if "capability" in one])
     _print_topology()
     return failed("; ".join(problems), **numbers) if problems else passed(_on_gpus(numbers), **numbers)
 
@@ -113,7 +117,15 @@ def nccl_version() -> str:
 
 
 def gpu(index: int) -> tuple[dict[str, Any], list[str]]:
-    """Describe a GPU and let it compute. Returns its description and its problems. Not yet run on hardware."""
+    """Describe a GPU and let it compute. Returns its description and its problems. An error of CUDA is a problem of this GPU."""
+    try:
+        return _working_gpu(index)
+    except (RuntimeError, AssertionError) as error:
+        return {"name": "unknown"}, [f"GPU {index} cannot be used: {str(error).partition(chr(10))[0]}"]
+
+
+def _working_gpu(index: int) -> tuple[dict[str, Any], list[str]]:
+    """Describe a GPU that CUDA can use. Not yet run on hardware."""
     properties = torch.cuda.get_device_properties(index)
     free, total = torch.cuda.mem_get_info(index)
     capability = torch.cuda.get_device_capability(index)
@@ -136,9 +148,9 @@ def gpu(index: int) -> tuple[dict[str, Any], list[str]]:
     return described, problems
 
 
-def peer_access(count: int) -> str:
+def peer_access(gpus: Sequence[int]) -> str:
     """Return the number of pairs of GPUs that read each other's memory, such as `56 of 56 pairs`."""
-    pairs = [(one, other) for one in range(count) for other in range(count) if one != other]
+    pairs = list(permutations(gpus, 2))
     direct = sum(torch.cuda.can_device_access_peer(one, other) for one, other in pairs)
     return f"{direct} of {len(pairs)} pairs" if pairs else "one GPU"
 
@@ -158,6 +170,10 @@ def _print_topology() -> None:
 
 
 def _nvidia_smi(*arguments: str) -> str:
-    """Return the output of nvidia-smi; nothing without that program."""
+    """Return the output of nvidia-smi; nothing without that program, or if it does not answer: the report can do without."""
     tool = which("nvidia-smi")
-    return subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=20).stdout if tool else ""
+    try:
+        return subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=SMI_SECONDS).stdout if tool else ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        print(error, flush=True)
+        return ""

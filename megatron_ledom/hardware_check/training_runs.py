@@ -90,14 +90,10 @@ class TrainingRuns:
     def __init__(
         self, setting: Setting, settings: Sequence[str] = (), directions: Sequence[Direction] = (Direction.REVERSE,)
     ) -> None:
-        """Write tokenizer, shards and config. `settings`: overrides of all runs. `directions`: those of the shards.
-
-        Products in TF32, whose errors are above every tolerance of fp32, are switched off for this process and the ranks.
-        """
+        """Write tokenizer, shards and config. `settings`: overrides of all runs. `directions`: those of the shards."""
         self.setting, self.settings = setting, list(settings)
         self.end = time.monotonic() + setting.seconds - RESERVE_SECONDS
         self.folder = Path(setting.folder)
-        os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # cuBLAS reads it; containers may switch TF32 on for torch
         self.num_launches = 0
         corpus = self.folder / "corpus.jsonl"
         texts = documents()
@@ -259,7 +255,7 @@ def free_ports(count: int) -> list[int]:
     while len(ports) < count:
         port = random.SystemRandom().randrange(20_000, 30_000)
         with socket.socket() as listener, suppress(OSError):
-            listener.bind(("127.0.0.1", port))
+            listener.bind(("", port))  # all addresses, as the store of rank 0 does
             ports.add(port)
     return list(ports)
 

@@ -52,8 +52,10 @@ def on_every_rank(work: Callable[[], Result]) -> Result:
     for rank, failure in enumerate(found):
         if cause is not None and rank == dist.get_rank():
             raise cause
-        if isinstance(failure, OSError):
+        if isinstance(failure, OSError) and failure.errno is not None:
             raise OSError(failure.errno, f"{failure.strerror} (rank {rank})", failure.filename) from cause
+        if isinstance(failure, OSError):
+            raise OSError(f"rank {rank}: {failure}") from cause
         if failure is not None:
             raise type(failure)(f"rank {rank}: {failure}") from cause
     return result

@@ -154,8 +154,6 @@ def _fix_padded_buckets() -> None:
     error. During a save the offsets are now those without padding.
     """
     original = DistributedOptimizer.sharded_param_state_fully_reshardable
-    if "cumulative_padding_stripped" in original.__code__.co_varnames:
-        return  # this version of megatron-core does not need the correction
 
     @functools.wraps(original)
     def _without_padding(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -99,6 +99,7 @@ def agree() -> None:
         ([MismatchError("one"), UsageError("two")], MismatchError, "one", "rank 0: one"),
         ([None, KeyError("three")], (KeyError, RuntimeError), "'three'", "rank 1: KeyError: 'three'"),
         ([gone, None], FileNotFoundError, str(gone), "[Errno 2] gone (rank 0): 'shard'"),
+        ([None, OSError("no number")], OSError, "no number", "rank 1: no number"),
     ):
         failed = next(index for index, error in enumerate(errors) if error is not None)
         with pytest.raises(kind) as caught:

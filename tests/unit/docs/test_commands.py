@@ -77,7 +77,7 @@ RUN_BY_TESTS = {
     "ledom plan-run --config examples/configs/ledom_7b.yaml --hardware h100-sxm --num-gpus 64 --search --save-config chosen.yaml"
     " --output plan": "tests/unit/planning/test_planner_search.py",
     "ledom check-hardware": "tests/hardware_check/test_rehearsal.py",
-    "ledom check-hardware --device cpu --minutes 3 --output rehearsal": "tests/hardware_check/test_rehearsal.py",
+    "ledom check-hardware --device cpu --output rehearsal": "tests/hardware_check/test_rehearsal.py",
     "ledom check-hardware --only kernels bandwidth --output kernels": "tests/hardware_check/test_rehearsal.py",
     "ledom check-hardware --only layouts --minutes 10 --output again": "tests/hardware_check/test_rehearsal.py",
     "bash examples/slurm/check_hardware.sbatch": "tests/slurm/test_slurm_jobs.py",

@@ -105,3 +105,9 @@ def tells_of_its_machine(setting: Setting) -> Outcome:
 
 def sees_no_launcher(setting: Setting) -> Outcome:
     return passed(variables=sorted(name for name in os.environ if name.startswith("SLURM_") or name == "RANK"))
+
+
+def multiplies_in_fp32(setting: Setting) -> Outcome:
+    import torch
+
+    return passed(tf32=torch.backends.cuda.matmul.allow_tf32, cublas=os.environ["NVIDIA_TF32_OVERRIDE"])

@@ -10,6 +10,7 @@ from megatron_ledom.errors import UsageError
 from megatron_ledom.hardware_check import machine
 from megatron_ledom.hardware_check.catalogue import CHECKS
 from megatron_ledom.hardware_check.check import Setting
+from megatron_ledom.platform.core_versions import core_version
 from megatron_ledom.training.history import git_state
 from tests.support.paths import ROOT
 from tests.unit.hardware_check.planted import catalogue
@@ -63,3 +64,19 @@ def test_a_machine_whose_gpus_do_not_work_is_not_checked_as_a_cpu(
     assert "torch finds no GPU: " in outcome.reason
     state = git_state(ROOT)
     assert outcome.numbers["commit"] == (state and state["commit"] + " and changes" * state["dirty"])
+
+
+def test_megatron_core_of_an_untried_version_is_refused_before_any_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "megatron_core-0.15.0.dist-info").mkdir()
+    metadata = "Metadata-Version: 2.1\nName: megatron-core\nVersion: 0.15.0\n"
+    (tmp_path / "megatron_core-0.15.0.dist-info/METADATA").write_text(metadata)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    core_version.cache_clear()
+    try:
+        with pytest.raises(UsageError, match=r"found megatron-core 0\.15\.0, expected"):
+            main(["--output", str(tmp_path / "out")], checks=catalogue("good"))
+    finally:
+        core_version.cache_clear()
+    assert not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """The comparison with double precision finds operators that are a little wrong, and those that are not repeatable."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,6 +50,22 @@ def test_a_wrong_gradient_is_found_and_the_right_output_is_not() -> None:
     assert errors["backward"] > 1000
 
 
+class _OtherBits(torch.autograd.Function):
+    """Returns its input, and a gradient that is off by one unit in the last place in every second call."""
+
+    calls = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Return the gradient, in every second call with other bits."""
+        _OtherBits.calls += 1
+        return gradient * (1 + _OtherBits.calls % 2 * torch.finfo(gradient.dtype).eps)
+
+
 @pytest.mark.parametrize("scale", [lambda call: 1.0 + 0.01 * call, lambda call: 1.01])
 def test_operator_that_is_not_repeatable_or_off_is_reported(
     monkeypatch: pytest.MonkeyPatch, scale: Callable[[int], float]
@@ -59,12 +76,16 @@ def test_operator_that_is_not_repeatable_or_off_is_reported(
         x = drawn(64, dtype=dtype)
         yield Operation("good", lambda x: x * 1, lambda x: x, [x], 1)
         yield Operation("bad", lambda x: (x.float() * scale(next(calls))).to(x.dtype), lambda x: x, [x], 1)
+        yield Operation("other bits", _OtherBits.apply, lambda x: x, [x], 1)
 
     monkeypatch.setattr(kernels, "operations", operations)
     rows = {(row["operator"], row["type"], row["pass"]): row["error_by_tolerance"] for row in kernels.errors_of_all("cpu")}
     assert rows["good", "float32", "forward"] <= 1
+    assert rows["good", "float32", "backward"] <= 1
     assert rows["bad", "float32", "forward"] > 1
     assert rows["bad", "bfloat16", "forward"] > 0.5
+    assert rows["other bits", "float32", "forward"] <= 1
+    assert rows["other bits", "float32", "backward"] == math.inf
 
 
 def test_formula_of_adamw_is_that_of_torch() -> None:

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from megatron_ledom.errors import UsageError
+from megatron_ledom.hardware_check import isolation
 from megatron_ledom.hardware_check.check import Check
 from megatron_ledom.hardware_check.report import Report
 from megatron_ledom.hardware_check.runner import Request, check_hardware, describe
@@ -86,6 +87,21 @@ def test_no_child_of_a_passed_check_is_left(tmp_path: Path) -> None:
     _, checks = run(tmp_path, "leaves_a_child")
     assert checks["leaves_a_child"]["status"] == "passed"
     assert not is_alive(int((tmp_path / "leaves_a_child/files/child").read_text()))
+
+
+def test_a_process_that_cannot_be_killed_does_not_stop_the_other_checks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A process inside a broken driver ignores the kill; here the kill does nothing."""
+    with monkeypatch.context() as context:
+        context.setattr(psutil.Process, "kill", lambda process: None)
+        context.setattr(isolation, "KILL_SECONDS", 0.5)
+        _, checks = run(tmp_path, "leaves_a_child", "good")
+    child = int((tmp_path / "leaves_a_child/files/child").read_text())
+    assert is_alive(child)
+    psutil.Process(child).kill()
+    assert checks["good"]["status"] == "passed"
+    assert f"processes that cannot be killed, as a broken driver holds them: [{child}]" in caplog.messages
 
 
 def test_time_that_a_check_leaves_is_for_the_others(tmp_path: Path) -> None:
@@ -170,6 +186,14 @@ def test_a_check_does_not_see_the_launcher_unless_it_keeps_its_job(tmp_path: Pat
     kept = Check("kept", "", 1.0, other.function, keeps_job=True)
     report = check_hardware(Request(output=str(tmp_path)), [first, other, kept])
     assert [result.outcome.numbers["variables"] for result in report.results[1:]] == [[], ["SLURM_JOB_ID"]]
+
+
+def test_a_check_does_not_multiply_in_tf32_where_a_container_switches_it_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
+    _, checks = run(tmp_path, "multiplies_in_fp32")
+    assert checks["multiplies_in_fp32"]["numbers"] == {"tf32": False, "cublas": "0"}
 
 
 CALL = """

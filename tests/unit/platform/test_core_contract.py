@@ -220,10 +220,13 @@ def test_the_transformer_engine_spec_has_the_parts_we_rely_on() -> None:
 def test_names_that_the_platform_replaces_exist() -> None:
     for module, names in {
         "megatron.core.optimizer": "_get_megatron_optimizer_based_on_param_groups Adam USING_PYTORCH_OPTIMIZER",
-        "megatron.core.optimizer.optimizer": "clip_grad_by_total_norm_fp32",
-        "megatron.core.optimizer.clip_grads": "clip_grad_by_total_norm_fp32",
+        "megatron.core.optimizer.optimizer": "clip_grad_by_total_norm_fp32 multi_tensor_scale_impl",
+        "megatron.core.optimizer.clip_grads": "clip_grad_by_total_norm_fp32 l2_norm_impl multi_tensor_scale_impl",
         "megatron.core.optimizer.distrib_optimizer": "Adam HAVE_APEX_OR_TE USING_APEX_OPTIMIZER",
-        "megatron.core.tensor_parallel.random": "_get_cuda_rng_state _set_cuda_rng_state CudaRNGStatesTracker",
+        "megatron.core.tensor_parallel.layers": "_grad_accum_fusion_available",
+        "megatron.core.tensor_parallel.mappings": "_reduce",
+        "megatron.core.tensor_parallel.random": """_get_cuda_rng_state _set_cuda_rng_state CudaRNGStatesTracker
+            _MODEL_PARALLEL_RNG_TRACKER_NAME""",
     }.items():
         loaded = importlib.import_module(module)
         assert [name for name in names.split() if not hasattr(loaded, name)] == []
