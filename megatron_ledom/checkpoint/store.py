@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.dist_checkpointing.validation import StrictHandling, maybe_report_missing_and_unexpected_keys
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ledom.checkpoint import stored_tensors
@@ -33,7 +33,10 @@ log = logging.getLogger(__name__)
 EXTRA_STATE = "_extra_state"
 """State of a layer that is not a weight: fp8 scales, or nothing."""
 EXTRA_STATE_OF_NORMS = "layernorm._extra_state"
-"""Only Transformer Engine's norms have it, and it is empty: a checkpoint without it has the same keys for all kinds of layers."""
+"""Only Transformer Engine's norms have it, and it is empty: a checkpoint without it has the same keys for all kinds of layers.
+
+Checkpoints of version 0.2.0 and earlier have it; it is not read.
+"""
 UNREADABLE = (*stored_tensors.UNREADABLE, CheckpointingException, CheckpointException)
 """Exceptions for a damaged checkpoint. torch's CheckpointException, with the errors of all ranks, is not an Exception."""
 
@@ -105,7 +108,7 @@ class CheckpointStore:
             optimizer.reload_model_params()  # its fp32 copies
             return
         wanted = self._sharded(model, optimizer, scheduler, loading=True)
-        state = _read(checkpoint, wanted, strict=StrictHandling.RAISE_ALL)
+        state = _read(checkpoint, wanted, exact=True)
 
         def fill() -> None:
             """Move the state that was read into the run."""
@@ -133,7 +136,7 @@ def sharded_weights(model: list[Any], metadata: dict[str, Any]) -> dict[str, Any
 def load_weights(checkpoint: str, model: list[Any], metadata: dict[str, Any]) -> None:
     """Fill a model with the weights of a checkpoint of any layout; nothing else is read."""
     wanted = {key: _without(part, EXTRA_STATE) for key, part in sharded_weights(model, metadata).items()}
-    state = _read(checkpoint, wanted)
+    state = _read(checkpoint, wanted, exact=False)
     on_every_rank(lambda: _fill(model, state))
 
 
@@ -157,14 +160,16 @@ def _check_content(checkpoint: str, manifest: CheckpointManifest) -> None:
     refuse_damaged(checkpoint, [problem for problems in found for problem in problems])
 
 
-def _read(checkpoint: str, wanted: dict[str, Any], **how: Any) -> dict[str, Any]:
+def _read(checkpoint: str, wanted: dict[str, Any], *, exact: bool) -> dict[str, Any]:
     """Return the state that megatron-core loads from a checkpoint. Raises DataError on every rank if any finds it damaged.
+
+    exact: the checkpoint must have no further keys.
 
     From megatron-core 0.18 a load has no collectives: without the agreement a healthy rank would wait for a damaged one.
     """
     manifest = on_every_rank(lambda: _check_files(checkpoint))
     try:
-        return on_every_rank(lambda: _read_own(checkpoint, wanted, **how))
+        return on_every_rank(lambda: _read_own(checkpoint, wanted, exact=exact))
     except DataError:
         _check_content(checkpoint, manifest)  # names the damaged file
         raise
@@ -182,10 +187,16 @@ def _check_files(checkpoint: str) -> CheckpointManifest:
     return manifest
 
 
-def _read_own(checkpoint: str, wanted: dict[str, Any], **how: Any) -> dict[str, Any]:
+def _read_own(checkpoint: str, wanted: dict[str, Any], *, exact: bool) -> dict[str, Any]:
     """Return this rank's part of the state."""
+    state: dict[str, Any]
     try:
-        state: dict[str, Any] = dist_checkpointing.load(wanted, checkpoint, **how)
+        if exact:
+            state, left, absent = dist_checkpointing.load(wanted, checkpoint, strict=StrictHandling.RETURN_ALL)
+            left = {key for key in left if not key.endswith(EXTRA_STATE_OF_NORMS)}
+            maybe_report_missing_and_unexpected_keys(left, absent)
+        else:
+            state = dist_checkpointing.load(wanted, checkpoint)
     except UNREADABLE as error:
         failures = list(error.failures.values()) if isinstance(error, CheckpointException) else []
         reason = failures[0][0] if failures else error  # the text of a CheckpointException has the traceback of every rank

@@ -6,10 +6,9 @@ in report.json and report.md, for a bug report: they name neither hosts nor user
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from megatron_ledom.hardware_check.check import Check
+from megatron_ledom.hardware_check.catalogue import CHECKS
+from megatron_ledom.hardware_check.check import Check
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -38,27 +37,27 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="run only these checks, after the first one, which finds the devices",
+        help=f"run only these checks, and {CHECKS[0].name} first, which finds the devices; the checks are"
+        f" {', '.join(check.name for check in CHECKS)}",
     )
     parser.add_argument(
         "--device",
         choices=["auto", "cuda", "cpu"],
         default="auto",
-        help="auto: the CPU only if there is no NVIDIA driver, so that GPUs that torch does not find are a failure (default %(default)s)",
+        help="auto: the GPUs, or the CPU of a machine without NVIDIA GPUs (default %(default)s)",
     )
     return parser
 
 
-def main(argv: Sequence[str] | None = None, prog: str | None = None, *, checks: "Sequence[Check] | None" = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None, *, checks: Sequence[Check] = CHECKS) -> int:
     """Run the command and return its exit code. Imports follow parsing, so `--help` is fast.
 
-    checks: in place of the checks of the catalogue.
+    checks: what to run, by default everything.
     """
     arguments = build_parser(prog).parse_args(argv)
     import logging
     import sys
 
-    from megatron_ledom.hardware_check.catalogue import CHECKS
     from megatron_ledom.hardware_check.runner import Request, check_hardware, describe
     from megatron_ledom.platform.core_versions import check_core
 
@@ -71,6 +70,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None, *, checks: 
         minutes=arguments.minutes,
         only=arguments.only,
     )
-    report = check_hardware(request, CHECKS if checks is None else checks)
+    report = check_hardware(request, checks)
     print(describe(report, arguments.output), end="")
     return int(any(result.has_failed for result in report.results))

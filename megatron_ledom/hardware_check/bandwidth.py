@@ -152,8 +152,7 @@ def optimizer_kernels(device: torch.device, count: int, size: int) -> Iterator[T
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     optimizer, kernels, flag = FusedAdam(parameters), MultiTensorKernels(), torch.zeros(1, device=device)
     num_bytes = 4 * size * count
-    yield Transfer(
-        "adamw", optimizer.step, 7 * num_bytes
-    )  # reads gradient, weight and two moments, writes all but the gradient
+    # reads gradient, weight and two moments, writes all but the gradient
+    yield Transfer("adamw", optimizer.step, 7 * num_bytes)
     yield Transfer("norm", lambda: kernels.norm(1, flag, [gradients], False), num_bytes)
     yield Transfer("scale", lambda: kernels.scale(1, flag, [gradients, gradients], 0.999), 2 * num_bytes)

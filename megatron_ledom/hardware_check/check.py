@@ -20,7 +20,7 @@ class Setting:
     device: str
     """`cuda` or `cpu`; on a CPU the same code runs over gloo, with smaller sizes."""
     num_gpus: int
-    """Ranks that a check may start on this machine; on a CPU that many processes."""
+    """Ranks that a check may start on this machine: one for each GPU, or on a CPU that many processes."""
     seconds: float
     """Time limit of this check; the process is killed after it."""
     folder: str

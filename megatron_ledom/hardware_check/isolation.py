@@ -128,11 +128,11 @@ def _judge(outcome_file: Path, status: int | None, limit: float) -> Outcome:
         ending = f"was killed at its time limit of {limit:.0f} s (allow more with --minutes)"
     elif status < 0:
         ending = f"was killed by {signal.Signals(-status).name}"
-        ending += "; the usual cause is too little memory of the machine" if -status == signal.SIGKILL else ""
     else:
         ending = f"ended with exit code {status}"
     if written is None:
-        return failed(f"its process {ending}, without a result")
+        cause = "; the usual cause is too little memory" if status == -signal.SIGKILL else ""
+        return failed(f"its process {ending}, without a result{cause}")
     return replace(written, status=Status.FAILED, reason=f"its process {ending}, after its result: {written.reason}")
 
 

@@ -14,36 +14,41 @@ import torch
 
 from megatron_ledom.hardware_check.check import Outcome, Setting, failed, passed
 from megatron_ledom.platform.cpu_ops import find_cpu_ops
+from megatron_ledom.training.history import git_state
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "transformers", "numpy", "flash-attn", "apex")
 CPU_RANKS = 2
 """Processes of the checks on a CPU, unless --gpus gives a number."""
 FREE_FRACTION = 0.9
 """Part of a GPU's memory that must be free: less means that another program uses it."""
+NVIDIA_DRIVER = "/dev/nvidiactl"
+"""Device file of NVIDIA's driver: it exists where the driver is loaded, and in a container that was started with GPUs."""
+HIDES_GPUS = ("", "-1")
+"""Values of CUDA_VISIBLE_DEVICES for no GPU."""
 SMI_SECONDS = 15
 """Time limit of nvidia-smi. Without persistence mode it takes seconds for each GPU."""
-DRIVER = "/dev/nvidiactl"
-"""File that exists while NVIDIA's driver is loaded."""
 AMPERE = (8, 0)
 """Lowest compute capability with bf16 instructions, for which the CUDA operators are built."""
 
 
 def environment(setting: Setting) -> Outcome:
-    """Describe this machine and check each device. Its numbers have `device` and `num_gpus`, which the other checks use.
+    """Describe this machine and check each device. Its numbers have `device` and `ranks`, which the other checks use.
 
-    setting.device may be `auto`; setting.num_gpus is 0 for all GPUs.
+    setting.device may be `auto`: the CPU, if torch finds no GPU and the machine has none either. setting.num_gpus is 0 for all
+    GPUs.
     """
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    device = chosen_device(setting.device, found)
+    device = ("cuda" if found or offers_gpus() else "cpu") if setting.device == "auto" else setting.device
     wanted = setting.num_gpus or (found if device == "cuda" else CPU_RANKS)
-    numbers = {"device": device, "num_gpus": min(wanted, found) if device == "cuda" else wanted, **software(), **processor()}
+    ranks = min(wanted, found) if device == "cuda" else wanted
+    numbers = {"device": device, "ranks": ranks, "commit": commit(), **software(), **processor()}
     if device == "cpu":
         return passed(_on_cpu(setting), **numbers)
     if found == 0:
-        return failed(f"torch finds no GPU: {why_no_gpu()}; --device cpu checks the CPU instead", **numbers)
+        return failed(f"torch finds no GPU: {why_no_gpu()} (--device cpu checks the CPU instead)", **numbers)
     numbers |= {"driver": driver(), "nccl": nccl_version(), "gpus": []}
     problems = [] if wanted <= found else [f"--gpus {wanted}, but {found} GPUs are visible"]
-    for index in range(numbers["num_gpus"]):
+    for index in range(ranks):
         described, wrong = gpu(index)
         numbers["gpus"].append(described)
         problems += wrong
@@ -52,12 +57,16 @@ def environment(setting: Setting) -> Outcome:
     return failed("; ".join(problems), **numbers) if problems else passed(_on_gpus(numbers), **numbers)
 
 
-def chosen_device(wanted: str, found: int) -> str:
-    """Return the device to check. `auto` means the GPUs too if there is a driver but torch finds none, so that the check fails."""
-    if wanted != "auto":
-        return wanted
-    has_driver = os.path.exists(DRIVER) and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
-    return "cuda" if found or has_driver else "cpu"
+def offers_gpus() -> bool:
+    """Return True if this machine has NVIDIA GPUs that are not hidden, although torch may not find them."""
+    return os.path.exists(NVIDIA_DRIVER) and os.environ.get("CUDA_VISIBLE_DEVICES") not in HIDES_GPUS
+
+
+def commit() -> str | None:
+    """Return the commit of the checkout, with "and changes" if files differ from it; None for an installed package."""
+    checkout = Path(__file__).parents[2]
+    state = git_state(checkout) if (checkout / "csrc").is_dir() else None
+    return f"{state['commit']}{' and changes' * state['dirty']}" if state else None
 
 
 def software() -> dict[str, Any]:
@@ -89,10 +98,10 @@ def why_no_gpu() -> str:
     """Return the reason why torch sees no GPU."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; install a CUDA build"
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        return "CUDA_VISIBLE_DEVICES is empty; unset it"
-    if not os.path.exists(DRIVER):
-        return f"there is no {DRIVER}; load the driver, or start the container with GPUs"
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) in HIDES_GPUS:
+        return f"CUDA_VISIBLE_DEVICES={visible} hides all GPUs; unset it"
+    if not os.path.exists(NVIDIA_DRIVER):
+        return "there is no /dev/nvidiactl; load the driver, or start the container with GPUs"
     return f"torch is built for CUDA {torch.version.cuda}, the driver is {driver()}; compare both in NVIDIA's table"
 
 
@@ -148,7 +157,7 @@ def peer_access(gpus: Sequence[int]) -> str:
 
 def _on_gpus(numbers: dict[str, Any]) -> str:
     names = sorted({one["name"] for one in numbers["gpus"]})
-    return f"{numbers['num_gpus']} x {' and '.join(names)}, driver {numbers['driver']}, CUDA {numbers['cuda']}"
+    return f"{numbers['ranks']} x {' and '.join(names)}, driver {numbers['driver']}, CUDA {numbers['cuda']}"
 
 
 def _on_cpu(setting: Setting) -> str:

@@ -34,7 +34,7 @@ def check_nodes(setting: Setting) -> Outcome:
         return skipped("inside srun; run this check in the batch script itself, which starts the ranks on all nodes")
     num_nodes = nodes_of_job(os.environ)
     if num_nodes < 2:
-        return skipped("not in a SLURM job of several nodes; submit the check with --nodes=2")
+        return skipped("not in a SLURM job of several nodes; run this check in the batch script of such a job")
     if shutil.which("srun") is None:
         return skipped(f"in a SLURM job of {num_nodes} nodes, but there is no srun")
     num_ranks = num_nodes * setting.num_gpus

@@ -1,6 +1,6 @@
 """Train several runs one after the other, as one rank: `python -m megatron_ledom.hardware_check.rank LAUNCH.json`.
 
-Starting Python and importing the engine takes several seconds, so the runs of one number of ranks share the processes.
+Starting Python and importing megatron-core takes several seconds, so the runs of one number of ranks share the processes.
 """
 
 import importlib

@@ -87,7 +87,7 @@ def markdown(content: dict[str, Any]) -> str:
     counts = ", ".join(f"{content[status]} {status}" for status in Status)
     state = "" if content["is_complete"] else ", **not complete**"
     head = f"megatron_ledom {content['version']}, {content['started_at']}, {content['minutes']:g} minutes: {counts}{state}."
-    rows = [["check", "result", "seconds", "limit", "finding"]]
+    rows = [["check", "result", "seconds", "time limit (s)", "finding"]]
     rows += [
         [one["name"], one["status"], f"{one['seconds']:.1f}", f"{one['limit_seconds']:.0f}", _line(one["reason"])]
         for one in content["checks"]
@@ -129,6 +129,8 @@ def _flat(value: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _text(value: Any) -> str:
+    if value is None:
+        return "none"
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
     if isinstance(value, int) and not isinstance(value, bool):

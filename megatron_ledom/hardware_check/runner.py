@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,12 +41,14 @@ class Request:
 def check_hardware(request: Request, checks: Sequence[Check]) -> Report:
     """Run the checks, write the report after each of them, and return it.
 
-    checks: the first one describes the machine and always runs; its numbers have `device` and `num_gpus` for the others, which
-    are skipped without a device. A KeyboardInterrupt or SIGTERM stops the running check; it is raised after the report is written.
+    checks: the first one describes the machine and always runs; its numbers have `device` and `ranks` for the others, which are
+    skipped without a device. A KeyboardInterrupt or SIGTERM stops the running check; it is raised after the report is written.
     Raises UsageError for an unknown name in `only`, and for an output folder that is not empty or that another process uses.
     """
-    if request.minutes <= 0:
-        raise UsageError(f"--minutes {request.minutes:g} is not above 0; give the minutes of all checks together, such as 8")
+    if not (0 < request.minutes < math.inf):
+        raise UsageError(
+            f"--minutes {request.minutes:g} is not a number above 0; give the minutes of all checks together, such as 8"
+        )
     if request.num_gpus is not None and request.num_gpus < 1:
         raise UsageError(f"--gpus {request.num_gpus} is below 1; give a number of GPUs, or none for all")
     chosen = _chosen(checks, request.only)
@@ -68,8 +71,8 @@ def _chosen(checks: Sequence[Check], only: Sequence[str]) -> list[Check]:
     for name in only:
         if name not in names:
             close = difflib.get_close_matches(name, names, 1)
-            hint = f"did you mean {close[0]}?" if close else "the checks are:"
-            raise UsageError(f"--only {name} is not a check; {hint} {', '.join(names)}")
+            hint = f"did you mean {close[0]}? The" if close else "the"
+            raise UsageError(f"--only {name} is not a check; {hint} checks are {', '.join(names)}")
     return [check for index, check in enumerate(checks) if index == 0 or not only or check.name in only]
 
 
@@ -88,8 +91,8 @@ def _run_all(checks: Sequence[Check], request: Request, report: Report) -> None:
         limit = max(SMALLEST_LIMIT, left * check.share / sum(other.share for other in checks[index:]))
         if index == 0:
             result = _run(check, request, request.device, request.num_gpus or 0, limit)
-        elif report.machine.get("num_gpus"):
-            result = _run(check, request, report.machine["device"], report.machine["num_gpus"], limit)
+        elif report.machine.get("ranks"):
+            result = _run(check, request, report.machine["device"], report.machine["ranks"], limit)
         else:
             result = Result(check, skipped(f"the check {checks[0].name} found no device"))
         left -= result.seconds

@@ -39,8 +39,8 @@ def from_first_rank(work: Callable[[], Result]) -> Result:
 def on_every_rank(work: Callable[[], Result]) -> Result:
     """Run `work` on every rank and return its result. Call on every rank. A collective in `work` must fail on all ranks or none.
 
-    If it fails, every rank raises the error of the first failed rank, so that all end with one exit code: that rank its own,
-    the others a copy that names the rank, a LedomError or OSError of the same type and any other as a RuntimeError.
+    If it fails, every rank raises the error of the first failed rank, so that all end with one exit code. That rank raises its own
+    error, the others a copy that names the rank: of the same type for a LedomError or OSError, otherwise a RuntimeError.
     """
     cause: Exception | None = None
     try:

@@ -1,7 +1,7 @@
 """Everything that differs between the supported versions of megatron-core. No other module compares versions.
 
-`SUPPORTED` lists the tested pairs of Python and megatron-core. 0.17 and 0.18 work on Python 3.12 and newer and are not tested by
-every change. megatron-core 0.17 and newer need Python 3.12.
+`SUPPORTED` lists the pairs of Python and megatron-core that CI tests. 0.17 and newer need Python 3.12. 0.17 and 0.18 work there
+too; they are tested by hand.
 """
 
 import functools
@@ -67,10 +67,11 @@ def check_core() -> None:
     """Raise UsageError if megatron-core cannot be used here. Call before importing it: its own error would not say why."""
     found = core_version()
     if not OLDEST <= found < TOO_NEW:
-        raise UsageError(f"found megatron-core {_text(found)}, expected {_text(OLDEST)} to 0.19; {_how_to_install()}")
+        newest = f"{TOO_NEW[0]}.{TOO_NEW[1] - 1}"
+        raise UsageError(f"found megatron-core {_text(found)}, expected {_text(OLDEST)} to {newest}; {_how_to_install()}")
     if found >= (0, 18) and importlib.util.find_spec("triton") is None:
         raise UsageError(
-            f"megatron-core {_text(found)} imports the package triton, which is not installed and which it does not require: pip install"
+            f"megatron-core {_text(found)} imports the package triton without requiring it, and triton is not installed: pip install"
             " triton; a CUDA build of torch brings it"
         )
 

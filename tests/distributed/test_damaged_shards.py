@@ -15,7 +15,7 @@ from megatron_ledom.checkpoint.folder import COMMON_STATE
 from megatron_ledom.checkpoint.manifest import load_manifest, save_manifest
 from megatron_ledom.errors import MismatchError, UsageError
 from megatron_ledom.platform.core_versions import needs_common_file
-from tests.support.tiny_runs import TinyData, curve, run_on_ranks, start_ranks
+from tests.support.tiny_runs import TinyData, curve, read_metrics, run_on_ranks, start_ranks
 
 COMMAND = (
     "train.train_iters=4",
@@ -140,3 +140,35 @@ def test_a_checkpoint_without_the_file_of_the_common_state_is_read_or_refused_wi
     assert not (checkpoint / COMMON_STATE).exists()
     found = run_on_ranks(data.config, run_dir, *COMMAND, num_ranks=2)
     assert curve(found) == curve(run_on_ranks(data.config, trained, *COMMAND, num_ranks=2))
+
+
+def save_extra_state(key: str) -> None:
+    """Save one more object with the model, as releases up to 0.2.0 did for each of Transformer Engine's norms."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    from megatron_ledom.checkpoint import store
+
+    stock = store.sharded_weights
+
+    def sharded_weights(model: list[Any], metadata: dict[str, Any]) -> dict[str, Any]:
+        state = stock(model, metadata)
+        next(iter(state.values()))[key] = ShardedObject(key, b"", (1,), (0,), replica_id=dist.get_rank())
+        return state
+
+    store.sharded_weights = sharded_weights
+
+
+@pytest.mark.parametrize(("part", "is_read"), [("final_layernorm", True), ("layers.0.unknown", False)])
+def test_the_extra_state_of_norms_in_older_checkpoints_is_not_read_and_other_keys_are_refused(
+    data: TinyData, trained: Path, tmp_path: Path, part: str, is_read: bool
+) -> None:
+    run_dir, key = tmp_path / "run", f"decoder.{part}._extra_state"
+    run_on_ranks(data.config, run_dir, *COMMAND, num_ranks=2, hook=partial(save_extra_state, key))
+    ranks = start_ranks(data.config, run_dir, *COMMAND, num_ranks=2)
+    if not is_read:
+        assert ranks.wait() == [1, 1], ranks.output()
+        assert key in ranks.output()
+        return
+    assert ranks.wait() == [0, 0], ranks.output()
+    whole = Path(shutil.copytree(trained, tmp_path / "whole"))
+    assert curve(read_metrics(run_dir)) == curve(run_on_ranks(data.config, whole, *COMMAND, num_ranks=2))

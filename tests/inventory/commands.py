@@ -8,6 +8,10 @@ MODELS = "--forward models/forward --reverse models/reverse --reverse-eod-id 3"
 REVERSE = "--model models/reverse --direction reverse --eod-id 3"
 IDS = "--tokenizer tokenizer --eod-token <EOD>"
 
+TOLERANCE, BF16_TOLERANCE = 1e-4, 2.0**-9
+"""Relative tolerances for floats that torch computed on another kind of machine. 2^-9 is the largest rounding error of bf16:
+processors with bf16 instructions round sums where others do not."""
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -23,6 +27,8 @@ class Step:
     """Comparison of stdout: `text`, `numbers`, or empty for none."""
     is_computed: bool = False
     """Torch computes the floats: their last bits may differ on another kind of machine."""
+    tolerance: float = TOLERANCE
+    """Relative tolerance for these floats on another kind of machine."""
     is_measured: bool = False
     """Numbers are times: only the text around them is compared."""
 
@@ -52,7 +58,8 @@ def training(name: str, options: str, *needs: str, launch: str = "pretrain") -> 
     files += ["tasks/*", "tokenizer/*", "checkpoints/iter_0000010"]
     outputs = tuple(f"runs/{name}/{file}" for file in files)
     command = f"{launch} --config tiny.yaml run_dir=runs/{name} {options}"
-    return Step(f"train_{name}", command, outputs, needs, is_computed=True)
+    tolerance = BF16_TOLERANCE if "params_dtype=bf16" in options else TOLERANCE
+    return Step(f"train_{name}", command, outputs, needs, is_computed=True, tolerance=tolerance)
 
 
 def computed(name: str, command: str, outputs: str = "", needs: str = "", stdout: str = "") -> Step:

@@ -41,5 +41,6 @@ def test_the_reference_has_every_step(reference: Record) -> None:
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
 def test_a_command_has_the_recorded_results(step: Any, reference: Record, found: Record) -> None:
     is_exact = not step.is_computed or reference["machine"] == found["machine"]
-    lines = differences(reference["steps"][step.name], found["steps"][step.name], is_exact=is_exact)
+    tolerance = 0.0 if is_exact else step.tolerance
+    lines = differences(reference["steps"][step.name], found["steps"][step.name], tolerance=tolerance)
     assert not lines, f"{step.name} ({step.command}):\n" + "\n".join(lines)

@@ -42,6 +42,8 @@ PAGES_RUN_BY_TESTS = {"docs/tutorials/published_model.md": "tests/unit/tokenizer
 RUN_BY_TESTS = {
     "pip install .": "tests/packaging/test_wheel.py",
     "pip install --no-build-isolation .": "tests/unit/test_build.py, tests/packaging/test_wheel.py",
+    "grep -Ev ^(torch|triton)== constraints/python3.12.txt > pins.txt": "tests/unit/test_make_venv.py",
+    "pip install --no-build-isolation -c pins.txt .": "tests/unit/test_make_venv.py, tests/packaging/test_wheel.py",
     "make quickstart": "tests/unit/test_make_venv.py, tests/quickstart/test_quickstart.py",
     "make study SIZE=small": "tests/study/test_study.py",
     "make test": "Makefile",
@@ -77,6 +79,7 @@ RUN_BY_TESTS = {
     "ledom check-hardware": "tests/hardware_check/test_rehearsal.py",
     "ledom check-hardware --device cpu --output rehearsal": "tests/hardware_check/test_rehearsal.py",
     "ledom check-hardware --only kernels bandwidth --output kernels": "tests/hardware_check/test_rehearsal.py",
+    "ledom check-hardware --only layouts --minutes 10 --output again": "tests/hardware_check/test_rehearsal.py",
     "bash examples/slurm/check_hardware.sbatch": "tests/slurm/test_slurm_jobs.py",
     "ledom calibrate-hardware --hardware h100-sxm --output own.yaml": "tests/unit/planning/test_calibration.py",
     "ledom report-run runs/ledom_7b --plan a100-80": "tests/unit/reports/test_run_report.py",

@@ -21,7 +21,7 @@ def catalogue(*names: str) -> list[Check]:
 
 
 def machine(setting: Setting) -> Outcome:
-    return passed(device="cpu", num_gpus=setting.num_gpus or 2)
+    return passed(device="cpu", ranks=setting.num_gpus or 2)
 
 
 def no_machine(setting: Setting) -> Outcome:

@@ -7,8 +7,11 @@ import pytest
 
 from megatron_ledom.cli.check_hardware import main
 from megatron_ledom.errors import UsageError
+from megatron_ledom.hardware_check import machine
 from megatron_ledom.hardware_check.catalogue import CHECKS
+from megatron_ledom.hardware_check.check import Setting
 from megatron_ledom.platform.core_versions import core_version
+from megatron_ledom.training.history import git_state
 from tests.support.paths import ROOT
 from tests.unit.hardware_check.planted import catalogue
 
@@ -44,6 +47,23 @@ def test_without_the_gpus_that_were_asked_for_nothing_runs_on_the_cpu_instead(tm
     checks = json.loads((output / "report.json").read_text())["checks"]
     assert [check["status"] for check in checks] == ["failed", "skipped"]
     assert checks[0]["reason"].startswith("torch finds no GPU: ")
+
+
+@pytest.mark.parametrize(
+    ("visible", "device", "status"), [("", "cpu", "passed"), ("-1", "cpu", "passed"), ("99", "cuda", "failed")]
+)
+def test_a_machine_whose_gpus_do_not_work_is_not_checked_as_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str, device: str, status: str
+) -> None:
+    """The driver is there. Only a user who hides the GPUs means the CPU."""
+    (tmp_path / "driver").touch()
+    monkeypatch.setattr(machine, "NVIDIA_DRIVER", str(tmp_path / "driver"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    outcome = machine.environment(Setting(device="auto", num_gpus=0, seconds=60, folder=str(tmp_path)))
+    assert (outcome.numbers["device"], outcome.status) == (device, status)
+    assert "torch finds no GPU: " in outcome.reason
+    state = git_state(ROOT)
+    assert outcome.numbers["commit"] == (state and state["commit"] + " and changes" * state["dirty"])
 
 
 def test_megatron_core_of_an_untried_version_is_refused_before_any_check(

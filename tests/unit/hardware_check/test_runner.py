@@ -52,7 +52,7 @@ def test_each_ending_of_a_check_has_its_reason_and_the_others_run(tmp_path: Path
         "refuses": "…/shard has another direction",
         "breaks": "ZeroDivisionError: no tokens",
         "crashes": "its process was killed by SIGSEGV, without a result",
-        "is_killed": "its process was killed by SIGKILL; the usual cause is too little memory of the machine, without a result",
+        "is_killed": "its process was killed by SIGKILL, without a result; the usual cause is too little memory",
         "exits": "its process ended without a result; the log may show the reason",
         "returns_nothing": "TypeError: tests.unit.hardware_check.planted:returns_nothing returned NoneType, expected an Outcome",
         "crashes_at_its_end": "its process was killed by SIGABRT, after its result: all is well",
@@ -114,7 +114,7 @@ def test_time_that_a_check_leaves_is_for_the_others(tmp_path: Path) -> None:
 def test_report_has_the_machine_the_numbers_and_every_check(tmp_path: Path) -> None:
     run(tmp_path, "good", "wrong", num_gpus=3)
     content = json.loads((tmp_path / "report.json").read_text())
-    assert content["machine"] == {"device": "cpu", "num_gpus": 3}
+    assert content["machine"] == {"device": "cpu", "ranks": 3}
     assert (content["format"], content["is_complete"], content["minutes"]) == (1, True, MINUTES)
     assert (content["passed"], content["failed"], content["skipped"]) == (2, 1, 0)
     assert content["checks"][1]["numbers"] == {"num_gpus": 3, "device": "cpu", "speed": "nan", "parts": [1, "inf"]}
@@ -151,8 +151,11 @@ def test_only_the_named_checks_and_the_first_one_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"only": ["goood"]}, "--only goood is not a check; did you mean good"),
-        ({"minutes": 0.0}, "--minutes 0 is not above 0"),
+        ({"only": ["goood"]}, r"--only goood is not a check; did you mean good\? The checks are machine, good"),
+        ({"only": ["xyz"]}, "--only xyz is not a check; the checks are machine, good"),
+        ({"minutes": 0.0}, "--minutes 0 is not a number above 0"),
+        ({"minutes": float("nan")}, "--minutes nan is not a number above 0"),
+        ({"minutes": float("inf")}, "--minutes inf is not a number above 0"),
         ({"num_gpus": 0}, "--gpus 0 is below 1"),
     ],
 )
