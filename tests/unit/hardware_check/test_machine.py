@@ -52,7 +52,7 @@ def test_gpu_that_cuda_cannot_use_is_a_problem_and_not_an_error() -> None:
 def test_a_machine_with_a_driver_is_not_checked_on_its_cpu_unless_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str, found: int, loaded: bool, visible: str | None, device: str
 ) -> None:
-    monkeypatch.setattr(machine, "DRIVER", str(tmp_path if loaded else tmp_path / "absent"))
+    monkeypatch.setattr(machine, "NVIDIA_DRIVER", str(tmp_path if loaded else tmp_path / "absent"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
