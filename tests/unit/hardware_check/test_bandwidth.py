@@ -12,7 +12,7 @@ HOST_SECONDS = {"adamw": 16e-6, "norm": 2e-6, "scale": 4e-6}
 
 @pytest.mark.parametrize("name", HOST_SECONDS)
 def test_a_gpu_takes_longer_for_the_optimizers_tensors_than_the_host(name: str) -> None:
-    """Otherwise a fast GPU would be below the least fraction of a copy's bandwidth while nothing is wrong."""
+    """Otherwise a fast GPU would be below the least fraction of a copy's bandwidth without an error."""
     count, size = LISTS["cuda"]
     [transfer] = [one for one in optimizer_kernels(torch.device("meta"), count, size) if one.name == name]
     seconds = transfer.least_bytes / FASTEST_BYTES_PER_SECOND
