@@ -38,7 +38,7 @@ def environment(setting: Setting) -> Outcome:
     GPUs.
     """
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    device = ("cuda" if found or offers_gpus() else "cpu") if setting.device == "auto" else setting.device
+    device = chosen_device(setting.device, found)
     wanted = setting.num_gpus or (found if device == "cuda" else CPU_RANKS)
     ranks = min(wanted, found) if device == "cuda" else wanted
     numbers = {"device": device, "ranks": ranks, "commit": commit(), **software(), **processor()}
@@ -57,9 +57,12 @@ def environment(setting: Setting) -> Outcome:
     return failed("; ".join(problems), **numbers) if problems else passed(_on_gpus(numbers), **numbers)
 
 
-def offers_gpus() -> bool:
-    """Return True if this machine has NVIDIA GPUs that are not hidden, although torch may not find them."""
-    return os.path.exists(NVIDIA_DRIVER) and os.environ.get("CUDA_VISIBLE_DEVICES") not in HIDES_GPUS
+def chosen_device(wanted: str, found: int) -> str:
+    """Return the device to check. `auto` means the GPUs too if there is a driver but torch finds none, so that the check fails."""
+    if wanted != "auto":
+        return wanted
+    offers_gpus = os.path.exists(NVIDIA_DRIVER) and os.environ.get("CUDA_VISIBLE_DEVICES") not in HIDES_GPUS
+    return "cuda" if found or offers_gpus else "cpu"
 
 
 def commit() -> str | None:

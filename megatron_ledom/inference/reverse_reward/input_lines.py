@@ -21,6 +21,8 @@ WRITTEN = ("greedy", "scores", "ranking", "best", "search", "num_skipped", "skip
 LEAST_MEAN = -100.0
 """Smallest plausible mean log-probability of a token; a given sum below it contains -9999 or -1e29 for minus infinity."""
 
+MOST_NESTED = 400
+"""Limit on nested lists and objects around a NaN; the default recursion limit of Python 3.11 allows some more."""
 MOST_DIGITS = 100_000
 """Digits of an integer that is read from a line; Python's own limit is 4,300."""
 
@@ -156,12 +158,14 @@ def _as_json(value: Any) -> Any:
     return value
 
 
-def _with_nulls(value: Any) -> Any:
+def _with_nulls(value: Any, depth: int = 0) -> Any:
+    if depth > MOST_NESTED:
+        raise RecursionError(f"more than {MOST_NESTED} lists and objects in each other")
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _with_nulls(inner) for key, inner in value.items()}
-    return [_with_nulls(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _with_nulls(inner, depth + 1) for key, inner in value.items()}
+    return [_with_nulls(inner, depth + 1) for inner in value] if isinstance(value, list) else value
 
 
 def _parse_candidate(item: Any, where: str) -> Candidate:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ledom.hardware_check import machine
-from megatron_ledom.hardware_check.machine import driver, gpu, offers_gpus
+from megatron_ledom.hardware_check.machine import chosen_device, driver, gpu
 
 
 def nvidia_smi(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,15 +39,21 @@ def test_gpu_that_cuda_cannot_use_is_a_problem_and_not_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("loaded", "visible", "offers"),
-    [(True, None, True), (True, "1", True), (True, "", False), (True, "-1", False), (False, None, False)],
+    ("wanted", "found", "loaded", "visible", "device"),
+    [
+        ("auto", 2, True, None, "cuda"),
+        ("auto", 0, True, None, "cuda"),  # torch without CUDA, or a broken driver: the check fails
+        ("auto", 0, True, "", "cpu"),
+        ("auto", 0, False, None, "cpu"),
+        ("cpu", 2, True, None, "cpu"),
+        ("cuda", 0, False, None, "cuda"),
+    ],
 )
-def test_a_machine_with_a_driver_offers_gpus_unless_they_are_hidden(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: bool, visible: str | None, offers: bool
+def test_a_machine_with_a_driver_is_not_checked_on_its_cpu_unless_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str, found: int, loaded: bool, visible: str | None, device: str
 ) -> None:
-    """If torch then finds none, it has no CUDA or the driver is broken: the check fails, and does not pass on the CPU."""
     monkeypatch.setattr(machine, "NVIDIA_DRIVER", str(tmp_path if loaded else tmp_path / "absent"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert offers_gpus() is offers
+    assert chosen_device(wanted, found) == device
