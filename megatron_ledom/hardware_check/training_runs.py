@@ -36,7 +36,7 @@ RESERVE_SECONDS = 5.0
 """Time that a check keeps for its report before its limit."""
 POLL_SECONDS = 0.05
 LONG_SECONDS = 45.0
-"""Seconds in which every run ends, with the start of its processes."""
+"""Seconds in which a run ends on an ordinary machine, with the start of its processes."""
 LINES_OF_LOG = 3
 NO_TIME = "no time was left"
 """Reason for a run that was not started, or did not end, within the time limit."""
@@ -95,6 +95,7 @@ class TrainingRuns:
         self.end = time.monotonic() + setting.seconds - RESERVE_SECONDS
         self.folder = Path(setting.folder)
         self.num_launches = 0
+        self.longest_launch = 0.0
         corpus = self.folder / "corpus.jsonl"
         texts = documents()
         corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
@@ -156,7 +157,8 @@ class TrainingRuns:
         """Train runs; return the records of those that end well, and the failures. Runs in neither had no time left.
 
         The runs share processes. If one fails after others, it starts again from an empty folder in new processes, and has
-        failed if it fails there too. A run has also failed if it had LONG_SECONDS when the time ended: it may hang.
+        failed if it fails there too. A run has also failed if it had LONG_SECONDS when the time ended, and twice the time of the
+        longest finished launch: it may hang.
         """
         waiting, failures, finished = dict(runs), dict[str, str](), list[str]()
         while waiting and self.seconds_left() > 0:
@@ -190,7 +192,8 @@ class TrainingRuns:
         if codes is None:
             seconds = time.time() - (finished.stat().st_mtime if names else started)
             too_long = f"did not end in {seconds:.0f} s, so it may hang: {end_of_log(log_file)}"
-            return names, too_long if seconds > LONG_SECONDS else None
+            return names, too_long if seconds > max(LONG_SECONDS, 2 * self.longest_launch) else None
+        self.longest_launch = max(self.longest_launch, time.time() - started)
         if not any(codes):
             return names, None
         return names[: len(runs) - 1], f"ended with the exit codes {codes}: {end_of_log(log_file)}"

@@ -8,6 +8,7 @@ from megatron_ledom.config.gpu_checks import FP8_NEEDS
 from megatron_ledom.errors import ConfigError
 from megatron_ledom.hardware_check.check import Outcome, Setting, failed, passed, skipped
 from megatron_ledom.hardware_check.curves import Difference, Record, compare_each, numbers_of
+from megatron_ledom.hardware_check.layouts import LAYOUTS
 from megatron_ledom.hardware_check.training_runs import NO_TIME, STEPS, TrainingRuns, own_layers
 
 BF16_TOLERANCE = Difference(loss=5e-3, grad_norm=5e-2)
@@ -24,6 +25,8 @@ WIDTHS = (
 )
 """A model whose matrices every fp8 recipe can divide into its blocks."""
 ENGINE = "model.transformer_impl=transformer_engine"
+ENGINE_LAYOUTS = ("TP2 SP", "PP2")
+"""Layouts of two ranks in which Transformer Engine communicates by itself, or receives from another stage."""
 
 
 def reason_to_skip(setting: Setting) -> str | None:
@@ -36,12 +39,23 @@ def reason_to_skip(setting: Setting) -> str | None:
 
 
 def check_transformer_engine(setting: Setting) -> Outcome:
-    """Train in bf16 with both kinds of layers, and compare every step."""
+    """Train in bf16 with this package's layers and with Transformer Engine's, also on two GPUs, and compare every step."""
     if reason := reason_to_skip(setting):
         return skipped(reason)
     runs = TrainingRuns(setting, WIDTHS)
     expected = runs.train({"own_layers": [own_layers(setting.device)]})["own_layers"]
-    return judge("bf16 layers", runs.train({"transformer_engine": [ENGINE]}), expected, BF16_TOLERANCE, {}, {})
+    found = runs.train({"one GPU": [ENGINE]})
+    if setting.num_gpus < 2:
+        left = dict.fromkeys(ENGINE_LAYOUTS, f"needs 2 GPUs, there are {setting.num_gpus}")
+        return judge("bf16 layers", found, expected, BF16_TOLERANCE, {}, left)
+    records, failures = runs.try_each(engine_layouts(), num_ranks=2)
+    left = {name: NO_TIME for name in ENGINE_LAYOUTS if name not in records and name not in failures}
+    return judge("bf16 layers", found | records, expected, BF16_TOLERANCE, failures, left)
+
+
+def engine_layouts() -> dict[str, list[str]]:
+    """Return the overrides of Transformer Engine's runs on two ranks, by the name of the layout."""
+    return {name: [ENGINE, *LAYOUTS[name].overrides()] for name in ENGINE_LAYOUTS}
 
 
 def check_fp8(setting: Setting) -> Outcome:

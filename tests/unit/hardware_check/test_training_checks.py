@@ -109,6 +109,10 @@ SETTINGS = {
         f"fp8 {recipe}": (1, [*transformer_engine.WIDTHS, transformer_engine.ENGINE, *transformer_engine.fp8_overrides(recipe)])
         for recipe in FP8_NEEDS
     },
+    **{
+        f"transformer_engine {name}": (2, [*transformer_engine.WIDTHS, *overrides])
+        for name, overrides in transformer_engine.engine_layouts().items()
+    },
     "bf16": (1, [*transformer_engine.WIDTHS, transformer_engine.ENGINE]),
     "resume": (2, [*resume.SETTINGS, *(f"parallel.{one}" for one in layouts.DISTRIBUTED)]),
     "16 nodes": (16, ["train.micro_batch_size=1", *(f"parallel.{one}" for one in layouts.DISTRIBUTED)]),
