@@ -16,6 +16,7 @@ start a process of their own that can use them.
 """
 
 import os
+import signal
 
 import pytest
 
@@ -28,6 +29,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from tests.support.paths import ROOT  # noqa: E402
 from tests.support.tiny_runs import TinyData, write_tiny_data  # noqa: E402
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background commands and their children ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MARKER_OF_FOLDER = {
     "distributed": "distributed",

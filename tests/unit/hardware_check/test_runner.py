@@ -197,8 +197,7 @@ def test_a_check_does_not_multiply_in_tf32_where_a_container_switches_it_on(
 
 
 CALL = """
-import logging, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in commands that it starts in the background
+import logging, sys
 from megatron_ledom.errors import run_command
 from megatron_ledom.hardware_check.runner import Request, check_hardware
 from tests.unit.hardware_check.planted import catalogue
