@@ -21,6 +21,8 @@ from typing import NamedTuple
 CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints"
 PIP_SECONDS = 60
 """Time limit of a question to pip: without an index it waits."""
+SMI_SECONDS = 30
+"""Time limit of nvidia-smi, which hangs where a driver is broken."""
 
 PROBE = """
 import importlib.util, json, os, sys, sysconfig
@@ -84,7 +86,12 @@ def has_cuda_torch(python: Python) -> bool:
 
 def has_gpu() -> bool:
     """Return True if this machine has an NVIDIA GPU."""
-    return shutil.which("nvidia-smi") is not None and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
+    if shutil.which("nvidia-smi") is None:
+        return False
+    try:
+        return subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=SMI_SECONDS, check=False).returncode == 0
+    except subprocess.TimeoutExpired:
+        return True  # a driver that hangs is there
 
 
 def needs_cuda_libraries(report: str) -> bool:

@@ -198,7 +198,8 @@ CORRECTIONS = {
         _fix_torch_adam, f"{_HAZARDS}::test_the_distributed_optimizer_cannot_load_the_state_of_torchs_adam"
     ),
     "joined gradient tensors": Correction(  # without it a run is slower, not wrong
-        _join_tensors_of_a_gradient, "tests/unit/platform/test_core_fixes.py::test_norm_and_clipping_launch_few_kernels"
+        _join_tensors_of_a_gradient,
+        "tests/unit/platform/test_core_fixes.py::test_the_optimizer_uses_the_joined_kernels_by_the_correction",
     ),
     "save results in memory": Correction(
         _keep_save_results_in_memory,

@@ -1,5 +1,7 @@
 """The corrections of megatron-core that change speed and not results."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ from megatron.core.utils import local_multi_tensor_l2_norm, local_multi_tensor_s
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ledom.platform.core_fixes import norm_of_all, scale_all
+from tests.support.paths import ROOT
 
 
 class Launches(TorchDispatchMode):
@@ -49,3 +52,20 @@ def test_norm_and_clipping_launch_few_kernels(num_tensors: int, monkeypatch: pyt
     assert ours < 10
     assert stock >= 2 * num_tensors
     assert all(torch.equal(one, other) for one, other in zip(gradients, copies, strict=True))
+
+
+IN_USE = """
+import sys
+from megatron_ledom.platform import core_fixes
+if len(sys.argv) > 1:
+    del core_fixes.CORRECTIONS[sys.argv[1]]
+core_fixes.install_core_fixes()
+print(core_fixes.use_optimizer_kernels(None, None, None))
+"""
+
+
+@pytest.mark.parametrize(("without", "source"), [([], "torch"), (["joined gradient tensors"], "megatron")])
+def test_the_optimizer_uses_joined_kernels(without: list[str], source: str) -> None:
+    """In a process of its own: tests of CUDA kernels replace the same functions."""
+    done = subprocess.run([sys.executable, "-c", IN_USE, *without], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["adamw=torch", f"norm={source}", f"scale={source}"]
