@@ -199,7 +199,7 @@ CORRECTIONS = {
     ),
     "joined gradient tensors": Correction(  # without it a run is slower, not wrong
         _join_tensors_of_a_gradient,
-        "tests/unit/platform/test_core_fixes.py::test_the_optimizer_uses_the_joined_kernels_by_the_correction",
+        "tests/unit/platform/test_core_fixes.py::test_the_optimizer_uses_joined_kernels",
     ),
     "save results in memory": Correction(
         _keep_save_results_in_memory,
