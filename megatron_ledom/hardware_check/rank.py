@@ -3,13 +3,13 @@
 Starting Python and importing megatron-core takes several seconds, so the runs of one number of ranks share the processes.
 """
 
-import importlib
 import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_ledom import pretrain
 from megatron_ledom.errors import run_command
 from megatron_ledom.platform.launch import read_launch
 from megatron_ledom.platform.processes import die_with_the_parent
@@ -25,10 +25,9 @@ def train_each() -> int:
     path = Path(sys.argv[1])
     launch: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     die_with_the_parent(launch["parent"])
-    pretrain = importlib.import_module("megatron_ledom.pretrain")  # it imports cli, which imports hardware_check
     for run in launch["runs"]:
         os.environ.update(MASTER_PORT=str(run["port"]))
-        code: int = pretrain.main(run["arguments"])
+        code = pretrain.main(run["arguments"])
         if code:
             return code
         if read_launch().rank == 0:
