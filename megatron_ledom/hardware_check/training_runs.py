@@ -23,6 +23,7 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import UNFORESEEN, VerificationError
 from megatron_ledom.hardware_check.check import Setting
 from megatron_ledom.hardware_check.curves import Record
+from megatron_ledom.storage.hashes import sha256_of
 from megatron_ledom.storage.records import METRICS, read_records
 
 log = logging.getLogger(__name__)
@@ -118,6 +119,10 @@ class TrainingRuns:
     def shard(self, direction: Direction) -> str:
         """Return the prefix of the shard of a direction."""
         return str(self.folder / f"{direction}_text")
+
+    def data_sha256(self) -> str:
+        """Return the hash of the ids of the reverse shard."""
+        return sha256_of(Path(f"{self.shard(Direction.REVERSE)}.bin"))
 
     def run_dir(self, name: str) -> str:
         """Return the folder of a run."""
