@@ -45,6 +45,8 @@ def check_golden(setting: Setting) -> Outcome:
     kinds = kinds_of_layers(setting.device)
     runs, reference = TrainingRuns(setting), {REFERENCE: [TORCH]}
     launches = {"cpu": {**reference, **kinds}} if setting.device == "cpu" else {"cpu": reference, setting.device: kinds}
+    for device in launches:
+        runs.prepare(1, device)
     records: dict[str, list[Record]] = {}
     for device, same in launches.items():
         records |= runs.train(same, device=device)
