@@ -32,6 +32,11 @@ def test_all_checks_pass_on_a_cpu_or_are_skipped_with_a_reason(tmp_path: Path) -
     assert checks["bandwidth"]["numbers"]["copy_gb_per_second"] > 0
     assert 0 < checks["speed"]["numbers"]["mfu"] < 1
     assert checks["speed"]["numbers"]["last_loss"] < checks["speed"]["numbers"]["first_loss"]
-    assert checks["planner"]["numbers"]["planned_step_seconds"] > 0
+    assert checks["golden"]["numbers"]["data_of_the_record"]
+    planner = checks["planner"]["numbers"]
+    assert planner["planned_step_seconds"] > 0
+    assert 0 < planner["collective_efficiency"] <= 1
+    assert all(row["seconds"] > 0 and row["planned_seconds"] > 0 for row in planner["collectives"])
+    assert "all-reduces of 2 ranks reach" in checks["planner"]["reason"]
     assert f"{report['passed']} passed, 0 failed" in done.stdout
     assert str(tmp_path) not in (output / "report.md").read_text()

@@ -38,14 +38,14 @@ data: config direction errors lazy parallel platform provenance storage tables t
 checkpoint: config errors parallel platform provenance storage
 training: checkpoint config data direction errors lazy model ops parallel platform provenance storage tokenizers
 callbacks: config data direction errors evaluation inference model parallel platform storage training
-pretrain: callbacks checkpoint cli config data errors model ops parallel planning platform training
+pretrain: callbacks checkpoint config data errors model ops parallel planning platform training
 inference: direction errors lazy storage tokenizers
 convert: checkpoint config direction errors inference lazy tables model parallel platform provenance storage tokenizers
 finetune: data direction errors inference storage tokenizers
 evaluation: direction errors inference lazy storage tables tokenizers
 reports: config direction errors evaluation inference tables planning storage training
-hardware_check: checkpoint config convert data direction errors inference model ops parallel planning platform storage\
- tables training
+hardware_check: checkpoint config convert data direction errors inference model ops parallel planning platform pretrain\
+ storage tables training
 cli: checkpoint config convert data direction errors evaluation finetune hardware_check inference markdown ops planning\
  platform reports training
 """
