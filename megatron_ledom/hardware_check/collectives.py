@@ -36,7 +36,7 @@ def measure() -> None:
             }
             for one in measurements
         ]
-        write_json(f"{path}{MEASURED}", {"efficiency": hardware.collective_efficiency, "collectives": rows})
+        write_json(f"{path}{MEASURED}", {"collective_efficiency": hardware.collective_efficiency, "collectives": rows})
 
 
 if __name__ == "__main__":
