@@ -4,6 +4,7 @@
 numbers, and a row can be given up. So requests that arrive together can share a batch.
 """
 
+import codecs
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -182,25 +183,61 @@ def _tokens(model: LanguageModel, row: _Row, choice: RowChoice, number: int, gen
     near, far: the bytes between the given text and the two ends of a token; they are negative where tokens spell the healed edge
     of the given text.
     """
-    reverse, text_of = model.direction is Direction.REVERSE, model.tokenizer.token_text
+    reverse, tokenizer = model.direction is Direction.REVERSE, model.tokenizer
     logprobs, likeliest = choice.logprobs[number], choice.likeliest[number]
     new_ids = choice.new_ids[number][: len(choice.new_ids[number]) - generation.stopped]
     num_healing = len(new_ids) - (choice.num_written(number) - generation.stopped)
-    written = written_part(generation, model.direction).encode()
+    characters = _Characters(model, row.healed, new_ids, stopped=generation.stopped)
+    length = len(written_part(generation, model.direction))
     far = len(row.healed.bridge) - len(row.healed.trimmed) + sum(len(_spelled(model, id_)) for id_ in new_ids[:num_healing])
     found = []
     for place, id_ in enumerate(new_ids[num_healing:]):
         near, far = far, far + len(_spelled(model, id_))
-        if near >= len(written):
+        if characters.up_to(near) >= length:
             break
-        start = max(0, len(written) - far if reverse else near)
-        offset = len(written[:start].decode("utf-8", "ignore"))
-        others = [(text_of(other), value) for other, value in likeliest[place]] if likeliest else []
-        found.append(WrittenToken(text_of(id_), offset, logprobs[place], others))
+        offset = max(0, length - characters.reached_by(far)) if reverse else characters.up_to(near)
+        others = [(tokenizer.token_text(other), value) for other, value in likeliest[place]] if likeliest else []
+        found.append(WrittenToken(tokenizer.token_text(id_), offset, logprobs[place], others))
     return [found[place] for place in to_text_order(list(range(len(found))), model.direction)]
 
 
+class _Characters:
+    """Counts characters of the written bytes, from the given text to a number of bytes away from it."""
+
+    def __init__(self, model: LanguageModel, healed: HealedPrompt, new_ids: list[int], *, stopped: bool) -> None:
+        self._reverse = model.direction is Direction.REVERSE
+        spelled = b"".join(_spelled(model, id_) for id_ in to_text_order(new_ids, model.direction))
+        num_trimmed = len(healed.trimmed)
+        written = spelled[: max(0, len(spelled) - num_trimmed)] + healed.bridge if self._reverse else spelled[num_trimmed:]
+        while self._reverse and not stopped and written and written[0] & 0xC0 == 0x80:
+            written = written[1:]
+        self._bytes, self._num = written, len(written.decode("utf-8", "replace"))
+
+    def up_to(self, num_bytes: int) -> int:
+        """Return the number of whole characters within the bytes nearest to the given text."""
+        whole, partial = self._before(num_bytes)
+        return self._num - whole - partial if self._reverse else whole
+
+    def reached_by(self, num_bytes: int) -> int:
+        """Return the number of characters of which at least one byte is within the bytes nearest to the given text."""
+        whole, partial = self._before(num_bytes)
+        return self._num - whole if self._reverse else whole + partial
+
+    def _before(self, num_bytes: int) -> tuple[int, int]:
+        """Return the number of whole characters before the place in reading order, and 1 if it is within a character."""
+        place = min(max(0, num_bytes), len(self._bytes))
+        place = len(self._bytes) - place if self._reverse else place
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        num = len(decoder.decode(self._bytes[:place]))
+        if not decoder.getstate()[0]:
+            return num, 0
+        is_within = place < len(self._bytes) and not decoder.decode(self._bytes[place : place + 1]).startswith("\ufffd")
+        return (num, 1) if is_within else (num + 1, 0)
+
+
 def _spelled(model: LanguageModel, id_: int) -> bytes:
-    if model.tokenizer.surfaces is None:
-        return model.tokenizer.decode([id_]).encode()
-    return model.tokenizer.spell([id_])
+    """Return the bytes of an id in written text, which has none for a special token."""
+    tokenizer = model.tokenizer
+    if id_ in tokenizer.special_ids:
+        return b""
+    return tokenizer.decode([id_]).encode() if tokenizer.surfaces is None else tokenizer.spell([id_])
