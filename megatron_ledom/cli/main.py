@@ -42,6 +42,7 @@ GROUPS = {
         "convert-checkpoint": "convert a checkpoint to a Hugging Face folder, or back",
         "generate": "write the text that precedes a given text",
         "rerank": "rank answers by Reverse Reward",
+        "serve": "serve a reverse model and Reverse Reward over HTTP",
         "report-rerank": "compare Reverse Reward with its baselines",
     },
     "evaluating models": {

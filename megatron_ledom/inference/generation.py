@@ -152,7 +152,7 @@ class Writer:
                 batch = rows[start : start + batch_size]
                 healed = [row for _, row in batch]
                 tokens = self._write_batch(healed, leading_ids, sampling, self._stopper(healed, sampling))
-                results += [self._join(*text, row, sampling) for text, row in zip(batch, tokens, strict=True)]
+                results += [self.join(*text, row, sampling) for text, row in zip(batch, tokens, strict=True)]
         return results
 
     def stream(self, text: str, leading_ids: list[int], sampling: Sampling) -> Iterator[Generation]:
@@ -183,7 +183,7 @@ class Writer:
         thread.start()
         try:
             while isinstance(step := steps.get(), list):
-                now = self._join(text, healed, step, sampling)
+                now = self.join(text, healed, step, sampling)
                 if len(now.text) > len(shown) and not now.stopped and now.stop_string is None:
                     shown = now.text
                     yield now
@@ -192,7 +192,7 @@ class Writer:
             thread.join()
         if isinstance(step, BaseException):
             raise step
-        yield self._join(text, healed, step[0], sampling)
+        yield self.join(text, healed, step[0], sampling)
 
     def _stopper(self, healed: list[HealedPrompt], sampling: Sampling) -> RowsSoFar | None:
         """Return the function that ends rows at stop strings; None if there are none."""
@@ -200,7 +200,7 @@ class Writer:
             return None
 
         def look(rows: list[list[int]]) -> list[bool]:
-            return [self._cut(row, text, sampling)[2] is not None for row, text in zip(rows, healed, strict=True)]
+            return [self.cut(row, text, sampling)[2] is not None for row, text in zip(rows, healed, strict=True)]
 
         return look
 
@@ -260,14 +260,14 @@ class Writer:
                 f" shorten the text or write at most {max(0, limit - num_prompt)} tokens"
             )
 
-    def _join(self, text: str, healed: HealedPrompt, tokens: list[int], sampling: Sampling) -> Generation:
+    def join(self, text: str, healed: HealedPrompt, tokens: list[int], sampling: Sampling) -> Generation:
         """Cut a row at its end and join its text to `text`."""
         tokens = tokens[: self._healer.count_healing(tokens, healed.trimmed) + sampling.max_new_tokens]
-        text_ids, written, stop_string, stopped = self._cut(tokens, healed, sampling)
+        text_ids, written, stop_string, stopped = self.cut(tokens, healed, sampling)
         pair = (written, text) if self._direction is Direction.REVERSE else (text, written)
         return Generation(*pair, stopped=stopped, text_ids=text_ids, stop_string=stop_string)
 
-    def _cut(self, tokens: list[int], healed: HealedPrompt, sampling: Sampling) -> tuple[list[int], str, str | None, bool]:
+    def cut(self, tokens: list[int], healed: HealedPrompt, sampling: Sampling) -> tuple[list[int], str, str | None, bool]:
         """Return the ids before eod in text order, their text up to a stop string, that string, and True if eod ended the text."""
         stops = [index for index, token in enumerate(tokens) if token in self.stop_ids]
         text_ids = to_text_order(tokens[: stops[0]] if stops else tokens, self._direction)

@@ -140,6 +140,10 @@ class JointTokenizer:
         """Return the text that the tokenizer itself decodes from ids in text order, without special ids."""
         return str(self._whole.decode(text_ids, skip_special_tokens=True))
 
+    def token_text(self, id_: int) -> str:
+        """Return the characters of one id, with its spaces; bytes that are no whole character are U+FFFD."""
+        return self.decode([id_]) if self.surfaces is None else self.spell([id_]).decode("utf-8", "replace")
+
     def _ids(self, text: str, *, at_start: bool) -> list[int]:
         if at_start and text in self._alone:
             return [*self._ids(" ", at_start=False), self.vocab[text]]

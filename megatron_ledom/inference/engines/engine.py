@@ -8,12 +8,12 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
 from typing import Any
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import UsageError
 from megatron_ledom.inference.generation import Sampling
+from megatron_ledom.inference.row_choice import uniform_draw
 from megatron_ledom.inference.scoring import SpanScore, TokenUsage
 
 
@@ -89,8 +89,7 @@ class PartialAnswer:
 
     def draw(self, position: int) -> float:
         """Return the random number, uniform in [0, 1), that chooses the token at `position` of the answer."""
-        digest = blake2b(f"{self.key}@{position}".encode(), digest_size=8).digest()
-        return (int.from_bytes(digest, "big") >> 11) / 2**53
+        return uniform_draw(self.key, position)
 
 
 class Engine(ABC):

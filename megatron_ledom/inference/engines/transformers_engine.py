@@ -10,27 +10,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from megatron_ledom.errors import DataError
 from megatron_ledom.inference.engines.engine import Engine, PartialAnswer, StepDelimiter
-from megatron_ledom.inference.generation import Sampling, Writer
+from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.joint_tokenizer import HealedPrompt
+from megatron_ledom.inference.key_value_cache import Cache, padded_cache, read_caches, row_of_cache
 from megatron_ledom.inference.language_model import LanguageModel
+from megatron_ledom.inference.row_choice import RowChoice, RowSettings
 from megatron_ledom.inference.scoring import SpanScore, check_batch_size, naming_text, no_room
-
-Cache = list[tuple[torch.Tensor, torch.Tensor]]
-"""Keys and values of one row, [H, S, D] each, one pair for each layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +44,11 @@ class TransformersEngine(Engine):
     def __init__(self, language_model: LanguageModel, batch_size: int = 16) -> None:
         check_batch_size(batch_size)
         super().__init__(language_model.direction)
-        self._lm, self._batch_size = language_model, batch_size
+        self._lm, self.batch_size = language_model, batch_size
 
     def score(self, pairs: Sequence[tuple[str, str]], *, include_end: bool = False) -> list[SpanScore]:
         """See `Engine.score`. Rows of similar length share a batch."""
-        return self._lm.span_scores(list(pairs), include_end, self._batch_size, usage=self.usage)
+        return self._lm.span_scores(list(pairs), include_end, self.batch_size, usage=self.usage)
 
     def score_problem(self, pair: tuple[str, str], *, include_end: bool = False) -> str | None:
         """See `Engine.score_problem`."""
@@ -83,8 +72,8 @@ class TransformersEngine(Engine):
         ]
         grown: list[list[PartialAnswer]] = [[answer] if answer.finished else [] for answer in started]
         caches: dict[int, Cache] = {}
-        for begin in range(0, len(rows), self._batch_size):
-            batch = rows[begin : begin + self._batch_size]
+        for begin in range(0, len(rows), self.batch_size):
+            batch = rows[begin : begin + self.batch_size]
             caches = self._caches({index: started[index] for index, _ in batch}, caches)
             written = self._write([answer for _, answer in batch], [caches[index] for index, _ in batch], delimiter, sampling)
             for (index, _), answer in zip(batch, written, strict=True):
@@ -108,16 +97,9 @@ class TransformersEngine(Engine):
         caches = {index: answer.state.cache or known.get(index) for index, answer in answers.items()}
         missing = [index for index, cache in caches.items() if cache is None]
         read = [self._tokens(answers[index])[:-1] for index in missing]
-        longest = max(map(len, read), default=0)
-        if not longest:
-            return {index: cache or [] for index, cache in caches.items()}
-        input_ids = torch.zeros(len(read), longest, dtype=torch.long)
-        for row, tokens in enumerate(read):
-            input_ids[row, : len(tokens)] = torch.tensor(tokens)
-        output = self._lm.model(input_ids=input_ids.to(self._lm.model.device), use_cache=True, logits_to_keep=1)
+        for index, cache in zip(missing, read_caches(self._lm.model, read), strict=True):
+            caches[index] = cache
         self.usage.tokens += sum(map(len, read))
-        for row, index in enumerate(missing):
-            caches[index] = _row_of(output.past_key_values, row, 0, len(read[row]))
         return {index: cache or [] for index, cache in caches.items()}
 
     def _write(
@@ -141,12 +123,16 @@ class TransformersEngine(Engine):
                 *self._write(answers[middle:], caches[middle:], delimiter, sampling),
             ]
         writer.check_length(num_given, max(limits))
-        choice = _Choice(writer, answers, trimmed, limits, sampling, longest)
-        end = _EndOfStep(choice, delimiter)
+        settings = [
+            RowSettings(answer.key, own, limit, sampling, num_written_before=len(answer.state.written))
+            for answer, own, limit in zip(answers, trimmed, limits, strict=True)
+        ]
+        choice = RowChoice(writer, settings, longest)
+        end = _EndOfStep(choice, answers, delimiter)
         with naming_text(self._lm.tokenizer, self.direction):
             output = model.generate(
                 **writer.padded(tokens),
-                past_key_values=_padded_cache(caches, longest - 1),
+                past_key_values=padded_cache(caches, longest - 1),
                 generation_config=GenerationConfig(
                     max_new_tokens=max(limits) + max(map(len, trimmed)),
                     eos_token_id=self._lm.stop_ids,
@@ -164,124 +150,43 @@ class TransformersEngine(Engine):
         ]
 
     def _grown(
-        self, answer: PartialAnswer, choice: "_Choice", row: int, longest: int, delimiter: StepDelimiter | None, cache: Any
+        self, answer: PartialAnswer, choice: RowChoice, row: int, longest: int, delimiter: StepDelimiter | None, cache: Any
     ) -> PartialAnswer:
         new_ids = choice.new_ids[row]
         stopped = bool(new_ids) and new_ids[-1] in self._lm.stop_ids
         kept_ids = new_ids[:-1] if stopped else new_ids
-        finished = stopped or choice.num_written(row) >= choice.limits[row]
+        finished = stopped or choice.num_written(row) >= choice.rows[row].limit
         written = (*answer.state.written, *kept_ids)
         state = _State(answer.state.healed, written)
         if delimiter is not None and not finished:
             begin = longest - len(self._tokens(answer))
-            state = replace(state, cache=_row_of(cache, row, begin, longest + len(kept_ids) - 1))
+            state = replace(state, cache=row_of_cache(cache, row, begin, longest + len(kept_ids) - 1))
         logprob = sum(choice.logprobs[row]) + (answer.forward_logprob or 0.0)
         num_tokens = answer.num_tokens + choice.num_written(row) - stopped
         text = self._lm.writer.written_text(list(written), answer.state.healed, stopped=stopped)
         return replace(answer, text=text, finished=finished, num_tokens=num_tokens, forward_logprob=logprob, state=state)
 
 
-class _Choice(LogitsProcessor):  # type: ignore[misc]
-    """Chooses the next token of each row with the row's own random numbers, and excludes all other tokens.
-
-    new_ids: the ids that each row wrote in this call, up to its stop. logprobs: the log-probabilities, without temperature, of
-    those that belong to the answer.
-    """
-
-    def __init__(
-        self,
-        writer: Writer,
-        answers: list[PartialAnswer],
-        trimmed: list[bytes],
-        limits: list[int],
-        sampling: Sampling,
-        num_given: int,
-    ) -> None:
-        self.answers, self.limits, self.writer = answers, limits, writer
-        self.new_ids: list[list[int]] = [[] for _ in answers]
-        self.logprobs: list[list[float]] = [[] for _ in answers]
-        self.is_done = [False] * len(answers)
-        self._healing = writer.healing_processor(trimmed, num_given)
-        self._trimmed, self._is_greedy = trimmed, sampling.temperature == 0
-        self._warpers = LogitsProcessorList()
-        if not self._is_greedy:
-            self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
-            self._warpers += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
-            self._warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
-
-    def num_written(self, row: int) -> int:
-        """Return the number of tokens of the answer, with eod; those that repeat the end of the prompt (token healing) do not count."""
-        return len(self.logprobs[row])
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return scores [B, V] of 0 for the chosen id of each row and -inf for all others; input_ids [B, S], scores [B, V]."""
-        logprobs_BV = torch.log_softmax(scores.float(), dim=-1)
-        warped_BV = self._warpers(input_ids, self._healing(input_ids, scores).float())
-        if self._is_greedy:
-            chosen_B = warped_BV.argmax(dim=-1)
-        else:
-            cumulated_BV = torch.softmax(warped_BV, dim=-1).double().cumsum(dim=-1)
-            draws = [
-                answer.draw(len(answer.state.written) + len(new))
-                for answer, new in zip(self.answers, self.new_ids, strict=True)
-            ]
-            threshold_B1 = torch.tensor(draws, dtype=torch.double, device=scores.device)[:, None] * cumulated_BV[:, -1:]
-            chosen_B = torch.searchsorted(cumulated_BV, threshold_B1, right=True)[:, 0].clamp(max=scores.shape[1] - 1)
-        chosen = chosen_B.tolist()
-        values = logprobs_BV.gather(1, chosen_B[:, None])[:, 0].tolist()
-        for row, (token, value) in enumerate(zip(chosen, values, strict=True)):
-            if not self.is_done[row]:
-                self.new_ids[row].append(token)
-                if self.writer.counts_as_new(self.new_ids[row], self._trimmed[row]):
-                    self.logprobs[row].append(value)
-        return torch.full_like(scores, -torch.inf).scatter(1, chosen_B[:, None], 0.0)
-
-
 class _EndOfStep(StoppingCriteria):  # type: ignore[misc]
     """Ends a row at its own token limit, at eod, or at the end of its step."""
 
-    def __init__(self, choice: _Choice, delimiter: StepDelimiter | None) -> None:
-        self._choice, self._delimiter = choice, delimiter
+    def __init__(self, choice: RowChoice, answers: list[PartialAnswer], delimiter: StepDelimiter | None) -> None:
+        self._choice, self._answers, self._delimiter = choice, answers, delimiter
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """Return [B] booleans, True for each row that is done."""
         choice = self._choice
-        for row in range(len(choice.answers)):
+        for row in range(len(self._answers)):
             if not choice.is_done[row]:
                 choice.is_done[row] = self._ends(row)
         return torch.tensor(choice.is_done, device=input_ids.device)
 
     def _ends(self, row: int) -> bool:
-        choice, answer, new_ids = self._choice, self._choice.answers[row], self._choice.new_ids[row]
-        if choice.num_written(row) >= choice.limits[row] or new_ids[-1] in choice.writer.stop_ids:
+        choice, answer, new_ids = self._choice, self._answers[row], self._choice.new_ids[row]
+        if choice.has_ended(row):
             return True
         if self._delimiter is None or not choice.num_written(row):
             return False
         ids = [*answer.state.written, *new_ids]
         step = choice.writer.written_text(ids, answer.state.healed, stopped=False)[len(answer.text) :]
         return self._delimiter.end_of_step(step) is not None or bool(step.strip() and new_ids[-1] in self._delimiter.token_ids)
-
-
-def _row_of(cache: Any, row: int, begin: int, end: int) -> Cache:
-    """Return the positions [begin, end) of one row of a cache."""
-    return [(layer.keys[row, :, begin:end], layer.values[row, :, begin:end]) for layer in cache.layers]
-
-
-def _padded_cache(caches: list[Cache], length: int) -> DynamicCache | None:
-    """Return the caches of the rows as one of `length` positions, padded before their beginning; None if `length` is 0."""
-    if not length:
-        return None
-    cache = DynamicCache()
-    model_layers = max(map(len, caches))
-    example = next(c for c in caches if c)
-    for layer in range(model_layers):
-        pair = []
-        for side in (0, 1):
-            shape = example[layer][side].shape
-            joined = example[layer][side].new_zeros(len(caches), shape[0], length, shape[2])
-            for row, own in enumerate(caches):
-                if own:
-                    joined[row, :, length - own[layer][side].shape[1] :] = own[layer][side]
-            pair.append(joined)
-        cache.update(pair[0], pair[1], layer)
-    return cache

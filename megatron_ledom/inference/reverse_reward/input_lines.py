@@ -120,7 +120,7 @@ def _parse_record(line: bytes, number: int, where: str, sampled: bool) -> Record
             f'{where}: expected a list of at least one answer under "candidates"; add one, or pass --sample N to'
             " let the forward model write N"
         )
-    candidates = [_parse_candidate(item, f"{where}: candidate {i}") for i, item in enumerate(given)]
+    candidates = [parse_candidate(item, f"{where}: candidate {i}") for i, item in enumerate(given)]
     return Record(number, where, prompt, candidates, _writable(fields, where))
 
 
@@ -168,7 +168,8 @@ def _with_nulls(value: Any, depth: int = 0) -> Any:
     return [_with_nulls(inner, depth + 1) for inner in value] if isinstance(value, list) else value
 
 
-def _parse_candidate(item: Any, where: str) -> Candidate:
+def parse_candidate(item: Any, where: str) -> Candidate:
+    """Return a candidate, given as a text or as an object with its forward_logprob; raise DataError if it is neither."""
     if isinstance(item, str):
         return Candidate(item)
     if not isinstance(item, dict) or not isinstance(item.get("text"), str):

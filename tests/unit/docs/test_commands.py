@@ -37,7 +37,10 @@ RUN_ON_QUICKSTART = "tests/quickstart/test_quickstart.py"
 HARNESS = "-m megatron_ledom.evaluation.harness"
 MINUTE = "tests/quickstart/test_one_minute.py"
 SLURM_JOBS = "tests/slurm/test_slurm_jobs.py"
-PAGES_RUN_BY_TESTS = {"docs/tutorials/published_model.md": "tests/unit/tokenizers/test_published_folder.py"}
+PAGES_RUN_BY_TESTS = {
+    "docs/tutorials/published_model.md": "tests/unit/tokenizers/test_published_folder.py",
+    "docs/how_to/serve.md": "tests/unit/serving/test_page_commands.py",
+}
 """Pages all of whose commands one test runs."""
 RUN_BY_TESTS = {
     "pip install .": "tests/packaging/test_wheel.py",

@@ -1,0 +1,82 @@
+"""Serve a reverse model over HTTP: completions that precede a text, scores, rewards and rankings. Needs the extra `serve`."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_ledom.cli.options import add_batch_size, add_unrecorded_direction
+
+KEY_VARIABLE = "LEDOM_API_KEY"
+
+
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of this command."""
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser.add_argument("--reverse", required=True, metavar="DIR", help="folder of the reverse model")
+    parser.add_argument(
+        "--forward", metavar="DIR", help="folder of the forward model, for forward completions and Reverse Reward"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s: this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one (default %(default)s)")
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"key that requests must send; other users of the machine see it, so {KEY_VARIABLE} can hold it instead",
+    )
+    parser.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="web origin whose pages may call the server; repeatable",
+    )
+    add_batch_size(parser)
+    parser.add_argument(
+        "--batch-window-ms",
+        type=float,
+        default=4.0,
+        metavar="MS",
+        help="time for which a request waits for others of its batch (default %(default)s)",
+    )
+    parser.add_argument(
+        "--max-queue", type=int, default=256, metavar="N", help="most requests that wait; others get 429 (default %(default)s)"
+    )
+    parser.add_argument(
+        "--max-body-bytes", type=int, default=4 << 20, metavar="N", help="largest body of a request (default %(default)s)"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=300.0, metavar="SECONDS", help="longest time of a request (default %(default)s)"
+    )
+    parser.add_argument("--log-text", action="store_true", help="write the bodies of requests into the log (default: never)")
+    add_unrecorded_direction(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Run the command."""
+    args = build_parser(prog).parse_args(argv)
+
+    from megatron_ledom.serving.extra import check_installed
+    from megatron_ledom.serving.settings import ServeSettings
+
+    check_installed()
+    settings = ServeSettings(
+        reverse=Path(args.reverse),
+        forward=Path(args.forward) if args.forward else None,
+        direction=args.direction,
+        eod_id=args.eod_id,
+        host=args.host,
+        port=args.port,
+        api_key=args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE),
+        cors_origins=tuple(args.cors_origin),
+        batch_size=args.batch_size,
+        batch_window_seconds=args.batch_window_ms / 1000,
+        max_queue=args.max_queue,
+        max_body_bytes=args.max_body_bytes,
+        timeout_seconds=args.timeout,
+        log_text=args.log_text,
+    )
+    from megatron_ledom.serving.server import serve
+
+    serve(settings)

@@ -1,0 +1,243 @@
+"""Continue several texts in one batch, each with its own settings, and show each text while it grows.
+
+`Writer.write` continues texts with one setting for all. Here each row has its own limit, temperature, stop strings and random
+numbers, and a row can be given up. So requests that arrive together can share a batch.
+"""
+
+import codecs
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from megatron_ledom.direction import Direction, to_text_order
+from megatron_ledom.errors import DataError
+from megatron_ledom.inference.generation import Generation, Sampling
+from megatron_ledom.inference.joint_tokenizer import HealedPrompt
+from megatron_ledom.inference.key_value_cache import padded_cache, read_caches
+from megatron_ledom.inference.language_model import LanguageModel
+from megatron_ledom.inference.row_choice import RowChoice, RowSettings
+from megatron_ledom.inference.scoring import naming_text, no_room
+
+
+@dataclass(frozen=True, slots=True)
+class RowRequest:
+    """A text to continue. key: seeds the row's own random numbers. num_likeliest: likeliest tokens to report at each position."""
+
+    text: str
+    sampling: Sampling
+    key: str
+    num_likeliest: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenToken:
+    """A token of written text, in reading order.
+
+    text: its characters; bytes that are no whole character are U+FFFD. offset: the position of its first character within the
+    written text. logprob: its log-probability, without temperature. likeliest: the likeliest tokens there, if requested.
+    """
+
+    text: str
+    offset: int
+    logprob: float
+    likeliest: list[tuple[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """The result of a row.
+
+    num_given, num_new: the tokens that were read, and those that were written, with eod. tokens: the written tokens of the text,
+    without eod and without tokens beyond a stop string.
+    """
+
+    generation: Generation
+    num_given: int
+    num_new: int
+    tokens: list[WrittenToken]
+
+
+OnStep = Callable[[int, Generation], bool]
+"""Gets the index of a row and its text so far after each of its tokens; returns False if nobody wants the row any more."""
+
+
+def written_part(generation: Generation, direction: Direction) -> str:
+    """Return the part of a text that the model wrote."""
+    return generation.preceding if direction is Direction.REVERSE else generation.following
+
+
+def row_problem(model: LanguageModel, request: RowRequest) -> str | None:
+    """Return the reason if the model has no room for a row; None if it has. Does not run the model."""
+    return model.growth_problem(request.text, request.sampling.max_new_tokens)
+
+
+@torch.inference_mode()
+def write_rows(
+    model: LanguageModel, requests: Sequence[RowRequest], batch_size: int, on_step: OnStep | None = None
+) -> list[RowResult]:
+    """Return the result of each request; a batch has at most `batch_size` rows. The model reads a text once for all its rows."""
+    healed = {text: model.tokenizer.heal_prompt(text, model.direction) for text in {request.text for request in requests}}
+    results: list[RowResult] = []
+    for start in range(0, len(requests), batch_size):
+        rows = [_Row(start + i, r, healed[r.text]) for i, r in enumerate(requests[start : start + batch_size])]
+        results += _write_batch(model, rows, on_step)
+    return results
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    index: int
+    request: RowRequest
+    healed: HealedPrompt
+
+    @property
+    def limit(self) -> int:
+        return self.request.sampling.max_new_tokens
+
+
+def _write_batch(model: LanguageModel, rows: list[_Row], on_step: OnStep | None) -> list[RowResult]:
+    """Write one batch. It can exceed the positions of the model although each row fits; then it is divided."""
+    prompts = [[*model.leading_ids, *row.healed.tokens] for row in rows]
+    if not all(prompts):
+        raise DataError("a given text has no tokens, so the model has nothing to start from; pass a longer text")
+    longest, num_trimmed = max(map(len, prompts)), max(len(row.healed.trimmed) for row in rows)
+    most = max(row.limit for row in rows)
+    if len(rows) > 1 and no_room(longest + num_trimmed, most, model.num_positions, model.direction):
+        middle = len(rows) // 2
+        return [*_write_batch(model, rows[:middle], on_step), *_write_batch(model, rows[middle:], on_step)]
+    writer = model.writer
+    writer.check_length(longest + num_trimmed, most)
+    settings = [
+        RowSettings(
+            row.request.key, row.healed.trimmed, row.limit, row.request.sampling, num_likeliest=row.request.num_likeliest
+        )
+        for row in rows
+    ]
+    choice = RowChoice(writer, settings, longest)
+    with naming_text(model.tokenizer, model.direction):
+        model.model.generate(
+            **writer.padded(prompts),
+            past_key_values=_shared_cache(model, prompts, longest),
+            generation_config=GenerationConfig(
+                max_new_tokens=most + num_trimmed,  # a token spells at least one byte
+                eos_token_id=model.stop_ids,
+                pad_token_id=model.stop_ids[0],
+                do_sample=False,
+                use_cache=True,
+            ),
+            logits_processor=LogitsProcessorList([choice]),
+            stopping_criteria=StoppingCriteriaList([_EndOfRow(model, choice, rows, on_step)]),
+        )
+    return [_result(model, row, choice, number) for number, row in enumerate(rows)]
+
+
+def _shared_cache(model: LanguageModel, prompts: list[list[int]], longest: int) -> Any:
+    """Return the keys and values of prompts of which several are equal; None if each occurs once."""
+    distinct = {tuple(prompt[:-1]) for prompt in prompts}
+    if len(distinct) == len(prompts):
+        return None
+    caches = dict(zip(distinct, read_caches(model.model, [list(tokens) for tokens in distinct]), strict=True))
+    return padded_cache([caches[tuple(prompt[:-1])] for prompt in prompts], longest - 1)
+
+
+class _EndOfRow(StoppingCriteria):  # type: ignore[misc]
+    """Ends a row at its limit, at eod, at a stop string, or if nobody wants it; shows each row after its step."""
+
+    def __init__(self, model: LanguageModel, choice: RowChoice, rows: list[_Row], on_step: OnStep | None) -> None:
+        self._model, self._choice, self._rows, self._on_step = model, choice, rows, on_step
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """Return [B] booleans, True for each row that is done."""
+        choice = self._choice
+        for number in range(len(self._rows)):
+            if not choice.is_done[number]:
+                choice.is_done[number] = self._ends(number)
+        return torch.tensor(choice.is_done, device=input_ids.device)
+
+    def _ends(self, number: int) -> bool:
+        row, sampling = self._rows[number], self._rows[number].request.sampling
+        ends = self._choice.has_ended(number)
+        if not sampling.stop_strings and self._on_step is None:
+            return ends
+        generation = self._model.writer.join(row.request.text, row.healed, self._choice.new_ids[number], sampling)
+        wanted = self._on_step is None or self._on_step(row.index, generation)
+        return ends or not wanted or generation.stop_string is not None
+
+
+def _result(model: LanguageModel, row: _Row, choice: RowChoice, number: int) -> RowResult:
+    generation = model.writer.join(row.request.text, row.healed, choice.new_ids[number], row.request.sampling)
+    return RowResult(
+        generation,
+        num_given=len(model.leading_ids) + len(row.healed.tokens),
+        num_new=choice.num_written(number),
+        tokens=_tokens(model, row, choice, number, generation),
+    )
+
+
+def _tokens(model: LanguageModel, row: _Row, choice: RowChoice, number: int, generation: Generation) -> list[WrittenToken]:
+    """Return the tokens of the written text in reading order, with the position of each.
+
+    near, far: the bytes between the given text and the two ends of a token; they are negative where tokens spell the healed edge
+    of the given text.
+    """
+    reverse, tokenizer = model.direction is Direction.REVERSE, model.tokenizer
+    logprobs, likeliest = choice.logprobs[number], choice.likeliest[number]
+    new_ids = choice.new_ids[number][: len(choice.new_ids[number]) - generation.stopped]
+    num_healing = len(new_ids) - (choice.num_written(number) - generation.stopped)
+    characters = _Characters(model, row.healed, new_ids, stopped=generation.stopped)
+    length = len(written_part(generation, model.direction))
+    far = len(row.healed.bridge) - len(row.healed.trimmed) + sum(len(_spelled(model, id_)) for id_ in new_ids[:num_healing])
+    found = []
+    for place, id_ in enumerate(new_ids[num_healing:]):
+        near, far = far, far + len(_spelled(model, id_))
+        if characters.up_to(near) >= length:
+            break
+        offset = max(0, length - characters.reached_by(far)) if reverse else characters.up_to(near)
+        others = [(tokenizer.token_text(other), value) for other, value in likeliest[place]] if likeliest else []
+        found.append(WrittenToken(tokenizer.token_text(id_), offset, logprobs[place], others))
+    return [found[place] for place in to_text_order(list(range(len(found))), model.direction)]
+
+
+class _Characters:
+    """Counts characters of the written bytes, from the given text to a number of bytes away from it."""
+
+    def __init__(self, model: LanguageModel, healed: HealedPrompt, new_ids: list[int], *, stopped: bool) -> None:
+        self._reverse = model.direction is Direction.REVERSE
+        spelled = b"".join(_spelled(model, id_) for id_ in to_text_order(new_ids, model.direction))
+        num_trimmed = len(healed.trimmed)
+        written = spelled[: max(0, len(spelled) - num_trimmed)] + healed.bridge if self._reverse else spelled[num_trimmed:]
+        while self._reverse and not stopped and written and written[0] & 0xC0 == 0x80:
+            written = written[1:]
+        self._bytes, self._num = written, len(written.decode("utf-8", "replace"))
+
+    def up_to(self, num_bytes: int) -> int:
+        """Return the number of whole characters within the bytes nearest to the given text."""
+        whole, partial = self._before(num_bytes)
+        return self._num - whole - partial if self._reverse else whole
+
+    def reached_by(self, num_bytes: int) -> int:
+        """Return the number of characters of which at least one byte is within the bytes nearest to the given text."""
+        whole, partial = self._before(num_bytes)
+        return self._num - whole if self._reverse else whole + partial
+
+    def _before(self, num_bytes: int) -> tuple[int, int]:
+        """Return the number of whole characters before the place in reading order, and 1 if it is within a character."""
+        place = min(max(0, num_bytes), len(self._bytes))
+        place = len(self._bytes) - place if self._reverse else place
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        num = len(decoder.decode(self._bytes[:place]))
+        if not decoder.getstate()[0]:
+            return num, 0
+        is_within = place < len(self._bytes) and not decoder.decode(self._bytes[place : place + 1]).startswith("\ufffd")
+        return (num, 1) if is_within else (num + 1, 0)
+
+
+def _spelled(model: LanguageModel, id_: int) -> bytes:
+    """Return the bytes of an id in written text, which has none for a special token."""
+    tokenizer = model.tokenizer
+    if id_ in tokenizer.special_ids:
+        return b""
+    return tokenizer.decode([id_]).encode() if tokenizer.surfaces is None else tokenizer.spell([id_])

@@ -1,0 +1,106 @@
+"""The endpoints of the server."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.middleware.cors import CORSMiddleware
+
+from megatron_ledom import __version__
+from megatron_ledom.serving.completions import (
+    choice_fields,
+    chosen_model,
+    completion_job,
+    envelope,
+    rows_of,
+    usage_fields,
+)
+from megatron_ledom.serving.errors import RESPONSES, JsonResponse, SafeRoute, add_error_handlers
+from megatron_ledom.serving.metrics import Metrics
+from megatron_ledom.serving.middleware import Application, Gate
+from megatron_ledom.serving.models import ServedModels
+from megatron_ledom.serving.ranking import ranking_router
+from megatron_ledom.serving.schemas import CompletionRequest
+from megatron_ledom.serving.settings import ServeSettings
+from megatron_ledom.serving.stream import CompletionStream
+from megatron_ledom.serving.waiting import result_of
+from megatron_ledom.serving.work_queue import WorkQueue
+
+
+def build_app(settings: ServeSettings, models: ServedModels, metrics: Metrics) -> Application:
+    """Return the application, whose lifespan starts and ends the thread that owns the models."""
+    queue = WorkQueue(max_jobs=settings.max_queue, window_seconds=settings.batch_window_seconds, metrics=metrics)
+
+    @asynccontextmanager
+    async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+        queue.start()
+        yield
+        queue.end()
+
+    app = FastAPI(
+        title="ledom serve",
+        version=__version__,
+        lifespan=_lifespan,
+        docs_url=None,  # its page loads scripts from elsewhere
+        redoc_url=None,
+    )
+    app.include_router(_state_router(models, metrics, queue))
+    app.include_router(_completion_router(settings, models, queue))
+    app.include_router(ranking_router(settings, models, queue))
+    add_error_handlers(app)
+    paths = {route.path for route in app.routes if hasattr(route, "path")} | set(app.openapi()["paths"])
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
+    return Gate(app, settings, metrics, paths)
+
+
+def _state_router(models: ServedModels, metrics: Metrics, queue: WorkQueue) -> APIRouter:
+    router = APIRouter(route_class=SafeRoute)
+
+    @router.get("/health")
+    async def health() -> Response:
+        """Return 200 while the server accepts requests, 503 while it ends."""
+        ready = queue.is_ready
+        return JsonResponse({"status": "ready" if ready else "ending"}, status_code=200 if ready else 503)
+
+    @router.get("/metrics")
+    async def prometheus() -> Response:
+        """Return the metrics in the text format of Prometheus."""
+        return Response(metrics.as_text(), media_type="text/plain; version=0.0.4")
+
+    @router.get("/v1/models")
+    async def list_models() -> Response:
+        """Return the served models with direction, context and hash of the tokenizer."""
+        return JsonResponse({"object": "list", "data": [model.as_fields() for model in models.all]})
+
+    return router
+
+
+def _completion_router(settings: ServeSettings, models: ServedModels, queue: WorkQueue) -> APIRouter:
+    router = APIRouter(route_class=SafeRoute, responses=RESPONSES)
+
+    @router.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue texts: before `suffix` with a reverse model, after `prompt` with a forward model."""
+        model, texts = chosen_model(models, body)
+        rows = rows_of(body, texts)
+        if body.stream:
+            stream = CompletionStream(queue, models, model, rows, body, settings.timeout_seconds)
+            await stream.start(request)
+            return StreamingResponse(stream.events(), media_type="text/event-stream")
+        results = await result_of(queue, completion_job(models, model, rows), request, settings.timeout_seconds)
+        fields: dict[str, Any] = {
+            **envelope(model),
+            "choices": [choice_fields(model, index, result, body) for index, result in enumerate(results)],
+            "usage": usage_fields(results, body.n or 1),
+        }
+        return JsonResponse(fields)
+
+    return router

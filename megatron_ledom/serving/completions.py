@@ -1,0 +1,183 @@
+"""Completions: texts that a model continues, for several requests in one batch, whole or as a stream."""
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from threading import Event
+from typing import Any
+
+from megatron_ledom.direction import Direction
+from megatron_ledom.errors import DataError
+from megatron_ledom.inference.generation import Generation, Sampling
+from megatron_ledom.inference.growing_text import GrowingText
+from megatron_ledom.inference.row_generation import RowRequest, RowResult, WrittenToken, row_problem, write_rows, written_part
+from megatron_ledom.serving.errors import ApiError
+from megatron_ledom.serving.models import ServedModel, ServedModels
+from megatron_ledom.serving.schemas import MAX_CHOICES, CompletionRequest
+from megatron_ledom.serving.work_queue import Job
+
+FIELD_OF = {Direction.REVERSE: "suffix", Direction.FORWARD: "prompt"}
+"""The field of a request that gives the text, for a model's direction."""
+UNUSED = {"best_of": 1, "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}}
+"""OpenAI's fields that are not supported, with the value that changes nothing."""
+OnPiece = Callable[[int, str], None]
+"""Gets the index of a choice and the next piece of its text, in the thread that owns the models."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionWork:
+    """The rows of one request: its texts, each with its choices. growing: the shown text of each row, for a stream."""
+
+    rows: list[RowRequest]
+    cancelled: Event
+    on_piece: OnPiece | None = None
+    growing: list[GrowingText] = field(default_factory=list)
+
+
+def chosen_model(models: ServedModels, request: CompletionRequest) -> tuple[ServedModel, list[str]]:
+    """Return the model of a request and its texts; refuse a field that the model's direction does not use."""
+    if request.model is None:
+        model = models.forward if request.prompt and not request.suffix and models.forward else models.reverse
+    else:
+        model = models.named_or_refuse(request.model)
+    mine = FIELD_OF[model.direction]
+    other = "prompt" if mine == "suffix" else "suffix"
+    if getattr(request, other):
+        place = {"suffix": "the text that follows", "prompt": "the text that precedes"}[mine]
+        raise ApiError(400, f"{model.name} is a {model.direction} model, so it takes `{mine}` ({place}), not `{other}`", other)
+    given = getattr(request, mine)
+    texts = [given] if isinstance(given, str) else given or []
+    if not texts or not all(texts):
+        raise ApiError(
+            400, f"{model.name} is a {model.direction} model: give the text in `{mine}`, at least one character", mine
+        )
+    return model, texts
+
+
+def rows_of(request: CompletionRequest, texts: list[str]) -> list[RowRequest]:
+    """Return a row for each choice of each text. Row numbers seed the random numbers, as `Engine.sample` does it."""
+    for name, neutral in UNUSED.items():
+        if getattr(request, name) not in (None, neutral):
+            raise ApiError(400, f"{name} is not supported; remove it", name)
+    if request.echo and request.logprobs is not None:
+        raise ApiError(400, "echo with logprobs is not supported; POST /v1/score gives the log-probabilities of a text", "echo")
+    num = request.n or 1
+    if len(texts) * num > MAX_CHOICES:
+        raise ApiError(400, f"{len(texts)} texts with n={num} are more than {MAX_CHOICES} choices; ask for fewer", "n")
+    temperature = 1.0 if request.temperature is None else request.temperature
+    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    sampling = Sampling(
+        max_new_tokens=request.max_tokens or 16,
+        temperature=temperature,
+        top_p=request.top_p or 1.0,
+        stop_strings=stop,
+    )
+    if num > 1 and temperature == 0:
+        raise ApiError(400, f"n={num} choices at temperature 0 would all be the same; set a temperature above 0", "n")
+    seed = secrets.token_hex(8) if request.seed is None else str(request.seed)
+    return [
+        RowRequest(text, sampling, f"{seed}/{index}/{number}", request.logprobs or 0)
+        for index, text in enumerate(texts)
+        for number in range(num)
+    ]
+
+
+def completion_job(models: ServedModels, model: ServedModel, rows: list[RowRequest], on_piece: OnPiece | None = None) -> Job:
+    """Return the job of a request for completions; its result is a RowResult for each row."""
+    cancelled = Event()
+    growing = [_growing(model, row) for row in rows] if on_piece else []
+    work = CompletionWork(rows, cancelled, on_piece, growing)
+    return Job(
+        ("write", model.name),
+        lambda works: _written(models, model, works),
+        work,
+        len(rows),
+        model.engine.batch_size,
+        cancelled=cancelled,
+    )
+
+
+def _growing(model: ServedModel, row: RowRequest) -> GrowingText:
+    tokenizer = model.language_model.tokenizer
+    if tokenizer.surfaces is None:
+        raise ApiError(400, f"the tokenizer of {model.name} gives text only as a whole, so it cannot be streamed", "stream")
+    return GrowingText(model.direction, row.sampling.stop_strings, may_begin_with_prefix=tokenizer.has_dummy_prefix)
+
+
+def _written(models: ServedModels, model: ServedModel, works: Sequence[CompletionWork]) -> list[list[RowResult]]:
+    """Write the rows of all works in common batches; a row of a cancelled work ends at its next step."""
+    owners = [(work, number) for work in works for number in range(len(work.rows))]
+    for work in works:
+        problem = next((found for row in work.rows if (found := row_problem(model.language_model, row))), None)
+        if problem is not None:
+            raise DataError(f"{problem}; shorten the text or lower max_tokens")
+
+    def _on_step(index: int, generation: Generation) -> bool:
+        work, number = owners[index]
+        if work.on_piece is not None and not generation.stopped and generation.stop_string is None:
+            piece = work.growing[number].grow(written_part(generation, model.direction))
+            if piece:
+                work.on_piece(number, piece)
+        return not work.cancelled.is_set()
+
+    rows = [work.rows[number] for work, number in owners]
+    results = write_rows(model.language_model, rows, model.engine.batch_size, _on_step)
+    models.count_written(model.direction, [r.num_given for r in results], [r.num_new for r in results])
+    for (work, number), result in zip(owners, results, strict=True):
+        if work.on_piece is not None and not work.cancelled.is_set():
+            piece = work.growing[number].finish(written_part(result.generation, model.direction))
+            if piece:
+                work.on_piece(number, piece)
+    remaining = iter(results)
+    return [[next(remaining) for _ in work.rows] for work in works]
+
+
+def finish_reason(result: RowResult) -> str:
+    """Return `stop` for a text that eod or a stop string ended, `length` for one that the limit ended."""
+    return "stop" if result.generation.stopped or result.generation.stop_string is not None else "length"
+
+
+def choice_fields(model: ServedModel, index: int, result: RowResult, request: CompletionRequest) -> dict[str, Any]:
+    """Return a choice of the response."""
+    text = result.generation.text if request.echo else written_part(result.generation, model.direction)
+    return {
+        "index": index,
+        "text": text,
+        "logprobs": _logprobs(result.tokens, request.logprobs) if request.logprobs is not None else None,
+        "finish_reason": finish_reason(result),
+    }
+
+
+def _logprobs(tokens: list[WrittenToken], num_likeliest: int) -> dict[str, Any]:
+    return {
+        "tokens": [token.text for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [_by_text(token) for token in tokens] if num_likeliest else None,
+        "text_offset": [token.offset for token in tokens],
+    }
+
+
+def _by_text(token: WrittenToken) -> dict[str, float]:
+    """Return the likeliest tokens and the chosen one; of tokens with equal characters, the likeliest."""
+    found: dict[str, float] = {}
+    for text, logprob in [*token.likeliest, (token.text, token.logprob)]:
+        found.setdefault(text, max(logprob, -1e30))
+    return found
+
+
+def usage_fields(results: Sequence[RowResult], num_choices: int) -> dict[str, int]:
+    """Return the tokens of a response. A text is read once for all of its choices."""
+    read = sum(result.num_given for result in results[::num_choices])
+    written = sum(result.num_new for result in results)
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+
+def envelope(model: ServedModel) -> dict[str, Any]:
+    """Return the fields that the response, or all events of a stream, share."""
+    return {
+        "id": f"cmpl-{secrets.token_hex(12)}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": model.name,
+    }

@@ -1,0 +1,199 @@
+"""The endpoints that score and rank texts: `/v1/score`, `/v1/reward`, the rerank endpoints and OpenRLHF's `/get_reward`."""
+
+import secrets
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+
+from megatron_ledom.errors import DataError
+from megatron_ledom.inference.reverse_reward.reward import Candidate, CandidateScore, RewardSettings, ranked_fields
+from megatron_ledom.serving.errors import RESPONSES, ApiError, JsonResponse, SafeRoute
+from megatron_ledom.serving.models import ServedModel, ServedModels
+from megatron_ledom.serving.rewards import num_scored_tokens, or_null, parse_candidates, reward_job, score_fields, score_job
+from megatron_ledom.serving.schemas import (
+    MAX_ITEMS,
+    Document,
+    OpenRlhfRequest,
+    RerankRequest,
+    RewardOptions,
+    RewardRequest,
+    ScoreRequest,
+)
+from megatron_ledom.serving.settings import ServeSettings
+from megatron_ledom.serving.waiting import result_of
+from megatron_ledom.serving.work_queue import WorkQueue
+
+LOWEST = -sys.float_info.max
+"""The relevance of a document with the reward -inf, which JSON lacks."""
+
+
+class OpenRlhfOptions(RewardOptions):
+    """Options in the address of `/get_reward`, because OpenRLHF's body has no place for them."""
+
+    missing_reward: float | None = None
+
+
+def ranking_router(settings: ServeSettings, models: ServedModels, queue: WorkQueue) -> APIRouter:
+    """Return the routes."""
+    router = APIRouter(route_class=SafeRoute, responses=RESPONSES)
+
+    @router.post("/v1/score")
+    async def score(body: ScoreRequest, request: Request) -> Response:
+        """Score pairs: log P(preceding | following) by the reverse model, log P(following | preceding) by the forward model."""
+        chosen = models.all if body.model is None else [models.named_or_refuse(body.model)]
+        results: list[dict[str, Any]] = [{} for _ in body.pairs]
+        for model in chosen:
+            job = score_job(model, models, body.pairs, include_ends=body.include_ends)
+            scores = await result_of(queue, job, request, settings.timeout_seconds)
+            for fields, found in zip(results, scores, strict=True):
+                fields[str(model.direction)] = score_fields(model, found, token_values=body.token_values)
+        return JsonResponse({"object": "list", "models": [model.name for model in chosen], "data": results})
+
+    @router.post("/v1/reward")
+    async def reward(body: RewardRequest, request: Request) -> Response:
+        """Rank candidates by Reverse Reward, with the scores of a reranking file."""
+        questions = _questions(body)
+        job = reward_job(models, questions, body.settings(), skip_too_long=body.too_long == "skip")
+        scored = await result_of(queue, job, request, settings.timeout_seconds)
+        found = [
+            _reward_fields(own, scores, token_values=body.token_values)
+            for (_, own), scores in zip(questions, scored, strict=True)
+        ]
+        name = _names(models)
+        return JsonResponse({"model": name, **found[0]} if body.items is None else {"model": name, "items": found})
+
+    async def rerank(body: RerankRequest, request: Request) -> Response:
+        """Rank documents for a query; the relevance is the Reverse Reward, a logarithm, so it is usually negative."""
+        documents = [one.text if isinstance(one, Document) else one for one in body.documents]
+        question = (body.query + body.separator, [Candidate(text) for text in documents])
+        job = reward_job(models, [question], _rerank_settings(models, body), skip_too_long=False)
+        (scores,) = await result_of(queue, job, request, settings.timeout_seconds)
+        return JsonResponse(_rerank_fields(models, body, documents, scores))
+
+    for path in ("/rerank", "/v1/rerank", "/v2/rerank"):
+        router.post(path)(rerank)
+
+    @router.post("/get_reward")
+    async def get_reward(body: OpenRlhfRequest, options: Annotated[OpenRlhfOptions, Query()], request: Request) -> Response:
+        """Return the rewards of OpenRLHF's queries, each a prompt and its answer as one text."""
+        questions = [(prompt, [Candidate(answer)]) for prompt, answer in _answers(models, body)]
+        skip = options.missing_reward is not None
+        job = reward_job(models, questions, options.settings(), skip_too_long=skip)
+        scored = await result_of(queue, job, request, settings.timeout_seconds)
+        return JsonResponse(_open_rlhf_fields([scores[0] for scores in scored], options.missing_reward))
+
+    return router
+
+
+def _names(models: ServedModels) -> str:
+    """Return the name of the pair of models that computes a reward."""
+    return "+".join(model.name for model in models.all)
+
+
+def _questions(body: RewardRequest) -> list[tuple[str, list[Candidate]]]:
+    """Return the prompts of a request with their candidates: its own, or those of `items`."""
+    own = body.prompt is not None and body.candidates is not None
+    given = [name for name in ("prompt", "candidates", "items") if getattr(body, name) is not None]
+    if own == (body.items is not None) or (not own and given != ["items"]):
+        raise ApiError(
+            400,
+            f"found {given or 'none'} of prompt, candidates and items; send prompt and candidates, or items alone",
+            "prompt",
+        )
+    if body.items is None:
+        return [(body.prompt or "", parse_candidates(body.candidates or []))]
+    if sum(len(item.candidates) for item in body.items) > MAX_ITEMS:
+        raise ApiError(400, f"the items have more than {MAX_ITEMS} candidates together; send fewer", "items")
+    return [(item.prompt, parse_candidates(item.candidates)) for item in body.items]
+
+
+def _reward_fields(candidates: list[Candidate], scores: list[CandidateScore], *, token_values: bool) -> dict[str, Any]:
+    """Return the response for one prompt. JSON has no -inf: such a reward is null, and its result lists "minus_infinity"."""
+    ranked = ranked_fields(candidates, scores, token_values=token_values)
+    return {
+        "rewards": [or_null(score.reward) for score in scores],
+        "results": ranked.pop("scores"),
+        "order": ranked.pop("ranking"),
+        **ranked,
+        "usage": _usage(scores),
+    }
+
+
+def _usage(scores: Sequence[CandidateScore]) -> dict[str, int]:
+    num = num_scored_tokens(scores)
+    return {"prompt_tokens": num, "total_tokens": num}
+
+
+def _rerank_settings(models: ServedModels, body: RerankRequest) -> RewardSettings:
+    names = ("forward_normalization", "reverse_normalization", "language_model_weight", "include_ends")
+    settings = RewardSettings(**{name: getattr(body, name) for name in names})
+    weight = body.weight if body.weight is not None else (settings.weight if models.forward else 1.0)
+    return replace(settings, weight=weight)
+
+
+def _rerank_fields(
+    models: ServedModels, body: RerankRequest, documents: list[str], scores: list[CandidateScore]
+) -> dict[str, Any]:
+    """Return the response that clients of Jina, Cohere and vLLM read."""
+    order = ranked_fields([Candidate(text) for text in documents], scores, token_values=False)["ranking"]
+    results = []
+    for index in order[: body.top_n or len(order)]:
+        relevance = scores[index].reward
+        result: dict[str, Any] = {"index": index, "relevance_score": LOWEST if or_null(relevance) is None else relevance}
+        if body.return_documents is not False:
+            result["document"] = {"text": documents[index]}
+        results.append(result)
+    return {
+        "id": f"rerank-{secrets.token_hex(12)}",
+        "model": _names(models),
+        "results": results,
+        "usage": _usage(scores),
+    }
+
+
+def _answers(models: ServedModels, body: OpenRlhfRequest) -> list[tuple[str, str]]:
+    """Return prompt and answer of each query; special tokens of the served tokenizers around a query are removed."""
+    if len(body.query) != len(body.prompts):
+        raise ApiError(400, f"{len(body.query)} queries and {len(body.prompts)} prompts; send as many of each", "prompts")
+    specials = sorted({name for model in models.all for name in _special_names(model)}, key=len, reverse=True)
+    found = []
+    for number, (query, prompt) in enumerate(zip(body.query, body.prompts, strict=True)):
+        whole = _without(query, specials)
+        if not whole.startswith(prompt):
+            raise ApiError(
+                400, f"query[{number}] does not begin with prompts[{number}]; a query is the prompt and its answer", "query"
+            )
+        found.append((prompt, whole[len(prompt) :]))
+    return found
+
+
+def _special_names(model: ServedModel) -> list[str]:
+    tokenizer = model.language_model.tokenizer
+    return [name for name, id_ in tokenizer.vocab.items() if id_ in tokenizer.special_ids and name]
+
+
+def _without(text: str, specials: list[str]) -> str:
+    """Return a text without special tokens at its beginning and end."""
+    while name := next((name for name in specials if text.startswith(name)), None):
+        text = text[len(name) :]
+    while name := next((name for name in specials if text.endswith(name)), None):
+        text = text[: -len(name)]
+    return text
+
+
+def _open_rlhf_fields(scores: list[CandidateScore], missing: float | None) -> dict[str, Any]:
+    """Return the response that OpenRLHF reads; an answer without a finite reward gets `missing`."""
+    rewards = []
+    for number, score in enumerate(scores):
+        value = or_null(score.reward)
+        if value is None and missing is None:
+            reason = score.skipped or "it is empty, or impossible for a model"
+            raise DataError(
+                f"the answer of query[{number}] has no finite reward ({reason}); add ?missing_reward=NUMBER to the address"
+            )
+        rewards.append(missing if value is None else value)
+    logs = {name: [or_null(getattr(score, name)) or 0.0 for score in scores] for name in ("forward_logprob", "reverse_logprob")}
+    return {"rewards": rewards, "scores": rewards, "extra_logs": logs}

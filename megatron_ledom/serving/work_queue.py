@@ -1,0 +1,176 @@
+"""The bounded queue of requests and the one thread that owns the models; requests of one kind that wait together share a batch.
+
+The thread takes the first waiting job, waits a few milliseconds for others, and computes all jobs with the same key at once. If that
+fails because of one of them, each is computed alone, so that a bad request does not harm the others.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_ledom.errors import TransientError
+from megatron_ledom.serving.metrics import Metrics
+
+Compute = Callable[[Sequence[Any]], list[Any]]
+"""Returns the results of the payloads of several jobs with one key, in their order."""
+
+
+class QueueFull(TransientError):
+    """The queue has no place for a further request."""
+
+
+class Draining(TransientError):
+    """The server ends and accepts no further request."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A request for the thread.
+
+    key: its kind and settings; jobs with equal keys may share a call of `compute`. num_rows: its sequences; max_rows: the most
+    sequences of one call, unless a single job has more. cancelled: set if nobody
+    waits for the result any more.
+    """
+
+    key: tuple[Hashable, ...]
+    compute: Compute
+    payload: Any
+    num_rows: int
+    max_rows: int
+    future: "Future[Any]" = field(default_factory=Future)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    arrived_seconds: float = field(default_factory=time.monotonic)
+
+
+class WorkQueue:
+    """See the top of this file. A job is never divided."""
+
+    def __init__(self, *, max_jobs: int, window_seconds: float, metrics: Metrics) -> None:
+        self._max_jobs, self._window = max_jobs, window_seconds
+        self._metrics = metrics
+        self._waiting: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._is_draining = self._is_ended = False
+        self._thread = threading.Thread(target=self._run, name="models", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    @property
+    def is_ready(self) -> bool:
+        """True while jobs are accepted."""
+        return self._thread.is_alive() and not self._is_draining
+
+    def drain(self) -> None:
+        """Accept no further job; those that wait are still computed."""
+        with self._changed:
+            self._is_draining = True
+
+    def end(self) -> None:
+        """End the thread after its current batch; jobs that still wait fail."""
+        with self._changed:
+            self._is_draining = self._is_ended = True
+            for job in self._waiting:
+                job.future.set_exception(Draining("the server ended before it computed this request; send it again"))
+            self._waiting.clear()
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def submit(self, job: Job) -> None:
+        """Put a job into the queue. Raises QueueFull or Draining."""
+        with self._changed:
+            if self._is_draining:
+                raise Draining("the server is shutting down; send the request again, to another server or later")
+            if len(self._waiting) >= self._max_jobs:
+                raise QueueFull(f"{self._max_jobs} requests wait already; send this one again later")
+            self._waiting.append(job)
+            self._metrics.waiting.set(len(self._waiting))
+            self._changed.notify_all()
+
+    def cancel(self, job: Job) -> None:
+        """Free the place of a job that nobody waits for; a job that is computed now ends at its next step."""
+        job.cancelled.set()
+        with self._changed:
+            if job in self._waiting:
+                self._waiting.remove(job)
+                self._metrics.waiting.set(len(self._waiting))
+
+    def _run(self) -> None:
+        while jobs := self._take():
+            self._compute(jobs)
+
+    def _take(self) -> list[Job]:
+        """Return the next jobs of one key; none if the thread ends."""
+        with self._changed:
+            while not self._is_ended and not self._is_batch_due():
+                self._changed.wait(self._rest_of_window())
+            chosen = self._first_of_one_key()
+            for job in chosen:
+                self._waiting.remove(job)
+            self._metrics.waiting.set(len(self._waiting))
+        return chosen
+
+    def _is_batch_due(self) -> bool:
+        """Return True if a job waits, and its batch is full or has waited long enough."""
+        return bool(self._waiting) and (self._num_rows() >= self._waiting[0].max_rows or self._rest_of_window() == 0)
+
+    def _rest_of_window(self) -> float | None:
+        """Return the seconds for which the first job still waits for others; None without a job."""
+        if not self._waiting:
+            return None
+        return max(0.0, self._waiting[0].arrived_seconds + self._window - time.monotonic())
+
+    def _num_rows(self) -> int:
+        """Return the sequences of all waiting jobs with the key of the first."""
+        return sum(job.num_rows for job in self._waiting if job.key == self._waiting[0].key)
+
+    def _first_of_one_key(self) -> list[Job]:
+        chosen: list[Job] = []
+        num_rows = 0
+        for job in self._waiting:
+            if job.key != self._waiting[0].key:
+                continue
+            if chosen and num_rows + job.num_rows > job.max_rows:
+                break
+            chosen.append(job)
+            num_rows += job.num_rows
+        return chosen
+
+    def _compute(self, jobs: list[Job]) -> None:
+        kind = str(jobs[0].key[0])
+        self._metrics.batch_rows.labels(kind).observe(sum(job.num_rows for job in jobs))
+        start = time.monotonic()
+        try:
+            results = jobs[0].compute([job.payload for job in jobs])
+        except Exception as error:
+            self._compute_each(jobs, error)
+        else:
+            for job, result in zip(jobs, results, strict=True):
+                _settle(job, result)
+        self._metrics.batch_seconds.labels(kind).observe(time.monotonic() - start)
+
+    def _compute_each(self, jobs: list[Job], error: Exception) -> None:
+        """Compute jobs one by one after the error of their batch; a single job fails with it."""
+        if len(jobs) == 1:
+            _settle(jobs[0], error)
+            return
+        for job in jobs:
+            try:
+                _settle(job, job.compute([job.payload])[0])
+            except Exception as own_error:
+                _settle(job, own_error)
+
+
+def _settle(job: Job, result: Any) -> None:
+    if not job.future.set_running_or_notify_cancel():
+        return
+    if isinstance(result, Exception):
+        job.future.set_exception(result)
+    else:
+        job.future.set_result(result)
