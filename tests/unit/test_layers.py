@@ -41,6 +41,7 @@ callbacks: config data direction errors evaluation inference model parallel plat
 pretrain: callbacks checkpoint cli config data errors model ops parallel planning platform training
 inference: direction errors lazy storage tokenizers
 convert: checkpoint config direction errors inference lazy tables model parallel platform provenance storage tokenizers
+rewards: direction errors inference lazy
 finetune: data direction errors inference storage tokenizers
 evaluation: direction errors inference lazy storage tables tokenizers
 reports: config direction errors evaluation inference tables planning storage training
@@ -52,7 +53,7 @@ cli: checkpoint config convert data direction errors evaluation finetune hardwar
 MAY_IMPORT = {room: set(names.split()) for room, _, names in (line.partition(":") for line in LAYERS.split("\n") if line)}
 """Part of the package -> other parts that it may import; each is imported by some file of it."""
 MEGATRON_FREE = {
-    *("config", "direction", "errors", "evaluation", "inference", "planning", "provenance", "reports", "storage"),
+    *("config", "direction", "errors", "evaluation", "inference", "planning", "provenance", "reports", "rewards", "storage"),
     "tokenizers",
 }
 TORCH_FREE = {"config", "planning", "storage", "tokenizers"}
