@@ -43,6 +43,7 @@ GROUPS = {
         "generate": "write the text that precedes a given text",
         "rerank": "rank answers by Reverse Reward",
         "report-rerank": "compare Reverse Reward with its baselines",
+        "export-preferences": "write pairs of a better and a worse answer for DPO from ranked answers",
     },
     "evaluating models": {
         "evaluate": "evaluate a model of either direction on tasks from local files",

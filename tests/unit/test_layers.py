@@ -41,14 +41,14 @@ callbacks: config data direction errors evaluation inference model parallel plat
 pretrain: callbacks checkpoint cli config data errors model ops parallel planning platform training
 inference: direction errors lazy storage tokenizers
 convert: checkpoint config direction errors inference lazy tables model parallel platform provenance storage tokenizers
-rewards: direction errors inference lazy
+rewards: direction errors inference lazy storage
 finetune: data direction errors inference storage tokenizers
 evaluation: direction errors inference lazy storage tables tokenizers
 reports: config direction errors evaluation inference tables planning storage training
 hardware_check: checkpoint config convert data direction errors inference model ops parallel planning platform storage\
  tables training
 cli: checkpoint config convert data direction errors evaluation finetune hardware_check inference markdown ops planning\
- platform reports training
+ platform reports rewards training
 """
 MAY_IMPORT = {room: set(names.split()) for room, _, names in (line.partition(":") for line in LAYERS.split("\n") if line)}
 """Part of the package -> other parts that it may import; each is imported by some file of it."""

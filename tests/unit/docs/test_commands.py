@@ -123,6 +123,9 @@ RUN_BY_TESTS = {
     ),
     "ledom rerank --forward models/forward --forward-engine vllm --reverse models/reverse --reverse-engine vllm"
     " --input prompts.jsonl --output answers.jsonl --sample 8 --max-new-tokens 64": "tests/unit/inference/test_vllm_engine.py",
+    "ledom export-preferences answers.jsonl answers_seed1.jsonl --output pairs --pairs best-others --min-margin 2": (
+        "tests/unit/rewards/test_page.py"
+    ),
     "ledom configs list": RUN_HERE,
     "ledom configs show quickstart_reverse > run.yaml": RUN_HERE,
     "ledom train --config ledom_7b --dry-run parallel.hardware=h100-sxm": RUN_HERE,

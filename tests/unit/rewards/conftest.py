@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ledom.inference import ForwardLM, ReverseLM, TransformersEngine
+from tests.support.output_commands import write_inputs
 from tests.support.reward_server import RewardServer, serving_rewards
 from tests.support.tiny_models import random_model_folder
 
@@ -38,3 +39,9 @@ def server(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reward
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with serving_rewards(*engines) as server:
         yield server
+
+
+@pytest.fixture(scope="package")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Write small inputs of every command, which no test changes."""
+    return write_inputs(tmp_path_factory.mktemp("inputs"))

@@ -1,11 +1,14 @@
-"""The Python of docs/how_to/rewards_for_trainers.md runs, and its functions agree."""
+"""The Python and the commands of docs/how_to/rewards_for_trainers.md run, and its functions agree."""
 
+import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_ledom.cli.main import run
 from tests.support.paths import ROOT
 from tests.support.reward_server import RewardServer
 
@@ -40,3 +43,15 @@ def test_the_examples_run(
     first, _, last = capsys.readouterr().out.partition("\n")
     assert float(first.strip("[]")) == pytest.approx(expected[0], abs=1e-5)
     assert last.count("[") >= 4
+
+
+def test_the_command_runs(made: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("answers.jsonl", "answers_seed1.jsonl")):
+        line = json.loads(Path(made["ranked"]).read_text(encoding="utf-8").splitlines()[0])
+        line["scores"][1]["reward"] = -5.0 - number
+        Path(name).write_text(json.dumps(line) + "\n", encoding="utf-8")
+    [command] = [line for line in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) if line.startswith("ledom export")]
+    assert not run(shlex.split(command)[1:])
+    rows = [json.loads(line) for line in Path("pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(row["chosen_reward"], row["rejected_reward"]) for row in rows] == [(-1.0, -5.0), (-1.0, -6.0)]
