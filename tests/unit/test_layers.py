@@ -42,7 +42,7 @@ pretrain: callbacks checkpoint cli config data errors model ops parallel plannin
 inference: direction errors lazy storage tokenizers
 convert: checkpoint config direction errors inference lazy tables model parallel platform provenance storage tokenizers
 rewards: direction errors inference lazy storage
-finetune: data direction errors inference storage tokenizers
+finetune: data direction errors inference lazy storage tokenizers
 evaluation: direction errors inference lazy storage tables tokenizers
 reports: config direction errors evaluation inference tables planning storage training
 hardware_check: checkpoint config convert data direction errors inference model ops parallel planning platform storage\
