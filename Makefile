@@ -16,7 +16,7 @@ AT_ONCE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 ALONE := distributed or slurm
 
 # What a version of megatron-core can change. CI runs it on Python 3.12 beside the whole suite on 3.11.
-CORE := tests/golden tests/unit/platform tests/unit/checkpoint tests/numerics/test_conversion.py tests/quickstart/test_one_minute.py \
+CORE := tests/numerics/test_conversion.py tests/quickstart/test_one_minute.py tests/unit/platform tests/unit/checkpoint tests/golden \
 	$(addprefix tests/distributed/test_,hazards.py damaged_shards.py layouts.py resume.py reshard.py async_save.py)
 
 .PHONY: quickstart study docs test test-fast test-slow test-core moves check unit clean
@@ -47,15 +47,20 @@ $(JUDGES): tests/judges/requirements.txt $(STAMP)
 	$(BIN)/python -m pip --disable-pip-version-check install --progress-bar off --no-deps --no-compile --target $(@D) -r $<
 	touch $@
 
-# All tests except the slow ones. The second part also runs if the first fails; a failure of either fails the target.
+# Tests of some folders or files in two parts. The second part also runs if the first fails; a failure of either fails the target.
+define IN_TWO_PARTS
+@first=0; second=0; \
+echo "=== 1 of 2: tests of one process, $(WORKERS) at once"; \
+$(PYTEST) $(1) $(AT_ONCE) -m "not ($(ALONE))" --durations=15 || first=$$?; \
+echo "=== 2 of 2: tests that start ranks or a cluster, one after the other"; \
+$(PYTEST) $(1) -m "$(ALONE)" --durations=15 || second=$$?; \
+echo "=== exit codes: $$first, $$second"; \
+exit $$((first > second ? first : second))
+endef
+
+# All tests except the slow ones.
 test: check
-	@first=0; second=0; \
-	echo "=== 1 of 2: tests of one process, $(WORKERS) at once"; \
-	$(PYTEST) tests $(AT_ONCE) -m "not ($(ALONE))" --durations=15 || first=$$?; \
-	echo "=== 2 of 2: tests that start ranks or a cluster, one after the other"; \
-	$(PYTEST) tests -m "$(ALONE)" --durations=15 || second=$$?; \
-	echo "=== exit codes: $$first, $$second"; \
-	exit $$((first > second ? first : second))
+	$(call IN_TWO_PARTS,tests)
 
 # Lint, types and unit tests: run before each commit.
 test-fast: check unit
@@ -64,7 +69,7 @@ test-slow: $(STAMP)
 	$(PYTEST) tests -m slow --durations=20
 
 test-core: $(STAMP)
-	$(PYTEST) $(CORE) --durations=15
+	$(call IN_TWO_PARTS,$(CORE))
 
 # Checkpoints of one megatron-core read by another: CORES has NAME=PYTHON[,FOLDER] for each (tests/benchmarks/move_checkpoints.py).
 moves: $(STAMP)
