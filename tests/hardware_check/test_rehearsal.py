@@ -12,7 +12,8 @@ from megatron_ledom.hardware_check.runner import Request, limit_of
 from tests.support.paths import ROOT
 
 MINUTES = 15
-"""Wider than the default, because a suite may run beside this test: beside ten busy processes on two cores the checks took 633 s. With two free cores they need two, and the test then compares them with the default limits."""
+"""Wider than the default, because a suite may run beside this test: at a load of ten on two cores the checks took 633 s.
+With two free cores they need two minutes, and the test then compares them with the default limits."""
 BUSY = 1.5
 """Load for each core, above which seconds say nothing of the checks: this test has 1, and one more program on two cores has 0.5."""
 NEED_A_MACHINE = {"nodes", "transformer_engine", "fp8"}
