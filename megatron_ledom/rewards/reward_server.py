@@ -43,7 +43,8 @@ class RewardServer:
     def _ask(self, question: tuple[str, Sequence[str]]) -> list[Scored]:
         prompt, answers = question
         client = self._client()
-        answer = client.request({"prompt": prompt, "candidates": list(answers), **asdict(self.settings)})
+        options = {**asdict(self.settings), "too_long": "skip"}
+        answer = client.request({"prompt": prompt, "candidates": list(answers), **options})
         rewards, results = answer.get("rewards"), answer.get("results")
         if not isinstance(rewards, list) or len(rewards) != len(answers):
             raise DataError(
