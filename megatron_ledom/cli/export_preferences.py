@@ -28,7 +28,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--min-margin",
         type=float,
         default=0.0,
-        metavar="M",
+        metavar="N",
         help="smallest difference of the two rewards, in nats (default 0: any difference)",
     )
     parser.add_argument(

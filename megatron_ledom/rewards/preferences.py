@@ -13,7 +13,7 @@ from typing import Any
 from megatron_ledom.errors import DataError, UsageError, cannot_write
 from megatron_ledom.inference.reverse_reward.input_lines import json_line
 from megatron_ledom.inference.reverse_reward.ranked_lines import ranked_candidates, reranked_lines, skipped_prompt
-from megatron_ledom.storage.files import PART_SUFFIX, new_file, real_path, sync_stream, withdraw
+from megatron_ledom.storage.files import PART_SUFFIX, new_file, real_path, sync_stream
 from megatron_ledom.storage.hashes import sha256_of
 from megatron_ledom.storage.jobs import check_same_request
 from megatron_ledom.storage.locks import output_file_lock
@@ -125,9 +125,11 @@ def _noted(path: Path) -> dict[str, Any] | None:
 def _write(
     targets: Sequence[Path], request: dict[str, Any], inputs: Sequence[str | Path], settings: PreferenceSettings
 ) -> dict[str, int]:
-    """Write the files of pairs, then the notes. While they are written, the unfinished notes contain the request."""
+    """Write the files of pairs, then the notes. While they are written, the unfinished notes contain the request.
+
+    The hashes in the notes of an older output tell that its files were replaced.
+    """
     lines_path, table_path, notes_path = targets
-    withdraw(real_path(notes_path))
     counts: Counter[str] = Counter(num_prompts=0, num_pairs=0, num_prompts_without_pairs=0, num_unscored=0)
     with new_file(notes_path) as notes:
         notes.write(json_line({"made_by": request}))

@@ -15,10 +15,12 @@ Scored = tuple[float | None, str]
 """A reward, or None without one, and the reason if it is not finite."""
 PARALLEL = 8
 """Largest number of requests at the same time; the server computes them together."""
+MOST_ANSWERS = 256
+"""Largest number of answers in a request; servers limit it."""
 
 
 class RewardServer:
-    """Asks a server for rewards: one request for each prompt with all its answers. It connects at the first call."""
+    """Asks a server for rewards, with one request for each prompt and its answers."""
 
     def __init__(self, url: str, settings: RewardSettings, timeout_seconds: float, *, key_over_http: bool = False) -> None:
         self.url = url.rstrip("/").removesuffix("/v1/reward").removesuffix("/v1") + "/v1"
@@ -37,14 +39,20 @@ class RewardServer:
 
     def score(self, questions: Sequence[tuple[str, Sequence[str]]]) -> list[list[Scored]]:
         """Return the rewards in the order of the questions and answers."""
-        with ThreadPoolExecutor(min(PARALLEL, len(questions))) as pool:
-            return list(pool.map(self._ask, questions))
+        parts = [
+            (prompt, answers[begin : begin + MOST_ANSWERS])
+            for prompt, answers in questions
+            for begin in range(0, len(answers), MOST_ANSWERS)
+        ]
+        with ThreadPoolExecutor(min(PARALLEL, len(parts))) as pool:
+            scored = iter([one for found in pool.map(self._ask, parts) for one in found])
+        return [[next(scored) for _ in answers] for _, answers in questions]
 
     def _ask(self, question: tuple[str, Sequence[str]]) -> list[Scored]:
         prompt, answers = question
         client = self._client()
-        options = {**asdict(self.settings), "too_long": "skip"}
-        answer = client.request({"prompt": prompt, "candidates": list(answers), **options})
+        asked = {"prompt": prompt, "candidates": list(answers), "too_long": "skip"}  # a text that is too long gets null
+        answer = client.request({**asked, **asdict(self.settings)})
         rewards, results = answer.get("rewards"), answer.get("results")
         if not isinstance(rewards, list) or len(rewards) != len(answers):
             raise DataError(

@@ -11,6 +11,7 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.finetune.documents import IGNORED, DocumentCollator, encode_documents, save_finetuned
 from megatron_ledom.inference import ForwardLM, ReverseLM
+from megatron_ledom.provenance import vocabulary_hash
 from tests.support.legible import EOD_ID, legible_ids
 from tests.support.tiny_models import random_model_folder
 
@@ -86,6 +87,8 @@ def test_a_published_folder_gets_its_direction(tmp_path: Path) -> None:
     save_finetuned(lm, lm.model, source, tmp_path / "saved")
     again = ReverseLM.from_pretrained(tmp_path / "saved", device="cpu")
     assert again.stop_ids == [3]
+    recorded = json.loads((tmp_path / "saved/config.json").read_text())
+    assert recorded["tokenizer_sha256"] == vocabulary_hash((source / "tokenizer.json").read_bytes())
     assert again.log_likelihood("The cat", " sat").logprob == lm.log_likelihood("The cat", " sat").logprob
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert isinstance(stock, LlamaForCausalLM)

@@ -155,6 +155,32 @@ def test_unfinished_work_of_another_request_is_refused(
     assert "but no pairs.json records how it was made; pass --overwrite" in capsys.readouterr().err
 
 
+def test_a_failed_replacement_leaves_the_old_output_complete(
+    ranked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [ranked, "--output", tmp_path / "pairs"]
+    assert run_tool(monkeypatch, "export_preferences", *command) == 0
+    before = {path: path.read_bytes() for path in tmp_path.glob("pairs.*")}
+    (tmp_path / "bad.jsonl").write_text(json.dumps(LINES[0]) + "\n{}\n")
+    bad = [tmp_path / "bad.jsonl", "--output", tmp_path / "pairs", "--overwrite"]
+    assert run_tool(monkeypatch, "export_preferences", *bad) == 1
+    assert {path: path.read_bytes() for path in tmp_path.glob("pairs.*")} == before
+    assert run_tool(monkeypatch, "export_preferences", *command) == 0
+    assert "are complete; nothing to do" in capsys.readouterr().err
+
+
+def test_an_output_whose_replacement_was_interrupted_is_written_again(
+    ranked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, kind in (("pairs", "best-worst"), ("other", "all")):
+        export_preferences([ranked], tmp_path / name, PreferenceSettings(pairs=kind))
+    expected = {path.name: path.read_bytes() for path in tmp_path.glob("pairs.*")}
+    (tmp_path / "pairs.parquet").write_bytes((tmp_path / "other.parquet").read_bytes())
+    assert run_tool(monkeypatch, "export_preferences", ranked, "--output", tmp_path / "pairs") == 0
+    assert "nothing to do" not in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("pairs.*")} == expected
+
+
 BAD: dict[str, tuple[list[dict[str, Any]], list[str], int, str]] = {
     "no pair": (LINES[2:], [], 1, "no two answers of a prompt differ"),
     "too large a margin": (LINES[1:2], ["--min-margin", "9"], 1, "by a margin of 9 or more"),

@@ -81,6 +81,15 @@ def test_pairs_of_one_prompt_are_asked_together_and_returned_in_order(engines: E
     assert sorted(len(request["candidates"]) for request in server.requests) == [3, 3]
 
 
+def test_many_answers_are_divided_into_requests(
+    engines: Engines, server: RewardServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_ledom.rewards.reward_server.MOST_ANSWERS", 3)
+    rewards = ReverseRewardFunction.at(server.url).rewards(QUESTIONS)
+    assert rewards == [pytest.approx(row, abs=1e-5) for row in ReverseRewardFunction(*engines).rewards(QUESTIONS)]
+    assert sorted(len(request["candidates"]) for request in server.requests) == [1, 2, 3]
+
+
 def test_an_answer_without_a_reward_is_an_error_or_gets_the_chosen_number(engines: Engines, server: RewardServer) -> None:
     prompt, long = QUESTIONS[0][0], "The cat sat on the mat. " * 200
     for make in (
