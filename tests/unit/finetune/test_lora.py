@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 
@@ -21,7 +22,6 @@ from tests.support.paths import ROOT
 from tests.support.tiny_models import CORPUS, random_model_folder
 from tests.support.tool_runs import preprocessed
 
-peft = pytest.importorskip("peft", reason="LoRA needs PEFT: pip install '.[finetune]'")
 PAGE = (ROOT / "docs/how_to/finetune_lora.md").read_text(encoding="utf-8")
 TEXTS = [f"{text} Number {number}." for number in range(4) for text in CORPUS]
 EOD = "<EOD>"

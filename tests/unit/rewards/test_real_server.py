@@ -6,9 +6,7 @@ import pytest
 
 from megatron_ledom.inference import RewardSettings
 from megatron_ledom.rewards import ProcessReward, ReverseRewardFunction
-
-served = pytest.importorskip("tests.support.served", reason="this version has no ledom serve")
-pytest.importorskip("fastapi", reason="ledom serve needs the extra serve")
+from tests.support.served import serving
 
 
 def test_rewards_of_the_server_equal_those_of_this_process(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,7 +15,7 @@ def test_rewards_of_the_server_equal_those_of_this_process(folders: tuple[Path, 
     prompts = [*["What is the capital of France?\n"] * 4, "Once upon a time "]
     answers = ["Paris", "The cat", "", "word " * 900, "x"]
     local = ReverseRewardFunction(*folders, settings, unscored=-99.0)
-    with served.serving("--forward", folders[0], "--reverse", folders[1]) as server:
+    with serving("--forward", folders[0], "--reverse", folders[1]) as server:
         remote = ReverseRewardFunction.at(server.url, settings, unscored=-99.0)
         rewards = remote(prompts, answers)
         steps = ProcessReward(remote).score(["Six?"], [["a\n\nb", "c"]])

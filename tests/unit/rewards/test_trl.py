@@ -1,7 +1,4 @@
-"""TRL's own trainers: DPOTrainer loads exported preferences, and GRPOTrainer trains with the reward function.
-
-TRL is optional; without it these tests are skipped. `pip install '.[trl]'` brings the pinned version.
-"""
+"""TRL's own trainers: DPOTrainer loads exported preferences, and GRPOTrainer trains with the reward function."""
 
 import json
 import math
@@ -9,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,7 +14,6 @@ from megatron_ledom.inference import TransformersEngine
 from megatron_ledom.rewards import ReverseRewardFunction, TrlReward
 from megatron_ledom.rewards.preferences import PreferenceSettings, export_preferences
 
-trl = pytest.importorskip("trl", reason="TRL is not installed: pip install '.[trl]'")
 COMMON: dict[str, Any] = {
     "max_steps": 1,
     "logging_steps": 1,
