@@ -62,6 +62,8 @@ def rows_of(request: CompletionRequest, texts: list[str]) -> list[RowRequest]:
             raise ApiError(400, f"{name} is not supported; remove it", name)
     if request.echo and request.logprobs is not None:
         raise ApiError(400, "echo with logprobs is not supported; POST /v1/score gives the log-probabilities of a text", "echo")
+    if request.stream and request.logprobs is not None:
+        raise ApiError(400, "logprobs are not part of a stream; send one of the two", "logprobs")
     num = request.n or 1
     if len(texts) * num > MAX_CHOICES:
         raise ApiError(400, f"{len(texts)} texts with n={num} are more than {MAX_CHOICES} choices; ask for fewer", "n")

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from megatron_ledom.errors import LedomError, NotFiniteError
 from megatron_ledom.serving.models import UnknownModel
-from megatron_ledom.serving.work_queue import Draining, QueueFull
+from megatron_ledom.serving.work_queue import Ending, QueueFull
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 1
@@ -85,7 +85,7 @@ def _parts(error: Exception) -> tuple[int, str, str | None, str | None]:
         return error.status, error.message, error.param, error.code
     if isinstance(error, QueueFull):
         return 429, str(error), None, "queue_full"
-    if isinstance(error, Draining):
+    if isinstance(error, Ending):
         return 503, str(error), None, "shutting_down"
     if isinstance(error, RequestValidationError):
         return 400, *_validation_parts(error)

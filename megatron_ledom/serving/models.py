@@ -89,10 +89,10 @@ class ServedModels:
         return [self.reverse, *([self.forward] if self.forward else [])]
 
     def named_or_refuse(self, name: str) -> ServedModel:
-        """Return the model with a name, or with a direction as its name; raise UnknownModel if there is none."""
-        for model in self.all:
-            if name in (model.name, str(model.direction)):
-                return model
+        """Return the model with a name, else the one of the direction with that name; raise UnknownModel if there is none."""
+        known = {**{str(model.direction): model for model in self.all}, **{model.name: model for model in self.all}}
+        if name in known:
+            return known[name]
         raise UnknownModel(f"the model {name!a} is not served here; use one of: {', '.join(model.name for model in self.all)}")
 
     def forward_or_refuse(self, remedy: str) -> ServedModel:

@@ -23,7 +23,7 @@ class QueueFull(TransientError):
     """The queue has no place for a further request."""
 
 
-class Draining(TransientError):
+class Ending(TransientError):
     """The server ends and accepts no further request."""
 
 
@@ -54,7 +54,7 @@ class WorkQueue:
         self._metrics = metrics
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
-        self._is_draining = self._is_ended = False
+        self._is_ended = False
         self._thread = threading.Thread(target=self._run, name="models", daemon=True)
 
     def start(self) -> None:
@@ -64,29 +64,24 @@ class WorkQueue:
     @property
     def is_ready(self) -> bool:
         """True while jobs are accepted."""
-        return self._thread.is_alive() and not self._is_draining
-
-    def drain(self) -> None:
-        """Accept no further job; those that wait are still computed."""
-        with self._changed:
-            self._is_draining = True
+        return self._thread.is_alive() and not self._is_ended
 
     def end(self) -> None:
         """End the thread after its current batch; jobs that still wait fail."""
         with self._changed:
-            self._is_draining = self._is_ended = True
+            self._is_ended = True
             for job in self._waiting:
-                job.future.set_exception(Draining("the server ended before it computed this request; send it again"))
+                _settle(job, Ending("the server ended before it computed this request; send it again"))
             self._waiting.clear()
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join()
 
     def submit(self, job: Job) -> None:
-        """Put a job into the queue. Raises QueueFull or Draining."""
+        """Put a job into the queue. Raises QueueFull or Ending."""
         with self._changed:
-            if self._is_draining:
-                raise Draining("the server is shutting down; send the request again, to another server or later")
+            if self._is_ended:
+                raise Ending("the server is shutting down; send the request again, to another server or later")
             if len(self._waiting) >= self._max_jobs:
                 raise QueueFull(f"{self._max_jobs} requests wait already; send this one again later")
             self._waiting.append(job)

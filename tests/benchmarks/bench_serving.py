@@ -4,7 +4,7 @@
     python tests/benchmarks/bench_serving.py --forward DIR --reverse DIR [--clients 1 8 64] [--requests 256] [--output FILE]
 
 Every client sends one request after another. The same requests are also computed by the library one by one, and in one batch call.
-The figures of the library include no HTTP, so the last column is the price of the server.
+`of_one_call` is the server's rate, as a part of the rate of the batch call, which has no HTTP.
 """
 
 import argparse

@@ -88,6 +88,7 @@ def test_a_seed_gives_the_same_text_whatever_else_is_in_the_batch(served: Served
         ({"model": "reverse", "prompt": None}, "give the text in `suffix`"),
         ({"model": "reverse", "prompt": None, "suffix": "a", "echo": True, "logprobs": 1}, "POST /v1/score"),
         ({"model": "reverse", "prompt": None, "suffix": "a", "best_of": 3}, "best_of is not supported"),
+        ({"model": "reverse", "prompt": None, "suffix": "a", "stream": True, "logprobs": 1}, "not part of a stream"),
         ({"model": "reverse", "prompt": None, "suffix": "a", "n": 2, "temperature": 0}, "would all be the same"),
         ({"model": "reverse", "prompt": None, "suffix": "a", "max_tokens": 512}, "lower max_tokens"),
         ({"model": "reverse", "prompt": None, "suffix": "a", "max_tokens": 600, "stream": True}, "lower max_tokens"),

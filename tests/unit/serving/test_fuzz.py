@@ -6,13 +6,17 @@ from typing import Any
 import pytest
 import schemathesis
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
 from tests.support.served import Served, serving
 from tests.support.tiny_models import save_model_folder, sentencepiece_like_json, tiny_config
+
+READ = ("/health", "/metrics", "/v1/models")
+PATHS = (*READ, "/v1/completions", "/v1/score", "/v1/reward", "/rerank", "/v1/rerank", "/v2/rerank", "/get_reward")
 
 
 @pytest.fixture(scope="module")
@@ -36,21 +40,35 @@ def api(server: Served) -> Any:
     return schemathesis.openapi.from_url(f"{server.url}/openapi.json")
 
 
-schema = schemathesis.pytest.from_fixture("api")
+def check(operation: Any, mode: GenerationMode, num_requests: int) -> dict[int, int]:
+    """Send requests of an endpoint, right or wrong by its schema, and return how often each status came."""
+    statuses: dict[int, int] = {}
+
+    @settings(
+        max_examples=num_requests, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def _send(case: Any) -> None:
+        answer = case.call(timeout=60)
+        case.validate_response(answer, checks=[not_a_server_error])
+        statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
+        if answer.status_code >= 400:
+            assert list(answer.json()) == ["error"]
+            assert answer.json()["error"]["message"]
+
+    _send()
+    return statuses
 
 
-@schema.parametrize()
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-def test_no_request_ends_in_a_server_error(case: Any) -> None:
-    answer = case.call(timeout=60)
-    case.validate_response(answer, checks=[not_a_server_error])
-    if answer.status_code >= 400:
-        assert list(answer.json()) == ["error"]
-        assert answer.json()["error"]["message"]
+@pytest.mark.parametrize("path", PATHS)
+def test_no_request_ends_in_a_server_error(api: Any, path: str) -> None:
+    operation = api[path]["get" if path in READ else "post"]
+    statuses = check(operation, GenerationMode.POSITIVE, 5 if path in READ else 40)
+    assert path not in READ or list(statuses) == [200]
+    if path not in READ:
+        wrong = check(operation, GenerationMode.NEGATIVE, 40)
+        assert wrong.get(400), wrong
 
 
 def test_the_schema_describes_every_endpoint(api: Any) -> None:
-    assert set(api.raw_schema["paths"]) == {
-        *("/health", "/metrics", "/v1/models", "/v1/completions", "/v1/score", "/v1/reward"),
-        *("/rerank", "/v1/rerank", "/v2/rerank", "/get_reward"),
-    }
+    assert set(api.raw_schema["paths"]) == set(PATHS)
