@@ -2,13 +2,14 @@
 
 import { post } from "./api.js";
 import { bindForm, brief, byId, make, shown } from "./dom.js";
+import { nameOf } from "./models.js";
 import { clearProblems, FieldError, showError } from "./problems.js";
-import { commonPieces, described, fractionOf, LOWEST, piecesOf, strip, visible } from "./shading.js";
+import { commonPieces, described, fractionOf, LOWEST, piecesOf, strip } from "./shading.js";
 
 const MOST = 4; // difference in nats with the strongest colour
 const LISTED = 10;
 const LEGENDS = {
-  difference: [`Blue: likelier for the forward model. Orange: for the reverse model. Full colour from ${MOST} nats on.`, "both"],
+  difference: [`Blue: likelier for the forward model. Orange: for the reverse model. Full colour from ${MOST} nats on. Point at a piece, or use the arrow keys, for its values.`, "both"],
   forward: [`Warmer: likelier for the forward model, from log-probability −${-LOWEST} or less to 0.`, "warm"],
   reverse: [`Warmer: likelier for the reverse model, from log-probability −${-LOWEST} or less to 0.`, "warm"],
 };
@@ -22,8 +23,8 @@ export function startCompare() {
 }
 
 /** Adapt the panel to the models of the server. */
-export function adaptCompare(models) {
-  const hasForward = models.some((model) => model.direction === "forward");
+export function adaptCompare() {
+  const hasForward = nameOf("forward") !== null;
   byId("compare-needs").hidden = hasForward;
   byId("compare-needs").textContent =
     "Compare needs a forward model, and this server has none. Start it with both: ledom serve --reverse DIR --forward DIR";
@@ -86,12 +87,13 @@ function totalRow(name, direction, score, numBytes) {
 
 function differenceRow(piece) {
   const side = difference(piece) > 0 ? "forward" : "reverse";
-  const text = make("span", { class: `piece ${side}` }, visible(brief(piece.text, 40) || piece.text));
+  const text = make("span", { class: `piece ${side}` }, brief(piece.text, 40) || spaces(piece.text));
   text.style.setProperty("--fraction", strength(piece));
   const cells = [piece.forward, piece.reverse, difference(piece)].map((value) => make("td", {}, value === Infinity ? "∞" : shown(value)));
   return make("tr", {}, make("th", { scope: "row", class: "words" }, text), ...cells);
 }
 
+const spaces = (text) => text.replace(/\n/gu, "↵").replace(/\s/gu, "␣");
 const strength = (piece) => Math.min(1, size(piece) / MOST);
 
 function showStrip() {

@@ -3,6 +3,7 @@
 import { get, hasKey, useKey } from "./api.js";
 import { adaptCompare, startCompare } from "./compare.js";
 import { byId } from "./dom.js";
+import { setModels } from "./models.js";
 import { clearProblems, showProblem } from "./problems.js";
 import { adaptRank, startRank } from "./rank.js";
 import { startWrite } from "./write.js";
@@ -84,8 +85,9 @@ async function showModels() {
     const { data } = await get("/v1/models");
     place.textContent = data.map((model) => (model.id === model.direction ? model.id : `${model.id} (${model.direction})`)).join(" · ");
     place.classList.remove("problem");
-    adaptRank(data);
-    adaptCompare(data);
+    setModels(data);
+    adaptRank();
+    adaptCompare();
     byId("key").open = false;
     byId("key").hidden = !hasKey() && !byId("key").dataset.needed;
   } catch (error) {

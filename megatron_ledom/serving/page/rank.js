@@ -3,6 +3,7 @@
 import { post } from "./api.js";
 import { addCandidate, boxes, candidates, questionsOf, setCandidates } from "./candidates.js";
 import { bindForm, brief, byId, make, shown } from "./dom.js";
+import { nameOf } from "./models.js";
 import { clearProblems, FieldError, numberIn, numbersIn, showError } from "./problems.js";
 import { rank, rewardOf, scoresOf } from "./reward.js";
 import { clearShades, isShaded, orderShades, setDelimiter, toggleShade } from "./shades.js";
@@ -29,8 +30,8 @@ export function startRank() {
 }
 
 /** Adapt the panel to the models of the server. */
-export function adaptRank(models) {
-  hasForward = models.some((model) => model.direction === "forward");
+export function adaptRank() {
+  hasForward = nameOf("forward") !== null;
   byId("sample-run").disabled = !hasForward;
   byId("sample-needs").hidden = hasForward;
   byId("sample-needs").textContent = "This server has no forward model; start it with --forward DIR to sample candidates.";
@@ -204,7 +205,7 @@ async function sample() {
     if (!prompt) throw new FieldError(byId("prompt"), "Type a prompt, at least one character.");
     byId("sample-stop").disabled = false;
     button.disabled = true;
-    const answer = await post("/v1/completions", { model: "forward", prompt, ...options }, own.signal);
+    const answer = await post("/v1/completions", { model: nameOf("forward"), prompt, ...options }, own.signal);
     const kept = candidates().filter((one) => one !== "");
     setCandidates([...kept, ...answer.choices.map((choice) => choice.text)]);
   } catch (error) {

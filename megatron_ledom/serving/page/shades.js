@@ -2,6 +2,7 @@
 
 import { post } from "./api.js";
 import { byId, make, shown } from "./dom.js";
+import { nameOf } from "./models.js";
 import { described, fractionOf, piecesOf, strip, visible } from "./shading.js";
 import { delimiterOf, stepsOf } from "./steps.js";
 
@@ -54,7 +55,7 @@ export function orderShades(positions) {
 async function scoredSteps(prompt, answer, delimiter) {
   const texts = stepsOf(answer, delimiter);
   const pairs = texts.map((_, number) => ({ preceding: prompt, following: texts.slice(0, number + 1).join("") }));
-  const answered = await post("/v1/score", { model: "reverse", pairs, token_values: false });
+  const answered = await post("/v1/score", { model: nameOf("reverse"), pairs, token_values: false });
   return texts.map((text, number) => ({ text, logprob: answered.data[number].reverse.logprob ?? -Infinity }));
 }
 

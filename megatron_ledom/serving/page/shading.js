@@ -40,7 +40,7 @@ export const fractionOf = (logprob) => Math.min(1, Math.max(0, 1 - logprob / LOW
  * shade: piece -> {side, fraction}, with side "warm" or, for differences, "forward" or "reverse". describe: piece -> text.
  */
 export function strip(pieces, label, shade, describe) {
-  const readout = make("p", { class: "hint readout", "aria-live": "polite" }, "Point at a piece, or use the arrow keys.");
+  const readout = make("p", { class: "hint readout", "aria-live": "polite" }, "\u00a0");
   const spans = pieces.map((piece) => {
     const { side, fraction } = shade(piece);
     const span = make("span", { class: `piece ${side}` }, visible(piece.text));

@@ -2,6 +2,7 @@
 
 import { stream } from "./api.js";
 import { bindForm, byId, make } from "./dom.js";
+import { nameOf } from "./models.js";
 import { clearProblems, FieldError, numbersIn, showError } from "./problems.js";
 
 const SHOWN = 240; // characters of the given text in each alternative
@@ -25,7 +26,7 @@ async function write() {
     byId("write-stop").disabled = false;
     cards = Array.from({ length: Math.min(options.n ?? 1, 128) }, (_, number) => new Alternative(number, box.value));
     byId("alternatives").replaceChildren(...cards.map((card) => card.element));
-    await fill(cards, { model: "reverse", suffix: box.value, ...options }, own.signal);
+    await fill(cards, { model: nameOf("reverse"), suffix: box.value, ...options }, own.signal);
   } catch (error) {
     if (cards.length && cards.every((card) => card.isEmpty) && error.name !== "AbortError") byId("alternatives").replaceChildren();
     for (const card of cards) card.finish(error.name === "AbortError" ? "stopped" : "broken off");
