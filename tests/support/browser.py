@@ -9,7 +9,9 @@ from typing import Any
 NEEDED = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
 if importlib.util.find_spec("selenium") is None:
     NEEDED.append("selenium")
-MISSING = f"not installed: {', '.join(NEEDED)} (Debian: apt install chromium chromium-driver; pip install selenium)" if NEEDED else ""
+MISSING = (
+    f"not installed: {', '.join(NEEDED)} (Debian: apt install chromium chromium-driver; pip install selenium)" if NEEDED else ""
+)
 """The reason to skip tests that need a browser; empty if they can run."""
 SECONDS = 30
 
