@@ -103,6 +103,12 @@ class JointTokenizer:
         beyond = (index for index, (_, end) in enumerate(encoding.offsets) if end > boundary)
         return list(encoding.ids), next(beyond, len(encoding.ids))
 
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """Return for each id of `split` the first and the end position of its characters; ids of one character share them."""
+        if text in self._alone:
+            return [(0, 0), (0, len(text))]
+        return list(self._whole.encode(text, add_special_tokens=False).offsets)
+
     def heal_prompt(self, text: str, direction: Direction) -> HealedPrompt:
         """Prepare `text` for token healing: keep the ids that no continuation changes, and return the others as bytes.
 

@@ -21,6 +21,7 @@ from megatron_ledom.serving.errors import RESPONSES, JsonResponse, SafeRoute, ad
 from megatron_ledom.serving.metrics import Metrics
 from megatron_ledom.serving.middleware import Application, Gate
 from megatron_ledom.serving.models import ServedModels
+from megatron_ledom.serving.page_files import page_router, read_page
 from megatron_ledom.serving.ranking import ranking_router
 from megatron_ledom.serving.schemas import CompletionRequest
 from megatron_ledom.serving.settings import ServeSettings
@@ -49,6 +50,8 @@ def build_app(settings: ServeSettings, models: ServedModels, metrics: Metrics) -
     app.include_router(_state_router(models, metrics, queue))
     app.include_router(_completion_router(settings, models, queue))
     app.include_router(ranking_router(settings, models, queue))
+    page = read_page()
+    app.include_router(page_router(page))
     add_error_handlers(app)
     paths = {route.path for route in app.routes if hasattr(route, "path")} | set(app.openapi()["paths"])
     if settings.cors_origins:
@@ -58,7 +61,7 @@ def build_app(settings: ServeSettings, models: ServedModels, metrics: Metrics) -
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"],
         )
-    return Gate(app, settings, metrics, paths)
+    return Gate(app, settings, metrics, paths | set(page), open_paths={"/health", *page})
 
 
 def _state_router(models: ServedModels, metrics: Metrics, queue: WorkQueue) -> APIRouter:

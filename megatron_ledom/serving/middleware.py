@@ -17,18 +17,22 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
-OPEN_PATHS = ("/health",)
-"""Paths that need no API key."""
 UNKNOWN = "(unknown)"
 SHOWN_BYTES = 2000
 """Longest part of a body in the log, with `log_text`."""
 
 
 class Gate:
-    """An ASGI application around another: refuses requests without the key or with a large body, and measures the others."""
+    """An ASGI application around another: refuses requests without the key or with a large body, and measures the others.
 
-    def __init__(self, app: Application, settings: ServeSettings, metrics: Metrics, paths: set[str]) -> None:
+    open_paths: those that need no API key.
+    """
+
+    def __init__(
+        self, app: Application, settings: ServeSettings, metrics: Metrics, paths: set[str], open_paths: set[str]
+    ) -> None:
         self._app, self._settings, self._metrics, self._paths = app, settings, metrics, paths
+        self._open_paths = open_paths
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Handle one connection."""
@@ -55,7 +59,7 @@ class Gate:
 
     def _check_key(self, scope: Message) -> None:
         expected = self._settings.api_key
-        if expected is None or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+        if expected is None or scope["path"] in self._open_paths or scope["method"] == "OPTIONS":
             return
         headers = [value for name, value in scope["headers"] if name == b"authorization"]
         given = headers[0] if headers else b""

@@ -48,8 +48,8 @@ def ranking_router(settings: ServeSettings, models: ServedModels, queue: WorkQue
         for model in chosen:
             job = score_job(model, models, body.pairs, include_ends=body.include_ends)
             scores = await result_of(queue, job, request, settings.timeout_seconds)
-            for fields, found in zip(results, scores, strict=True):
-                fields[str(model.direction)] = score_fields(model, found, token_values=body.token_values)
+            for fields, found, pair in zip(results, scores, body.pairs, strict=True):
+                fields[str(model.direction)] = score_fields(model, found, pair, token_values=body.token_values)
         return JsonResponse({"object": "list", "models": [model.name for model in chosen], "data": results})
 
     @router.post("/v1/reward")

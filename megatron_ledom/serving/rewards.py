@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.inference.engines.engine import Engine
 from megatron_ledom.inference.reverse_reward.input_lines import parse_candidate
@@ -116,8 +117,11 @@ def _check_pair(model: ServedModel, number: int, pair: tuple[str, str], include_
         raise DataError(f"pairs[{number}]: {problem}; shorten it")
 
 
-def score_fields(model: ServedModel, score: SpanScore, *, token_values: bool) -> dict[str, Any]:
-    """Return a score for a response. JSON has no -inf: such a value is null, and "minus_infinity" is true."""
+def score_fields(model: ServedModel, score: SpanScore, pair: TextPair, *, token_values: bool) -> dict[str, Any]:
+    """Return a score for a response. JSON has no -inf: such a value is null, and "minus_infinity" is true.
+
+    token_offsets: the characters of each token within the pair's text, as positions of its first and after its last one.
+    """
     fields: dict[str, Any] = {"logprob": or_null(score.logprob), "num_tokens": score.num_tokens}
     if score.logprob == -math.inf:
         fields["minus_infinity"] = True
@@ -127,6 +131,9 @@ def score_fields(model: ServedModel, score: SpanScore, *, token_values: bool) ->
         fields["tokens"] = [model.language_model.tokenizer.token_text(id_) for id_ in score.text_ids]
         fields["token_ids"] = score.text_ids
         fields["token_logprobs"] = [or_null(value) for value in score.token_logprobs]
+        offsets = model.language_model.tokenizer.offsets(pair.preceding + pair.following)
+        is_first = model.direction is Direction.REVERSE  # a reverse model scores the tokens that come first
+        fields["token_offsets"] = offsets[: score.num_tokens] if is_first else offsets[len(offsets) - score.num_tokens :]
     return fields
 
 

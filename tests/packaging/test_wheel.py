@@ -120,6 +120,7 @@ def test_wheel_contains_the_package_and_its_data(built: Path) -> None:
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "megatron_ledom").rglob("*.py")}
     data = {f"megatron_ledom/configs/{path.name}" for path in (ROOT / "examples/configs").glob("*.yaml")}
     data |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "megatron_ledom").rglob("*.yaml")}
+    data |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "megatron_ledom/serving/page").iterdir()}
     assert names >= sources | data | {"megatron_ledom/py.typed"}
     assert {name.partition("/")[0] for name in names} == {
         "megatron_ledom",
