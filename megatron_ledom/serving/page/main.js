@@ -34,6 +34,12 @@ function startTabs() {
       chosen.focus();
     });
   });
+  openAsked();
+  addEventListener("hashchange", openAsked);
+}
+
+/** Open the tool that the address names. */
+function openAsked() {
   const asked = tabs.find((tab) => `#${tab.getAttribute("aria-controls")}` === location.hash);
   if (asked) openTab(asked);
 }
