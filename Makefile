@@ -1,6 +1,6 @@
 # Two commands on a fresh machine: `make quickstart` and `make test`. Both first make .venv and install pinned versions.
 # .ci/choose_python.py chooses the Python of a new environment, or `make PYTHON=python3.12` names it. Two environments live side by
-# side: make VENV=.venv-3.12 PYTHON=python3.12 test-engine
+# side: make VENV=.venv-3.12 PYTHON=python3.12 test-core
 PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,14 +11,15 @@ SIZE ?= full
 
 # Tests that need one process run in two workers, a file at a time; tests that start ranks or a cluster run alone.
 WORKERS ?= 2
-AT_ONCE := -n $(WORKERS) --dist loadfile
+# Folders in the order of their names, so that the long files run first and tests/unit fills the end.
+AT_ONCE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 ALONE := distributed or slurm
 
 # What a version of megatron-core can change. CI runs it on Python 3.12 beside the whole suite on 3.11.
-ENGINE := tests/golden tests/unit/platform tests/unit/checkpoint tests/numerics/test_conversion.py tests/quickstart/test_one_minute.py \
+CORE := tests/numerics/test_conversion.py tests/quickstart/test_one_minute.py tests/unit/platform tests/unit/checkpoint tests/golden \
 	$(addprefix tests/distributed/test_,hazards.py damaged_shards.py layouts.py resume.py reshard.py async_save.py)
 
-.PHONY: quickstart study docs test test-fast test-slow test-engine moves check unit clean
+.PHONY: quickstart study docs test test-fast test-slow test-core moves check unit clean
 
 quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart/run.py
@@ -46,15 +47,20 @@ $(JUDGES): tests/judges/requirements.txt $(STAMP)
 	$(BIN)/python -m pip --disable-pip-version-check install --progress-bar off --no-deps --no-compile --target $(@D) -r $<
 	touch $@
 
-# All tests except the slow ones. The second part also runs if the first fails; a failure of either fails the target.
+# Tests of some folders or files in two parts. The second part also runs if the first fails; a failure of either fails the target.
+define IN_TWO_PARTS
+@first=0; second=0; \
+echo "=== 1 of 2: tests of one process, $(WORKERS) at once"; \
+$(PYTEST) $(1) $(AT_ONCE) -m "not ($(ALONE))" --durations=15 || first=$$?; \
+echo "=== 2 of 2: tests that start ranks or a cluster, one after the other"; \
+$(PYTEST) $(1) -m "$(ALONE)" --durations=15 || second=$$?; \
+echo "=== exit codes: $$first, $$second"; \
+exit $$((first > second ? first : second))
+endef
+
+# All tests except the slow ones.
 test: check
-	@first=0; second=0; \
-	echo "=== 1 of 2: tests of one process, $(WORKERS) at once"; \
-	$(PYTEST) tests $(AT_ONCE) -m "not ($(ALONE))" --durations=15 || first=$$?; \
-	echo "=== 2 of 2: tests that start ranks or a cluster, one after the other"; \
-	$(PYTEST) tests -m "$(ALONE)" --durations=15 || second=$$?; \
-	echo "=== exit codes: $$first, $$second"; \
-	exit $$((first > second ? first : second))
+	$(call IN_TWO_PARTS,tests)
 
 # Lint, types and unit tests: run before each commit.
 test-fast: check unit
@@ -62,8 +68,8 @@ test-fast: check unit
 test-slow: $(STAMP)
 	$(PYTEST) tests -m slow --durations=20
 
-test-engine: $(STAMP)
-	$(PYTEST) $(ENGINE) --durations=15
+test-core: $(STAMP)
+	$(call IN_TWO_PARTS,$(CORE))
 
 # Checkpoints of one megatron-core read by another: CORES has NAME=PYTHON[,FOLDER] for each (tests/benchmarks/move_checkpoints.py).
 moves: $(STAMP)

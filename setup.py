@@ -187,6 +187,7 @@ setup(
     package_data={
         "megatron_ledom": ["py.typed"],
         "megatron_ledom.configs": ["*.yaml"],
+        "megatron_ledom.hardware_check": ["*.json"],
         "megatron_ledom.planning.hardware": ["*.yaml"],
         "megatron_ledom.planning.validation": ["*.yaml", "*.md"],
         "megatron_ledom.serving": ["page/*"],

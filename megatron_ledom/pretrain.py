@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 from megatron_ledom.callbacks.task_files import check_tasks
 from megatron_ledom.checkpoint.folder import latest_checkpoint, saved_iteration, settle_latest
-from megatron_ledom.cli.options import add_config
 from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import checkpoint_folder, expected_world_size
 from megatron_ledom.config.load import load_config
+from megatron_ledom.config.options import add_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import LASTING, UNFORESEEN, LedomError, StoppedWaiting, run_command
 from megatron_ledom.platform.launch import Launch, read_launch

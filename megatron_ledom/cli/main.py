@@ -44,6 +44,7 @@ GROUPS = {
         "rerank": "rank answers by Reverse Reward",
         "serve": "serve a reverse model and Reverse Reward over HTTP",
         "report-rerank": "compare Reverse Reward with its baselines",
+        "export-preferences": "write pairs of a better and a worse answer for DPO from ranked answers",
     },
     "evaluating models": {
         "evaluate": "evaluate a model of either direction on tasks from local files",

@@ -14,14 +14,6 @@ def add_overwrite(parser: argparse.ArgumentParser, what: str = "an existing shar
     parser.add_argument("--overwrite", action="store_true", help=f"replace {what}")
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
-    """Take the config of a run, and overrides of its keys."""
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="YAML file of the run, or a name from `ledom configs list`"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the config")
-
-
 def add_batch_size(parser: argparse.ArgumentParser) -> None:
     """Take the largest number of sequences in one batch."""
     parser.add_argument(

@@ -6,7 +6,7 @@ Example: `ledom plan-run --config ledom_7b --hardware h100-sxm --num-gpus 64 --s
 import argparse
 from collections.abc import Sequence
 
-from megatron_ledom.cli.options import add_config
+from megatron_ledom.config.options import add_config
 from megatron_ledom.errors import PlanError
 
 

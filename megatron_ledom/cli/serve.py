@@ -36,8 +36,8 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--batch-window-ms",
         type=float,
         default=4.0,
-        metavar="MS",
-        help="time for which a request waits for others of its batch (default %(default)s)",
+        metavar="N",
+        help="milliseconds for which a request waits for others of its batch (default %(default)s)",
     )
     parser.add_argument(
         "--max-queue", type=int, default=256, metavar="N", help="most requests that wait; others get 429 (default %(default)s)"
@@ -46,7 +46,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--max-body-bytes", type=int, default=4 << 20, metavar="N", help="largest body of a request (default %(default)s)"
     )
     parser.add_argument(
-        "--timeout", type=float, default=300.0, metavar="SECONDS", help="longest time of a request (default %(default)s)"
+        "--timeout", type=float, default=300.0, metavar="N", help="longest time of a request, in seconds (default %(default)s)"
     )
     parser.add_argument("--log-text", action="store_true", help="write the bodies of requests into the log (default: never)")
     add_unrecorded_direction(parser)

@@ -25,7 +25,7 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "transformer_engine",
         "Layers of Transformer Engine train as this package's do, in bf16",
-        1.5,
+        3,
         f"{HERE}.transformer_engine:check_transformer_engine",
     ),
     Check("fp8", "Each fp8 recipe that this GPU supports trains as bf16 does", 3, f"{HERE}.transformer_engine:check_fp8"),
@@ -33,6 +33,8 @@ CHECKS: tuple[Check, ...] = (
     Check("conversion", "A run converts to Hugging Face and back", 1.5, f"{HERE}.conversion:check_conversion"),
     Check("scores", "Reverse Reward scores, ranks and generates as on the CPU", 2, f"{HERE}.scores:check_scores"),
     Check("speed", "Tokens per second and MFU of a training step", 2, f"{HERE}.speed:speed"),
-    Check("planner", "Errors of the calibrated planner on kernels and on a training step", 2, f"{HERE}.speed:planner"),
+    Check(
+        "planner", "The calibrated planner predicts kernels, a training step and its memory", 2, f"{HERE}.planner:check_planner"
+    ),
 )
 """The first one describes the machine for the others and always runs."""

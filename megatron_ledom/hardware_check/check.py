@@ -22,7 +22,7 @@ class Setting:
     num_gpus: int
     """Ranks that a check may start on this machine: one for each GPU, or on a CPU that many processes."""
     seconds: float
-    """Time limit of this check; the process is killed after it."""
+    """Time limit of this check, or when it runs, what is left of it; the process is killed after it."""
     folder: str
     """An empty folder for the files of this check. It is kept in the report's folder."""
 

@@ -1,6 +1,6 @@
 """Check that every parallel layout trains the model that one process trains. Over NCCL: not yet run on hardware."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_ledom.hardware_check.check import Outcome, Setting, failed, passed, skipped
@@ -65,22 +65,19 @@ def check_layouts(setting: Setting) -> Outcome:
     if not chosen:
         return skipped(f"layouts need 2 ranks or more, this machine has {setting.num_gpus}", skipped_layouts=left)
     runs = TrainingRuns(setting, [own_layers(setting.device)])
+    runs.prepare(1)
+    prepare_layouts(runs, chosen)
     expected = runs.train({ONE_PROCESS: []})[ONE_PROCESS]
-    found: dict[str, list[Record]] = {}
-    failures: dict[str, str] = {}
-    for num_ranks in sorted({layout.num_ranks for layout in chosen.values()}):
-        same = {name: layout.overrides() for name, layout in chosen.items() if layout.num_ranks == num_ranks}
-        records, failed_runs = runs.try_each(same, num_ranks)
-        found |= records
-        failures |= failed_runs
-    left |= {name: NO_TIME for name in chosen if name not in found and name not in failures}
+    found, failures = train_layouts(runs, chosen)
+    left |= unfinished(chosen, found, failures)
     return report(found, expected, failures, left, "nccl" if setting.device == "cuda" else "gloo")
 
 
-def choose(setting: Setting) -> tuple[dict[str, Layout], dict[str, str]]:
-    """Return the layouts to run, and the reason for each of the others."""
+def choose(setting: Setting, names: Collection[str] = LAYOUTS) -> tuple[dict[str, Layout], dict[str, str]]:
+    """Return the layouts among `names` that can run here, and the reason for each of the others."""
     chosen, left = {}, {}
-    for name, layout in LAYOUTS.items():
+    for name in names:
+        layout = LAYOUTS[name]
         if layout.num_ranks > setting.num_gpus:
             left[name] = f"needs {layout.num_ranks} ranks, there are {setting.num_gpus}"
         elif setting.device == "cpu" and not layout.on_cpu:
@@ -88,6 +85,46 @@ def choose(setting: Setting) -> tuple[dict[str, Layout], dict[str, str]]:
         else:
             chosen[name] = layout
     return chosen, left
+
+
+def launches_of(chosen: Mapping[str, Layout]) -> list[int]:
+    """Return the numbers of ranks in the order of the launches: the smallest, the largest, and then those between.
+
+    Layouts of all GPUs say more than those of half of them, so the latter come last, in case the time is short.
+    """
+    sizes = sorted({layout.num_ranks for layout in chosen.values()})
+    return sizes[:1] + sizes[:0:-1]
+
+
+def prepare_layouts(runs: TrainingRuns, chosen: Mapping[str, Layout]) -> None:
+    """Start the processes for some layouts."""
+    for num_ranks in launches_of(chosen):
+        runs.prepare(num_ranks)
+
+
+def train_layouts(
+    runs: TrainingRuns, chosen: Mapping[str, Layout], settings: Sequence[str] = ()
+) -> tuple[dict[str, list[Record]], dict[str, str]]:
+    """Train layouts, with further settings, until the time is over; return the records and the failures by name."""
+    found: dict[str, list[Record]] = {}
+    failures: dict[str, str] = {}
+    for num_ranks in launches_of(chosen):
+        same = {name: [*settings, *layout.overrides()] for name, layout in chosen.items() if layout.num_ranks == num_ranks}
+        records, failed_runs = runs.try_each(same, num_ranks)
+        found |= records
+        failures |= failed_runs
+    return found, failures
+
+
+def unfinished(names: Iterable[str], found: Collection[str], failures: Collection[str]) -> dict[str, str]:
+    """Return the reason for each run that neither ended nor failed."""
+    return {name: NO_TIME for name in names if name not in found and name not in failures}
+
+
+def without_time(left: Mapping[str, str]) -> str:
+    """Return the end of a sentence that names the runs without time, or nothing."""
+    late = [name for name, reason in left.items() if reason == NO_TIME]
+    return f"; without time for {', '.join(late)}" if late else ""
 
 
 def report(
@@ -101,11 +138,10 @@ def report(
     differences, problems = compare_each(found, expected, TOLERANCE)
     problems += [f"{name} {failure}" for name, failure in failures.items()]
     numbers = {"backend": backend, "layouts": numbers_of(differences), "skipped_layouts": dict(left)}
-    late = [name for name, reason in left.items() if reason == NO_TIME]
     if problems:
         return failed(f"{len(problems)} of {len(found) + len(failures)} layouts failed: {'; '.join(problems)}", **numbers)
     if not found:
-        return failed(f"no layout ended within the time limit ({', '.join(late)}); allow more time", **numbers)
+        return failed(f"no layout ended within the time limit; allow more time{without_time(left)}", **numbers)
     worst = largest(differences.values()).sentence(TOLERANCE)
-    unrun = f"; without time for {', '.join(late)}" if late else ""
-    return passed(f"{len(found)} layouts over {backend} against one process, {STEPS} steps in fp32: {worst}{unrun}", **numbers)
+    subject = f"{len(found)} layouts over {backend} against one process, {STEPS} steps in fp32"
+    return passed(f"{subject}: {worst}{without_time(left)}", **numbers)

@@ -10,12 +10,12 @@ from megatron_ledom.config.derived import next_multiple
 from megatron_ledom.hardware_check.check import Outcome, Setting, failed, passed, skipped
 from megatron_ledom.hardware_check.curves import compare
 from megatron_ledom.hardware_check.layouts import DISTRIBUTED, ONE_PROCESS, TOLERANCE
+from megatron_ledom.hardware_check.ranks import end_of_log
 from megatron_ledom.hardware_check.training_runs import (
     GLOBAL_BATCH,
     STEPS,
     RunFailedError,
     TrainingRuns,
-    end_of_log,
     own_layers,
 )
 from megatron_ledom.platform.slurm import BY_SBATCH, read_number, read_step

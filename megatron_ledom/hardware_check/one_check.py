@@ -9,10 +9,13 @@ import json
 import logging
 import math
 import sys
+import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
+
+import psutil
 
 from megatron_ledom.errors import LedomError
 from megatron_ledom.hardware_check.check import Outcome, Setting, failed
@@ -37,10 +40,12 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def outcome_of(function: str, setting: Setting) -> Outcome:
-    """Call `module:function` and return its outcome."""
+    """Call `module:function` with the time that is left of its limit, and return its outcome."""
     module, _, name = function.partition(":")
     try:
-        outcome = getattr(importlib.import_module(module), name)(setting)
+        check = getattr(importlib.import_module(module), name)
+        left = max(0.0, setting.seconds - (time.time() - psutil.Process().create_time()))  # imports count too
+        outcome = check(replace(setting, seconds=left))
         if not isinstance(outcome, Outcome):
             raise TypeError(f"{function} returned {type(outcome).__name__}, expected an Outcome")
         return outcome

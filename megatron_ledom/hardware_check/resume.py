@@ -30,6 +30,8 @@ def check_resume(setting: Setting) -> Outcome:
     num_ranks = min(2, setting.num_gpus)
     distributed = [f"parallel.{one}" for one in DISTRIBUTED] if num_ranks > 1 else []
     runs = TrainingRuns(setting, [own_layers(setting.device), *SETTINGS, *distributed])
+    runs.prepare(num_ranks)
+    runs.prepare(num_ranks)
     first = runs.train({WHOLE: [], HALVES: [f"train.exit_interval={HALF}"]}, num_ranks)
     second = runs.train({HALVES: []}, num_ranks)
     where = f"{num_ranks} ranks with the distributed optimizer" if num_ranks > 1 else "one rank"

@@ -88,7 +88,7 @@ def _run_all(checks: Sequence[Check], request: Request, report: Report) -> None:
     """Run the checks in order, each within its share of the time that is left."""
     left = 60 * request.minutes
     for index, check in enumerate(checks):
-        limit = max(SMALLEST_LIMIT, left * check.share / sum(other.share for other in checks[index:]))
+        limit = limit_of(checks, index, left)
         if index == 0:
             result = _run(check, request, request.device, request.num_gpus or 0, limit)
         elif report.machine.get("ranks"):
@@ -101,6 +101,11 @@ def _run_all(checks: Sequence[Check], request: Request, report: Report) -> None:
         report.write(request.output)
         outcome = result.outcome
         log.info("%s: %s in %.1f s%s", check.name, outcome.status, result.seconds, f": {outcome.reason}" * bool(outcome.reason))
+
+
+def limit_of(checks: Sequence[Check], index: int, left: float) -> float:
+    """Return the time limit of a check, if `left` seconds are left for it and the later ones."""
+    return max(SMALLEST_LIMIT, left * checks[index].share / sum(other.share for other in checks[index:]))
 
 
 def _run(check: Check, request: Request, device: str, num_gpus: int, limit: float) -> Result:

@@ -1,4 +1,4 @@
-"""Measures a training step of one device with the package's own trainer, and compares it with the planner's prediction."""
+"""Measures a training step of one device with the package's own trainer."""
 
 import math
 import statistics
@@ -19,10 +19,9 @@ from megatron_ledom.model.builder import build_model_chunks, wrap_for_training
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.model.layer_specs import choose_layers
 from megatron_ledom.parallel.groups import ParallelGroups, start_distributed, stop_distributed
-from megatron_ledom.planning.calibration import mean_and_largest_error, measure_hardware
 from megatron_ledom.planning.hardware import Hardware, load_hardware
 from megatron_ledom.planning.memory import GIB
-from megatron_ledom.planning.plan import Plan, make_plan
+from megatron_ledom.planning.plan import make_plan
 from megatron_ledom.platform.device import Platform, peak_flops, prepare_platform
 from megatron_ledom.platform.launch import ALONE
 from megatron_ledom.training.optimizer import build_optimizer, build_scheduler
@@ -99,43 +98,6 @@ def speed(setting: Setting) -> Outcome:
     if not all(map(math.isfinite, steps.losses)):
         return failed(f"the losses are not finite: {steps.losses}", **numbers)
     return passed(f"{tokens_per_second:,.0f} tokens/s, MFU {numbers['mfu']:.1%} of {peak / 1e12:,.4g} TFLOP/s", **numbers)
-
-
-def planner(setting: Setting) -> Outcome:
-    """Calibrate the planner and compare its kernels, and a step of the model of `speed`, with what is measured here."""
-    platform = prepare_platform(None if setting.device == "cuda" else 1, ALONE)
-    hardware, measurements = measure_hardware(hardware_here(platform), platform, ALONE)
-    config = chosen_config(platform, hardware)
-    plan = make_plan(config, 1, hardware)
-    steps = train_steps(config, platform, 0.4 * setting.seconds)
-    errors = {
-        words: dict(zip(("mean", "largest"), mean_and_largest_error(hardware, measurements, is_fitted=is_fitted), strict=True))
-        for words, is_fitted in (("fitted_kernels", True), ("other_kernels", False))
-    }
-    numbers = {
-        **described(config),
-        "errors_of_kernels": errors,
-        "planned_step_seconds": plan.time.total,
-        "step_seconds": steps.median,
-        "error_of_step": plan.time.total / steps.median - 1,
-        "planned_gib": planned_gib(plan),
-        **peak_memory(platform),
-        "hardware": {key: getattr(hardware, key) for key in ("peak_tflops", "memory_gb_per_second", *EFFICIENCIES)},
-    }
-    return passed(
-        f"a planned step takes {plan.time.total:.4g} s, a measured one {steps.median:.4g} s ({numbers['error_of_step']:+.0%});"
-        f" kernels are {errors['other_kernels']['mean']:.0%} off on average",
-        **numbers,
-    )
-
-
-EFFICIENCIES = (
-    "matmul_efficiency",
-    "matmul_half_depth",
-    "memory_efficiency",
-    "attention_efficiency",
-    "attention_backward_efficiency",
-)
 
 
 def hardware_here(platform: Platform) -> Hardware:
@@ -233,11 +195,6 @@ def random_batches(config: RunConfig, vocab_size: int, device: torch.device) -> 
     batch = {"tokens": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous(), "position_ids": positions}
     while True:
         yield {**batch, "loss_mask": torch.ones(rows, length, device=device)}
-
-
-def planned_gib(plan: Plan) -> float:
-    """Return the planned memory of the tensors, in GiB."""
-    return max(stage.allocated for stage in plan.stages) / GIB
 
 
 def peak_memory(platform: Platform) -> dict[str, float]:

@@ -5,12 +5,8 @@ import logging
 import os
 import random
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +16,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from megatron_ledom.data.preprocess.pipeline import preprocess
 from megatron_ledom.data.preprocess.task import PreprocessSettings
 from megatron_ledom.direction import Direction
-from megatron_ledom.errors import UNFORESEEN, VerificationError
+from megatron_ledom.errors import VerificationError
 from megatron_ledom.hardware_check.check import Setting
 from megatron_ledom.hardware_check.curves import Record
+from megatron_ledom.hardware_check.ranks import RESERVE_SECONDS, Ranks, end_of_log, free_ports
+from megatron_ledom.storage.hashes import sha256_of
 from megatron_ledom.storage.records import METRICS, read_records
 
 log = logging.getLogger(__name__)
@@ -32,12 +30,8 @@ GLOBAL_BATCH = 16
 NUM_DOCUMENTS = 400
 VOCAB_SIZE = 320
 EOD = "<eod>"
-RESERVE_SECONDS = 5.0
-"""Time that a check keeps for its report before its limit."""
-POLL_SECONDS = 0.05
 LONG_SECONDS = 45.0
 """Seconds in which a run ends on an ordinary machine, with the start of its processes."""
-LINES_OF_LOG = 3
 NO_TIME = "no time was left"
 """Reason for a run that was not started, or did not end, within the time limit."""
 CONFIG: dict[str, Any] = {
@@ -95,6 +89,7 @@ class TrainingRuns:
         self.end = time.monotonic() + setting.seconds - RESERVE_SECONDS
         self.folder = Path(setting.folder)
         self.num_launches = 0
+        self.prepared: list[tuple[int, str, Ranks]] = []
         self.longest_launch = 0.0
         corpus = self.folder / "corpus.jsonl"
         texts = documents()
@@ -119,6 +114,10 @@ class TrainingRuns:
         """Return the prefix of the shard of a direction."""
         return str(self.folder / f"{direction}_text")
 
+    def data_sha256(self) -> str:
+        """Return the hash of the ids of the reverse shard."""
+        return sha256_of(Path(f"{self.shard(Direction.REVERSE)}.bin"))
+
     def run_dir(self, name: str) -> str:
         """Return the folder of a run."""
         return str(self.folder / name)
@@ -133,6 +132,25 @@ class TrainingRuns:
         shard = self.shard(Direction.FORWARD if forward else Direction.REVERSE)
         own = [f"run_dir={self.run_dir(name)}", f"data.train_blend=[[1.0,{shard}]]"]
         return ["--config", str(self.config), *own, *self.settings, *overrides]
+
+    def prepare(self, num_ranks: int, device: str | None = None) -> None:
+        """Start the processes of a coming launch, so that they import the trainer while earlier launches train."""
+        device = device or self.setting.device
+        self.prepared.append((num_ranks, device, self._start(num_ranks, device)))
+
+    def _start(self, num_ranks: int, device: str) -> Ranks:
+        """Return new ranks."""
+        self.num_launches += 1
+        path = self.folder / f"launch_{self.num_launches}.json"
+        return Ranks("megatron_ledom.hardware_check.rank", path, num_ranks, device)
+
+    def _ranks(self, num_ranks: int, device: str) -> Ranks:
+        """Return the first prepared ranks for a launch, or else new ones."""
+        for number, (*key, ranks) in enumerate(self.prepared):
+            if key == [num_ranks, device]:
+                del self.prepared[number]
+                return ranks
+        return self._start(num_ranks, device)
 
     def train(
         self, runs: Mapping[str, Sequence[str]], num_ranks: int = 1, device: str | None = None
@@ -176,65 +194,24 @@ class TrainingRuns:
         return {name: read_records(os.path.join(self.run_dir(name), METRICS)) for name in finished}, failures
 
     def _launch(self, runs: Mapping[str, Sequence[str]], num_ranks: int, device: str) -> tuple[list[str], str | None]:
-        """Start ranks for some runs; return the names of the finished ones, and the failure of the next, if it failed."""
-        self.num_launches += 1
-        path = self.folder / f"launch_{self.num_launches}.json"
-        ports = free_ports(len(runs))
+        """Train some runs on prepared or new ranks; return the names of the finished ones, and the failure of the next, if it failed."""
+        ranks = self._ranks(num_ranks, device)
+        ports, started = free_ports(len(runs)), time.time()
         described = [
             {"name": name, "arguments": self.arguments(name, overrides), "port": port}
             for (name, overrides), port in zip(runs.items(), ports, strict=True)
         ]
-        path.write_text(json.dumps({"parent": os.getpid(), "runs": described}), encoding="utf-8")
-        log_file, started = path.with_suffix(".log"), time.time()
-        codes = self._run_ranks(path, log_file, num_ranks, device)
-        finished = Path(f"{path}.finished")
+        codes = ranks.run({"runs": described}, self.end)
+        finished = Path(f"{ranks.path}.finished")
         names = finished.read_text(encoding="utf-8").splitlines() if finished.exists() else []
         if codes is None:
             seconds = time.time() - (finished.stat().st_mtime if names else started)
-            too_long = f"did not end in {seconds:.0f} s, so it may hang: {end_of_log(log_file)}"
+            too_long = f"did not end in {seconds:.0f} s, so it may hang: {end_of_log(ranks.log_file)}"
             return names, too_long if seconds > max(LONG_SECONDS, 2 * self.longest_launch) else None
         self.longest_launch = max(self.longest_launch, time.time() - started)
         if not any(codes):
             return names, None
-        return names[: len(runs) - 1], f"ended with the exit codes {codes}: {end_of_log(log_file)}"
-
-    def _run_ranks(self, path: Path, log_file: Path, num_ranks: int, device: str) -> list[int] | None:
-        """Return the exit codes of the ranks, or None if the time ended first. After an error the other ranks are killed soon."""
-        command = [sys.executable, "-m", "megatron_ledom.hardware_check.rank", str(path)]
-        shared = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
-        hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-        processes: list[subprocess.Popen[bytes]] = []
-        try:
-            with open(log_file, "wb") as output:
-                for rank in range(num_ranks):
-                    own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
-                    environment = {**os.environ, "OMP_NUM_THREADS": "1", **hidden, **own}
-                    processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
-            return wait_for(processes, self.end)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-
-
-def wait_for(
-    processes: Sequence["subprocess.Popen[bytes]"], end: float, grace_seconds: float = RESERVE_SECONDS
-) -> list[int] | None:
-    """Return the exit codes of all processes, or None if some still run at the time `end` (of time.monotonic).
-
-    If one ends with an error, the others have `grace_seconds` left; the code of those that still run is then UNFORESEEN.
-    """
-    error_end: float | None = None
-    while any(process.poll() is None for process in processes):
-        now = time.monotonic()
-        if error_end is None and any(process.poll() for process in processes):
-            error_end = now + grace_seconds
-        if error_end is not None and now > error_end:
-            return [UNFORESEEN if process.poll() is None else process.returncode for process in processes]
-        if now > end:
-            return None
-        time.sleep(POLL_SECONDS)
-    return [process.returncode for process in processes]
+        return names[: len(runs) - 1], ranks.failure(codes)
 
 
 def write_tokenizer(folder: Path, texts: Sequence[str]) -> str:
@@ -250,24 +227,6 @@ def write_tokenizer(folder: Path, texts: Sequence[str]) -> str:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOD, "clean_up_tokenization_spaces": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return str(folder)
-
-
-def free_ports(count: int) -> list[int]:
-    """Return different ports that are free now, from a range that systems do not use for outgoing connections."""
-    ports: set[int] = set()
-    while len(ports) < count:
-        port = random.SystemRandom().randrange(20_000, 30_000)
-        with socket.socket() as listener, suppress(OSError):
-            listener.bind(("", port))  # all addresses, as the store of rank 0 does
-            ports.add(port)
-    return list(ports)
-
-
-def end_of_log(path: Path) -> str:
-    """Return the path of a log with its last lines, in one line."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    errors = [line for line in lines if line.startswith("error: ")]
-    return f"{' | '.join(line.strip() for line in (errors or lines)[-LINES_OF_LOG:])} ({path})"
 
 
 def own_layers(device: str) -> str:

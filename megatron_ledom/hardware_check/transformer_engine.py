@@ -8,8 +8,8 @@ from megatron_ledom.config.gpu_checks import FP8_NEEDS
 from megatron_ledom.errors import ConfigError
 from megatron_ledom.hardware_check.check import Outcome, Setting, failed, passed, skipped
 from megatron_ledom.hardware_check.curves import Difference, Record, compare_each, numbers_of
-from megatron_ledom.hardware_check.layouts import LAYOUTS
-from megatron_ledom.hardware_check.training_runs import NO_TIME, STEPS, TrainingRuns, own_layers
+from megatron_ledom.hardware_check.layouts import choose, prepare_layouts, train_layouts, unfinished, without_time
+from megatron_ledom.hardware_check.training_runs import STEPS, TrainingRuns, own_layers
 
 BF16_TOLERANCE = Difference(loss=5e-3, grad_norm=5e-2)
 """Relative tolerances in bf16 for ten steps. On a CPU bf16 differs from fp32 by 1e-3 of the loss and 6e-3 of the gradient norm."""
@@ -25,8 +25,9 @@ WIDTHS = (
 )
 """A model whose matrices every fp8 recipe can divide into its blocks."""
 ENGINE = "model.transformer_impl=transformer_engine"
-ENGINE_LAYOUTS = ("TP2 SP", "PP2")
-"""Layouts of two ranks in which Transformer Engine communicates by itself, or receives from another stage."""
+ENGINE_LAYOUTS = ("TP2 SP", "PP2", "CP2", "TP2 PP2", "TP2 DP2", "TP2 PP2 DP2")
+"""Layouts in which Transformer Engine communicates by itself, receives from another stage, or gives gradients to the optimizer of
+several ranks."""
 
 
 def reason_to_skip(setting: Setting) -> str | None:
@@ -39,23 +40,19 @@ def reason_to_skip(setting: Setting) -> str | None:
 
 
 def check_transformer_engine(setting: Setting) -> Outcome:
-    """Train in bf16 with this package's layers and with Transformer Engine's, also on two GPUs, and compare every step."""
+    """Train in bf16 with this package's layers and with Transformer Engine's, also on several GPUs, and compare every step."""
     if reason := reason_to_skip(setting):
         return skipped(reason)
+    chosen, left = choose(setting, ENGINE_LAYOUTS)
     runs = TrainingRuns(setting, WIDTHS)
+    runs.prepare(1)
+    runs.prepare(1)  # own processes, because some libraries keep the choice of layers
+    prepare_layouts(runs, chosen)
     expected = runs.train({"own_layers": [own_layers(setting.device)]})["own_layers"]
     found = runs.train({"one GPU": [ENGINE]})
-    if setting.num_gpus < 2:
-        left = dict.fromkeys(ENGINE_LAYOUTS, f"needs 2 GPUs, there are {setting.num_gpus}")
-        return judge("bf16 layers", found, expected, BF16_TOLERANCE, {}, left)
-    records, failures = runs.try_each(engine_layouts(), num_ranks=2)
-    left = {name: NO_TIME for name in ENGINE_LAYOUTS if name not in records and name not in failures}
+    records, failures = train_layouts(runs, chosen, [ENGINE])
+    left |= unfinished(chosen, records, failures)
     return judge("bf16 layers", found | records, expected, BF16_TOLERANCE, failures, left)
-
-
-def engine_layouts() -> dict[str, list[str]]:
-    """Return the overrides of Transformer Engine's runs on two ranks, by the name of the layout."""
-    return {name: [ENGINE, *LAYOUTS[name].overrides()] for name in ENGINE_LAYOUTS}
 
 
 def check_fp8(setting: Setting) -> Outcome:
@@ -66,6 +63,8 @@ def check_fp8(setting: Setting) -> Outcome:
     if not recipes:
         return skipped("this GPU supports no fp8 recipe", skipped_recipes=left)
     runs = TrainingRuns(setting, [*WIDTHS, ENGINE])
+    for _ in ["bf16", *recipes]:
+        runs.prepare(1)
     expected = runs.train({"bf16": []})["bf16"]
     found: dict[str, list[Record]] = {}
     failures: dict[str, str] = {}
@@ -73,7 +72,7 @@ def check_fp8(setting: Setting) -> Outcome:
         records, failure = runs.try_each({recipe: fp8_overrides(recipe)})
         found |= records
         failures |= failure
-    left |= {recipe: NO_TIME for recipe in recipes if recipe not in found and recipe not in failures}
+    left |= unfinished(recipes, found, failures)
     return judge("fp8 recipes", found, expected, FP8_TOLERANCE, failures, left)
 
 
@@ -116,4 +115,4 @@ def judge(
     if not found:
         return failed(f"no run with {subject} of Transformer Engine ended within the time limit; allow more time", **numbers)
     sentences = "; ".join(f"{name}: {one.sentence(tolerance)}" for name, one in differences.items())
-    return passed(f"{subject} of Transformer Engine, {STEPS} steps: {sentences}", **numbers)
+    return passed(f"{subject} of Transformer Engine, {STEPS} steps: {sentences}{without_time(left)}", **numbers)

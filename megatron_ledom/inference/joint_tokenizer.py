@@ -172,7 +172,12 @@ class TokenHealer:
         return [i for i, s in self._surfaces.items() if trimmed.startswith(s) or s.startswith(trimmed)]
 
     def rest(self, trimmed: bytes, token: int) -> bytes:
-        """Return the part of `trimmed` that remains after `token` was written next to the kept ids."""
+        """Return the part of `trimmed` that remains after `token` was written next to the kept ids.
+
+        None remains after an id that spells nothing: it is the padding of a row that was given up.
+        """
+        if token not in self._surfaces:
+            return b""
         length = len(self._surfaces[token])
         return trimmed[: max(0, len(trimmed) - length)] if self._reverse else trimmed[length:]
 

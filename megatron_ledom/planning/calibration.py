@@ -71,10 +71,16 @@ def measure_hardware(hardware: Hardware, platform: Platform, launch: Launch) -> 
         hardware = _cpu_peaks(hardware, platform)
     measurements = [*measure_products(platform), *measure_memory(platform), *measure_attention(platform)]
     if launch.world_size > 1:
-        start_distributed(platform, ParallelConfig(), launch)
-        measurements += measure_collectives(platform, launch.local_world_size)
-        stop_distributed()
+        measurements += measure_between_ranks(platform, launch)
     return fit_kernels(hardware, measurements), measurements
+
+
+def measure_between_ranks(platform: Platform, launch: Launch) -> list[Measurement]:
+    """Connect the launched ranks, measure the collectives, and disconnect them. Call on every rank."""
+    start_distributed(platform, ParallelConfig(), launch)
+    measurements = measure_collectives(platform, launch.local_world_size)
+    stop_distributed()
+    return measurements
 
 
 def _seconds(platform: Platform, run: Callable[[], Any]) -> float:
@@ -165,7 +171,7 @@ def measure_collectives(platform: Platform, in_node: int) -> list[Measurement]:
 
 
 def fit_kernels(hardware: Hardware, measurements: list[Measurement]) -> Hardware:
-    """Return the hardware with fitted efficiencies and `matmul_half_depth`.
+    """Return the hardware with fitted efficiencies and `matmul_half_depth`; those of kinds without a measurement stay.
 
     With these efficiencies the planned seconds of the fitted kernels are right on average. The depth is the one with which
     the errors on matrix products differ least.
@@ -178,11 +184,10 @@ def fit_kernels(hardware: Hardware, measurements: list[Measurement]) -> Hardware
         "all-reduce": "collective_efficiency",
     }
     products = [one for one in measurements if one.name.startswith("product") and one.is_fitted]
-    unhindered = replace(hardware, memory_efficiency=1.0)
-    hardware = replace(
-        hardware,
-        matmul_half_depth=min(DEPTHS, key=lambda depth: _spread(replace(unhindered, matmul_half_depth=depth), products)),
-    )
+    if products:
+        unhindered = replace(hardware, memory_efficiency=1.0)
+        half_depth = min(DEPTHS, key=lambda depth: _spread(replace(unhindered, matmul_half_depth=depth), products))
+        hardware = replace(hardware, matmul_half_depth=half_depth)
     for start, key in kinds.items():
         chosen = [one for one in measurements if one.name.startswith(start) and one.is_fitted]
         if chosen:

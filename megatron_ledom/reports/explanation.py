@@ -52,21 +52,6 @@ class Explanation:
         return red, green, blue
 
 
-def steps_of(answer: str, delimiter: StepDelimiter) -> list[str]:
-    """Return the steps of an answer, which is cut after each delimiter. White space at the end belongs to the last step."""
-    steps: list[str] = []
-    rest = answer
-    while rest:
-        end = delimiter.end_of_step(rest)
-        if end is None:
-            if rest.strip() or not steps:
-                return [*steps, rest]
-            return [*steps[:-1], steps[-1] + rest]
-        steps.append(rest[:end])
-        rest = rest[end:]
-    return steps
-
-
 def explain(
     reverse: Engine,
     prompt: str,
@@ -81,7 +66,7 @@ def explain(
     skipped: for each answer the reason if the ranking skipped it, else None; a skipped answer is not scored here.
     """
     reasons = [None] * len(answers) if skipped is None else skipped
-    cut = [steps_of(answers[position], delimiter) if reasons[position] is None else [] for position in ranking]
+    cut = [delimiter.steps_of(answers[position]) if reasons[position] is None else [] for position in ranking]
     begun = ["".join(steps[: end + 1]) for steps in cut for end in range(len(steps))]
     scores = iter(reverse.score([(prompt, text) for text in begun]))
     explained = [[ExplainedStep(step, next(scores).logprob) for step in steps] for steps in cut]

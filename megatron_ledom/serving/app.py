@@ -5,8 +5,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import StreamingResponse
-from starlette.middleware.cors import CORSMiddleware
 
 from megatron_ledom import __version__
 from megatron_ledom.serving.completions import (

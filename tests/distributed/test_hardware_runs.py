@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,19 +11,21 @@ import pytest
 from megatron_ledom.convert.hf_export import export_hf
 from megatron_ledom.convert.verify import MAX_LOGIT_DIFFERENCE
 from megatron_ledom.errors import UNFORESEEN
-from megatron_ledom.hardware_check import golden, layouts, training_runs
+from megatron_ledom.hardware_check import golden, layouts, planner, training_runs
 from megatron_ledom.hardware_check.check import Setting
 from megatron_ledom.hardware_check.conversion import device_difference
 from megatron_ledom.hardware_check.curves import compare_each
+from megatron_ledom.hardware_check.ranks import RESERVE_SECONDS, Ranks, free_ports, wait_for
 from megatron_ledom.hardware_check.resume import first_different_step, first_different_tensor, stored_tensors
-from megatron_ledom.hardware_check.training_runs import RESERVE_SECONDS, RunFailedError, TrainingRuns, free_ports, wait_for
+from megatron_ledom.hardware_check.training_runs import RunFailedError, TrainingRuns
+from megatron_ledom.planning.hardware import load_hardware
 
 ONE_STEP = ["train.train_iters=1", "optimizer.lr_warmup_iters=0"]
 IMPOSSIBLE = [*ONE_STEP, "optimizer.min_lr=1"]
 RUNS_FOR_EVER = [sys.executable, "-c", "import threading; threading.Event().wait(600)"]
 
 
-def training(tmp_path: Path, seconds: float = 100, num_gpus: int = 1) -> TrainingRuns:
+def training(tmp_path: Path, seconds: float = 300, num_gpus: int = 1) -> TrainingRuns:
     return TrainingRuns(Setting(device="cpu", num_gpus=num_gpus, seconds=seconds, folder=str(tmp_path)))
 
 
@@ -68,6 +71,29 @@ def test_runs_end_before_the_time_limit(tmp_path: Path) -> None:
     assert time.monotonic() - started < RESERVE_SECONDS
 
 
+def test_prepared_ranks_train_once_and_only_as_asked(tmp_path: Path) -> None:
+    runs = training(tmp_path)
+    runs.prepare(2)
+    runs.prepare(1)
+    (_, _, two), (_, _, one) = runs.prepared
+    assert [record["iteration"] for record in runs.train({"alone": ONE_STEP})["alone"]] == [1]
+    assert all(process.returncode == 0 for process in one.processes)
+    assert all(process.poll() is None for process in two.processes)
+    two.processes[0].kill()
+    with pytest.raises(RunFailedError, match=r"the run both on 2 ranks ended with the exit codes \[-9, "):
+        runs.train({"both": ONE_STEP}, num_ranks=2)
+    assert runs.prepared == []
+    assert all(process.poll() is not None for process in two.processes)
+
+
+def test_prepared_ranks_that_get_no_work_end_with_their_parent(tmp_path: Path) -> None:
+    """A check that fails early leaves them."""
+    ranks = Ranks("megatron_ledom.hardware_check.rank", tmp_path / "launch.json", 1, "cpu")
+    assert ranks.processes[0].stdin is not None
+    ranks.processes[0].stdin.close()
+    assert ranks.processes[0].wait(60) == 0
+
+
 def test_ranks_that_wait_for_a_failed_one_get_a_little_time() -> None:
     waiting, ended = subprocess.Popen(RUNS_FOR_EVER), subprocess.Popen([sys.executable, "-c", "raise SystemExit(75)"])
     try:
@@ -81,3 +107,16 @@ def test_ranks_that_wait_for_a_failed_one_get_a_little_time() -> None:
 
 def test_free_ports_differ() -> None:
     assert len(set(free_ports(20))) == 20
+
+
+def test_two_ranks_measure_collectives_and_a_failure_is_named(tmp_path: Path) -> None:
+    hardware, setting = load_hardware("cpu"), Setting(device="cpu", num_gpus=2, seconds=600, folder=str(tmp_path))
+    found, problems = planner.measure_collectives(hardware, setting)
+    assert problems == []
+    assert 0 < found["collective_efficiency"] <= 1
+    assert {row["is_fitted"] for row in found["collectives"]} == {True, False}
+    assert all(row["seconds"] > 0 and row["planned_seconds"] > 0 for row in found["collectives"])
+    assert planner.measure_collectives(hardware, replace(setting, num_gpus=1)) == ({}, [])
+    found, problems = planner.measure_collectives(hardware, replace(setting, seconds=0.1))
+    assert found == {}
+    assert problems[0].startswith("the collectives of 2 ranks did not end in 0 s")

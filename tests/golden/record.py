@@ -1,10 +1,17 @@
-"""The reference losses of one tiny run. `python -m tests.golden.record` rewrites them; the commit message says why."""
+"""The reference losses of two tiny runs. `python -m tests.golden.record` rewrites them; the commit message says why.
+
+`losses_cpu.json` is the run of `tiny_reverse.yaml`; `golden_losses.json` of the package that of `ledom check-hardware`.
+"""
 
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_ledom.hardware_check.check import Setting
+from megatron_ledom.hardware_check.golden import RECORDED, REFERENCE, TORCH, Golden
+from megatron_ledom.hardware_check.training_runs import TrainingRuns
 from tests.support.tiny_runs import Record, TinyData, run_on_ranks, write_tiny_data
 
 FOLDER = Path(__file__).parent
@@ -20,6 +27,14 @@ def golden_run(data: TinyData, folder: Path) -> list[Record]:
     return [reproducible(record) for record in records]
 
 
+def hardware_check_run(folder: Path) -> Golden:
+    """Run the reference of the check `golden`; return loss and gradient norm of every step, and the sha256 of its data."""
+    folder.mkdir()
+    runs = TrainingRuns(Setting(device="cpu", num_gpus=1, seconds=300, folder=str(folder)))
+    records = runs.train({REFERENCE: [TORCH]})[REFERENCE]
+    return Golden(runs.data_sha256(), [reproducible(record) for record in records])
+
+
 def reproducible(record: Record) -> Record:
     """Return the values of a record that do not depend on the machine's speed or folders."""
     validation = [result["lm_loss"] for result in record.get("validation", {}).values()]
@@ -31,9 +46,16 @@ def reproducible(record: Record) -> Record:
     }
 
 
+def lines(records: Sequence[Record]) -> str:
+    """Return records as JSON, one a line."""
+    return "[\n" + ",\n".join(f"  {json.dumps(record)}" for record in records) + "\n]"
+
+
 if __name__ == "__main__":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as in the tests
     with tempfile.TemporaryDirectory() as folder:
-        records = golden_run(write_tiny_data(Path(folder)), Path(folder))
-    LOSSES.write_text("[\n" + ",\n".join(f"  {json.dumps(record)}" for record in records) + "\n]\n")
-    print(f"wrote {LOSSES}")
+        tiny = golden_run(write_tiny_data(Path(folder)), Path(folder))
+        golden = hardware_check_run(Path(folder, "hardware_check"))
+    LOSSES.write_text(f"{lines(tiny)}\n")
+    RECORDED.write_text(f'{{"data_sha256": "{golden.data_sha256}", "steps": {lines(golden.steps)}}}\n')
+    print(f"wrote {LOSSES} and {RECORDED}")

@@ -32,6 +32,7 @@ FILES: dict[str, tuple[str, Arguments]] = {
             *("--output", f"{at}/out.jsonl"),
         ],
     ),
+    "export_preferences": ("out", lambda at, made: [made["ranked"], "--output", f"{at}/out"]),
     "train_tokenizer": ("out", lambda at, made: ["--input", made["text"], "--vocab-size", "300", "--output", f"{at}/out"]),
     "summarize_tasks": ("out", lambda at, made: [made["shard"], "--num-tasks", "1", "--json", f"{at}/out"]),
     "inspect_shard": ("out.png", lambda at, made: [made["shard"], "--histogram", f"{at}/out.png"]),

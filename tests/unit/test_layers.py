@@ -38,22 +38,23 @@ data: config direction errors lazy parallel platform provenance storage tables t
 checkpoint: config errors parallel platform provenance storage
 training: checkpoint config data direction errors lazy model ops parallel platform provenance storage tokenizers
 callbacks: config data direction errors evaluation inference model parallel platform storage training
-pretrain: callbacks checkpoint cli config data errors model ops parallel planning platform training
+pretrain: callbacks checkpoint config data errors model ops parallel planning platform training
 inference: direction errors lazy storage tokenizers
 convert: checkpoint config direction errors inference lazy tables model parallel platform provenance storage tokenizers
 serving: direction errors inference tokenizers
-finetune: data direction errors inference storage tokenizers
+rewards: direction errors inference lazy storage
+finetune: data direction errors inference lazy storage tokenizers
 evaluation: direction errors inference lazy storage tables tokenizers
 reports: config direction errors evaluation inference tables planning storage training
-hardware_check: checkpoint config convert data direction errors inference model ops parallel planning platform storage\
- tables training
+hardware_check: checkpoint config convert data direction errors inference model ops parallel planning platform pretrain\
+ storage tables training
 cli: checkpoint config convert data direction errors evaluation finetune hardware_check inference markdown ops planning\
- platform reports serving training
+ platform reports rewards serving training
 """
 MAY_IMPORT = {room: set(names.split()) for room, _, names in (line.partition(":") for line in LAYERS.split("\n") if line)}
 """Part of the package -> other parts that it may import; each is imported by some file of it."""
 MEGATRON_FREE = {
-    *("config", "direction", "errors", "evaluation", "inference", "planning", "provenance", "reports", "storage"),
+    *("config", "direction", "errors", "evaluation", "inference", "planning", "provenance", "reports", "rewards", "storage"),
     "tokenizers",
 }
 TORCH_FREE = {"config", "planning", "storage", "tokenizers"}

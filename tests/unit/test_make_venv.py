@@ -173,7 +173,7 @@ def test_the_newest_python_with_a_small_torch_is_taken(small: list[bool | None],
 
 def test_the_checks_of_a_submission_demand_the_second_python(tmp_path: Path) -> None:
     environment = tools(tmp_path) | {"PYENV_ROOT": str(tmp_path)}
-    for name in ("dirname", "sort", "tail"):
+    for name in ("cat", "dirname", "mktemp", "rm", "sort", "tail"):
         (tmp_path / "bin" / name).symlink_to(shutil.which(name) or name)
     (tmp_path / "bin/python3.12").unlink(missing_ok=True)
     script(tmp_path / "bin/bash", "exit 0")  # for .ci/install_services
@@ -186,9 +186,15 @@ def test_the_checks_of_a_submission_demand_the_second_python(tmp_path: Path) -> 
     refused = run()
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "no python3.12 on the PATH" in refused.stderr
-    first, omitted = run(ONE_PYTHON="1").stdout.splitlines()
-    assert first == "make install-judges test PYTHON=python3.11"
-    assert omitted.startswith("=== omitted: the tests of the engine on Python 3.12")
+    judges, omitted, tests = run(ONE_PYTHON="1").stdout.splitlines()
+    assert (judges, tests) == ("make install-judges PYTHON=python3.11", "make test PYTHON=python3.11")
+    assert omitted.startswith("=== omitted: the tests of megatron-core on Python 3.12")
     (tmp_path / "versions/3.12.9/bin").mkdir(parents=True)
     second = script(tmp_path / "versions/3.12.9/bin/python3.12", "exit 0")
-    assert run().stdout.splitlines() == [first, f"make test-engine judges VENV=.venv-3.12 PYTHON={second}"]
+    pythons = f"VENV=.venv-3.12 PYTHON={second}"
+    both = "3.11=.venv/bin/python 3.12=.venv-3.12/bin/python"
+    assert run().stdout.splitlines() == [judges, tests, f"make test-core judges moves {pythons} CORES={both}"]
+    script(tmp_path / "bin/make", f'echo make "$@"\n[ "$*" != "install-judges {pythons}" ]')
+    failed = run()
+    assert failed.stdout.splitlines() == [judges, tests]
+    assert (failed.returncode, failed.stderr) == (2, f"make install-judges {pythons}\n")

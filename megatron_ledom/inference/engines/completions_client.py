@@ -1,4 +1,4 @@
-"""HTTP client of one completions server: protects the API key, repeats failed requests, and raises one-line errors without the key."""
+"""HTTP client of one endpoint of a server: protects the API key, repeats failed requests, and raises one-line errors without the key."""
 
 import base64
 import html
@@ -28,14 +28,15 @@ KEY = "OPENAI_API_KEY"
 
 
 class CompletionsClient:
-    """Sends JSON to `<url>/completions` and returns the JSON object of the response. Threads may share it.
+    """Sends JSON to `<url>/<endpoint>` and returns the JSON object of the response. Threads may share it.
 
     The API key, from the environment variable OPENAI_API_KEY, is sent only to the host of `url`. Redirects are refused. With a
     key, plain http to another machine is refused unless `key_over_http` is True.
     """
 
-    def __init__(self, url: str, *, timeout: float = 600.0, key_over_http: bool = False) -> None:
-        address = _address(url)
+    def __init__(self, url: str, *, endpoint: str = "completions", timeout: float = 600.0, key_over_http: bool = False) -> None:
+        address = _address(url, endpoint)
+        self._endpoint = endpoint
         is_local = _is_loopback(address.host)
         self.url, key = str(address), _api_key()
         self.mask = KeyMask(key)
@@ -75,7 +76,9 @@ class CompletionsClient:
             except httpx.TransportError as error:
                 reason = self.shown(f"{type(error).__name__}: {error}")
             except (httpx.HTTPError, httpx.InvalidURL) as error:
-                raise DataError(f"{self.url}: {self.shown(str(error))}; check that it is a completions server") from None
+                raise DataError(
+                    f"{self.url}: {self.shown(str(error))}; check that it is the server's /v1/{self._endpoint}"
+                ) from None
             else:
                 if not _is_transient(response.status_code):
                     return self._content(response)
@@ -110,11 +113,13 @@ class CompletionsClient:
         except (ValueError, RecursionError):
             kind = self.shown(response.headers.get("content-type", "no content type"))
             said = self.shown(response.content.decode("utf-8", "replace"))
-            raise DataError(f"{self.url} answered with {kind} that is not JSON: {said!r}; is it /v1/completions?") from None
+            raise DataError(
+                f"{self.url} answered with {kind} that is not JSON: {said!r}; is it /v1/{self._endpoint}?"
+            ) from None
         if not isinstance(answer, dict):
             raise DataError(
                 f"{self.url} answered with a {type(answer).__name__}, expected an object: {self.shown(str(answer))};"
-                " is it /v1/completions?"
+                f" is it /v1/{self._endpoint}?"
             )
         return answer
 
@@ -170,8 +175,8 @@ def _forms(key: str) -> list[str]:
     return list(dict.fromkeys(form for form in forms if len(form) >= shortest))
 
 
-def _address(url: str) -> httpx.URL:
-    """Return the address of a server's completions; raises UsageError for an invalid one."""
+def _address(url: str, endpoint: str) -> httpx.URL:
+    """Return the address of an endpoint of a server; raises UsageError for an invalid one."""
     wanted = "expected one such as http://localhost:8000/v1"
     try:
         parsed = httpx.URL(url)
@@ -184,10 +189,10 @@ def _address(url: str) -> httpx.URL:
     is_port = parsed.port is None or 0 < parsed.port < 2**16
     if parsed.scheme not in ("http", "https") or not parsed.host or "%" in parsed.host or not is_port:
         raise UsageError(f"{url!r} is not the address of a server; {wanted}")
-    path = parsed.path.rstrip("/").removesuffix("/completions").rstrip("/")
+    path = parsed.path.rstrip("/").removesuffix(f"/{endpoint}").rstrip("/")
     if path.endswith("/chat"):
         raise UsageError(f"{url!r} is a chat endpoint, which cannot score texts; {wanted}")
-    return parsed.copy_with(path=f"{path}/completions")
+    return parsed.copy_with(path=f"{path}/{endpoint}")
 
 
 def _is_loopback(host: str) -> bool:

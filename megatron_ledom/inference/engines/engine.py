@@ -60,6 +60,20 @@ class StepDelimiter:
         found = re.compile(self.pattern).search(text, content.end()) if content else None
         return found.end() if found else None
 
+    def steps_of(self, answer: str) -> list[str]:
+        """Return the steps of an answer, which is cut after each delimiter. White space at the end belongs to the last step."""
+        steps: list[str] = []
+        rest = answer
+        while rest:
+            end = self.end_of_step(rest)
+            if end is None:
+                if rest.strip() or not steps:
+                    return [*steps, rest]
+                return [*steps[:-1], steps[-1] + rest]
+            steps.append(rest[:end])
+            rest = rest[end:]
+        return steps
+
 
 @dataclass(frozen=True, slots=True)
 class PartialAnswer:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,15 @@ class Reranked:
 
 
 def read_reranked(path: str | Path) -> list[dict[str, Any]]:
-    """Return the objects of a reranked file, one for each line. Raises DataError with the line.
+    """Return the objects of a reranked file, one for each line; see `reranked_lines`."""
+    return [record for _, record in reranked_lines(path)]
+
+
+def reranked_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the place and the object of each line of a reranked file. Raises DataError with the line.
 
     Only a newline byte ends a line; texts may contain U+2028, U+2029 and U+0085.
     """
-    records = []
     with Path(path).open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -53,8 +57,7 @@ def read_reranked(path: str | Path) -> list[dict[str, Any]]:
                 raise DataError(f"{path}:{number}: not a line of JSON in UTF-8 ({error}); repair or remove the line") from error
             if not isinstance(record, dict) or "scores" not in record:
                 raise DataError(f"{path}:{number}: has no scores; {ADVICE}")
-            records.append(record)
-    return records
+            yield f"{path}:{number}", record
 
 
 def checked(record: dict[str, Any], where: str, gold_key: str) -> Reranked:

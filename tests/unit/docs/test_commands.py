@@ -36,6 +36,7 @@ RUN_HERE = "tests/unit/docs/test_commands.py"
 RUN_ON_QUICKSTART = "tests/quickstart/test_quickstart.py"
 HARNESS = "-m megatron_ledom.evaluation.harness"
 MINUTE = "tests/quickstart/test_one_minute.py"
+LORA = "tests/unit/finetune/test_lora.py"
 SLURM_JOBS = "tests/slurm/test_slurm_jobs.py"
 PAGES_RUN_BY_TESTS = {
     "docs/tutorials/published_model.md": "tests/unit/tokenizers/test_published_folder.py",
@@ -126,6 +127,13 @@ RUN_BY_TESTS = {
     ),
     "ledom rerank --forward models/forward --forward-engine vllm --reverse models/reverse --reverse-engine vllm"
     " --input prompts.jsonl --output answers.jsonl --sample 8 --max-new-tokens 64": "tests/unit/inference/test_vllm_engine.py",
+    "ledom export-preferences answers.jsonl answers_seed1.jsonl --output pairs --pairs best-others --min-margin 2": (
+        "tests/unit/rewards/test_page.py"
+    ),
+    "python examples/finetune/lora.py --model models/reverse --input corpus.jsonl --output finetuned --epochs 1"
+    " --max-length 512": LORA,
+    "ledom generate --model finetuned/model --following and they lived happily ever after.": LORA,
+    "ledom convert-checkpoint hf-to-mcore --load finetuned/model --save runs/finetuned --seq-length 512": LORA,
     "ledom configs list": RUN_HERE,
     "ledom configs show quickstart_reverse > run.yaml": RUN_HERE,
     "ledom train --config ledom_7b --dry-run parallel.hardware=h100-sxm": RUN_HERE,

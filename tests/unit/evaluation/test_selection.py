@@ -16,7 +16,7 @@ from megatron_ledom.inference.engines.engine import StepDelimiter
 from megatron_ledom.inference.engines.transformers_engine import TransformersEngine
 from megatron_ledom.inference.language_model import ReverseLM
 from megatron_ledom.inference.reverse_reward.reward import RewardSettings
-from megatron_ledom.reports.explanation import as_html, as_terminal, explain, steps_of
+from megatron_ledom.reports.explanation import as_html, as_terminal, explain
 from megatron_ledom.reports.method_comparison import (
     MAIN,
     ReportSettings,
@@ -378,8 +378,8 @@ def test_runs_of_different_prompts_are_refused(tmp_path: Path, monkeypatch: pyte
 def test_steps_together_are_the_answer() -> None:
     delimiter = StepDelimiter()
     for answer in ("a\nb\n\nc", "a\nb\n \n", "\n\na", "", " ", "one"):
-        assert "".join(steps_of(answer, delimiter)) == answer
-    assert steps_of("a\nb\n \n", delimiter) == ["a\n", "b\n \n"]
+        assert "".join(delimiter.steps_of(answer)) == answer
+    assert delimiter.steps_of("a\nb\n \n") == ["a\n", "b\n \n"]
 
 
 BREAKS = "a\u2028b\u2029c\u0085d"

@@ -111,3 +111,11 @@ def multiplies_in_fp32(setting: Setting) -> Outcome:
     import torch
 
     return passed(tf32=torch.backends.cuda.matmul.allow_tf32, cublas=os.environ["NVIDIA_TF32_OVERRIDE"])
+
+
+def imported_slowly(setting: Setting) -> Outcome:
+    """Return the time that is left; a test plants an import that takes PLANTED_IMPORT_SECONDS."""
+    return passed(left=setting.seconds)
+
+
+Event().wait(float(os.environ.get("PLANTED_IMPORT_SECONDS", "0")))

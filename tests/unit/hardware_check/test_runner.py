@@ -230,3 +230,11 @@ def test_an_interruption_ends_the_check_and_keeps_the_results(tmp_path: Path, nu
     assert process.returncode == 130
     assert statuses == {**finished, "hangs": "skipped", "wrong": "skipped"}
     assert not is_alive(int(child.read_text()))
+
+
+def test_a_check_knows_the_time_that_its_imports_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise it is killed while it believes to have time for its report."""
+    monkeypatch.setenv("PLANTED_IMPORT_SECONDS", "1.5")
+    _, checks = run(tmp_path, "imported_slowly")
+    row = checks["imported_slowly"]
+    assert row["limit_seconds"] - row["seconds"] - 0.2 <= row["numbers"]["left"] <= row["limit_seconds"] - 1.5

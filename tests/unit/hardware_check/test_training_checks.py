@@ -96,6 +96,18 @@ def test_layouts_are_chosen_by_the_number_of_ranks(tmp_path: Path) -> None:
     assert max(layout.num_ranks for layout in layouts.choose(setting(tmp_path, "cpu", 8))[0].values()) == 2
 
 
+@pytest.mark.parametrize(("num_gpus", "sizes"), [(1, []), (2, [2]), (4, [2, 4]), (8, [2, 8, 4])])
+def test_layouts_of_all_gpus_run_before_those_of_half_of_them(tmp_path: Path, num_gpus: int, sizes: list[int]) -> None:
+    """If the time is short, the least informative ones get none."""
+    for names in (layouts.LAYOUTS, transformer_engine.ENGINE_LAYOUTS):
+        chosen, left = layouts.choose(setting(tmp_path, "cuda", num_gpus), names)
+        assert layouts.launches_of(chosen) == sizes
+        assert {*chosen, *left} == set(names)
+        assert all(
+            reason == f"needs {layouts.LAYOUTS[name].num_ranks} ranks, there are {num_gpus}" for name, reason in left.items()
+        )
+
+
 def test_one_gpu_skips_layouts_with_a_reason(tmp_path: Path) -> None:
     outcome = layouts.check_layouts(setting(tmp_path, "cuda", 1))
     assert outcome.status is Status.SKIPPED
@@ -110,8 +122,11 @@ SETTINGS = {
         for recipe in FP8_NEEDS
     },
     **{
-        f"transformer_engine {name}": (2, [*transformer_engine.WIDTHS, *overrides])
-        for name, overrides in transformer_engine.engine_layouts().items()
+        f"transformer_engine {name}": (
+            layouts.LAYOUTS[name].num_ranks,
+            [*transformer_engine.WIDTHS, transformer_engine.ENGINE, *layouts.LAYOUTS[name].overrides()],
+        )
+        for name in transformer_engine.ENGINE_LAYOUTS
     },
     "bf16": (1, [*transformer_engine.WIDTHS, transformer_engine.ENGINE]),
     "resume": (2, [*resume.SETTINGS, *(f"parallel.{one}" for one in layouts.DISTRIBUTED)]),
@@ -143,10 +158,13 @@ def test_a_cpu_skips_transformer_engine_with_a_reason(tmp_path: Path) -> None:
         ({"delayed": changed("lm_loss", 1.05)}, {}, Status.FAILED, "delayed: losses differ by 5.0e-02"),
         ({"delayed": records()}, {"blockwise": "ended with the exit codes [1]"}, Status.FAILED, "blockwise ended with"),
         ({}, {}, Status.FAILED, "no run with fp8 recipes"),
+        ({"delayed": records()}, {}, Status.PASSED, "without time for tensorwise"),
     ],
 )
 def test_fp8_outcome(found: dict[str, list[Record]], failures: dict[str, str], status: Status, named: str) -> None:
-    outcome = transformer_engine.judge("fp8 recipes", found, records(), transformer_engine.FP8_TOLERANCE, failures, {})
+    outcome = transformer_engine.judge(
+        "fp8 recipes", found, records(), transformer_engine.FP8_TOLERANCE, failures, {"tensorwise": NO_TIME}
+    )
     assert outcome.status is status
     assert named in outcome.reason
 

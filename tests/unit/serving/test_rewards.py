@@ -8,7 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from megatron_ledom.inference import ForwardLM, ReverseLM
+from megatron_ledom.inference import ForwardLM, ReverseLM, RewardSettings
+from megatron_ledom.rewards import ReverseRewardFunction
 from tests.support.served import Served
 from tests.support.tool_runs import run_tool
 
@@ -59,6 +60,15 @@ def test_rewards_are_those_of_the_rerank_command(
     assert close(found["rewards"], [score["reward"] for score in line["scores"]])
     assert (found["order"], found["best"]) == (line["ranking"], line["best"])
     assert found["rewards"][3] is None
+
+
+def test_the_reward_function_of_the_server_is_that_of_the_folders(served: Served, folders: tuple[Path, Path]) -> None:
+    settings = RewardSettings(weight=0.3, reverse_normalization="token")
+    prompts, answers = [PROMPT, "Once upon", PROMPT, PROMPT], [" Paris", " a time", "", "a b c d " * 300]
+    expected = ReverseRewardFunction(*folders, settings, unscored=-99.0)(prompts, answers)
+    assert expected[2:] == [-99.0, -99.0]
+    found = ReverseRewardFunction.at(served.url, settings, unscored=-99.0)(prompts, answers)
+    assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_requests_that_arrive_together_get_the_results_of_single_calls(served: Served) -> None:
