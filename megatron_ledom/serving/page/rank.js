@@ -43,12 +43,15 @@ const promptText = () => textOf(byId("prompt")) && textOf(byId("prompt")) + byId
 const answersOf = (given) => given.map((one) => (typeof one === "string" ? one : one.text));
 
 function settings() {
+  const divisor = byId("reward-temperature");
+  const temperature = numberIn(divisor) ?? 1;
+  if (!(temperature > 0)) throw new FieldError(divisor, "T must be a positive number; 1 changes nothing.");
   return {
     weight: Number(byId("weight").value),
     forward_normalization: byId("forward-normalization").value,
     reverse_normalization: byId("reverse-normalization").value,
     language_model_weight: numberIn(byId("language-model-weight")) ?? 0,
-    temperature: numberIn(byId("reward-temperature")) ?? 1,
+    temperature,
     include_ends: byId("include-ends").checked,
   };
 }

@@ -101,7 +101,7 @@ def test_options_rank_again_and_say_what_needs_a_new_score(page: Page, served: S
     page.fill("#reward-temperature", "-1")
     page.one("#prompt").send_keys(CTRL, ENTER)
     page.until(lambda: page.all("#reward-temperature[aria-invalid]"))
-    assert "greater than 0" in page.problem_of("#reward-temperature")
+    assert "positive number" in page.problem_of("#reward-temperature")
 
 
 def test_tokens_and_steps_are_shaded_by_their_values(page: Page, served: Served) -> None:
