@@ -211,7 +211,7 @@ def luminance(page: Page, selector: str, name: str) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def test_a_narrow_window_never_scrolls_sideways(page: Page, served: Served) -> None:
+def test_a_narrow_window_never_scrolls_sideways(page: Page, served: Served, lone: Served) -> None:
     size = {"width": 375, "height": 800, "deviceScaleFactor": 1, "mobile": True}
     page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     try:
@@ -230,5 +230,9 @@ def test_a_narrow_window_never_scrolls_sideways(page: Page, served: Served) -> N
         for tab in ("write", "rank", "compare"):
             page.click(f"#tab-{tab}")
             assert page.run("return document.documentElement.scrollWidth") == 375, tab
+        page.open(lone.url)
+        page.until(lambda: page.one("#key-value").is_displayed())
+        place = page.one("#key-form").rect
+        assert 0 <= place["x"] <= place["x"] + place["width"] <= 375
     finally:
         page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
