@@ -14,6 +14,8 @@ MISSING = (
 )
 """The reason to skip tests that need a browser; empty if they can run."""
 SECONDS = 30
+CTRL, ENTER, ESCAPE, TAB = "\ue009", "\ue007", "\ue00c", "\ue004"
+RIGHT, LEFT, HOME, END = "\ue014", "\ue012", "\ue011", "\ue010"
 
 
 class Page:
@@ -76,6 +78,33 @@ class Page:
         self.run(
             "const s = document.getElementById('weight'); s.value = arguments[0]; s.dispatchEvent(new Event('input'))", value
         )
+
+    def write(self, suffix: str = " is the capital of France.", **options: object) -> None:
+        """Fill the form of `Write before` and start it with the keyboard."""
+        self.fill("#suffix", suffix)
+        for name, value in options.items():
+            self.fill(f"#write-form [name={name}]", str(value))
+        self.one("#suffix").send_keys(CTRL, ENTER)
+
+    def is_idle(self, panel: str) -> bool:
+        """Return True if no request of a panel runs."""
+        return not self.one(f"#{panel}-stop").is_enabled()
+
+    def score(self, prompt: str, answers: list[str]) -> None:
+        """Type a prompt, joined to candidates as it is, and candidates; rank them and wait until the table is complete."""
+        self.run("document.getElementById('separator').value = ''")
+        self.fill("#prompt", prompt)
+        self.click("#clear-candidates")
+        for _ in answers[2:]:
+            self.click("#add-candidate")
+        for field, answer in zip(self.all("#candidates textarea"), answers, strict=True):
+            field.send_keys(answer)
+        self.one("#prompt").send_keys(CTRL, ENTER)
+        self.until(lambda: self.is_idle("rank"))
+
+    def order(self) -> list[int]:
+        """Return the positions of the candidates in the table."""
+        return [int(row.get_attribute("data-position")) for row in self.all("#ranked tbody tr")]
 
     def problems(self) -> list[str]:
         """Return the messages of all visible mistakes."""

@@ -1,6 +1,6 @@
 // The list of candidates: typed, pasted as JSON lines, or sampled.
 
-import { byId, make, shown } from "./dom.js";
+import { byId, make, setText, shown, textOf } from "./dom.js";
 import { FieldError } from "./problems.js";
 
 let made = 0;
@@ -8,7 +8,7 @@ const known = new WeakMap(); // text box -> forward_logprob and forward_tokens o
 
 /** Return the candidates as /v1/reward takes them. */
 export function candidates() {
-  return boxes().map((box) => (known.has(box) ? { text: box.value, ...known.get(box) } : box.value));
+  return boxes().map((box) => (known.has(box) ? { text: textOf(box), ...known.get(box) } : textOf(box)));
 }
 
 /** Return the text boxes of the candidates. */
@@ -25,7 +25,7 @@ export function addCandidate(candidate = "") {
   const text = typeof candidate === "string" ? candidate : candidate.text;
   const id = `candidate-${(made += 1)}`;
   const box = make("textarea", { id, rows: Math.min(6, Math.max(1, text.split("\n").length)) });
-  box.value = text;
+  setText(box, text);
   const note = make("span", { class: "hint" });
   const label = make("label", { for: id });
   const remove = make("button", { type: "button", class: "quiet" }, "Remove");

@@ -1,7 +1,7 @@
 // Compare: where forward and reverse model differ on a text, token by token.
 
 import { post } from "./api.js";
-import { bindForm, brief, byId, make, shown } from "./dom.js";
+import { bindForm, brief, byId, make, setBusy, shown, textOf } from "./dom.js";
 import { nameOf } from "./models.js";
 import { clearProblems, FieldError, showError } from "./problems.js";
 import { commonPieces, described, fractionOf, LOWEST, piecesOf, strip } from "./shading.js";
@@ -38,10 +38,10 @@ async function compare() {
   const own = (running = new AbortController());
   clearProblems(form);
   try {
-    const text = box.value;
+    const text = textOf(box);
     if (!text) throw new FieldError(box, "Type a text, at least one character.");
     if (form.querySelector("[type=submit]").disabled) throw new FieldError(box, byId("compare-needs").textContent);
-    byId("compare-stop").disabled = false;
+    setBusy(form, byId("compare-stop"), true);
     // Each model scores the whole text in one of the two pairs, and nothing in the other.
     const pairs = [{ preceding: "", following: text }, { preceding: text, following: "" }];
     const { data, models } = await post("/v1/score", { pairs }, own.signal);
@@ -51,7 +51,7 @@ async function compare() {
   } finally {
     if (running === own) {
       running = null;
-      byId("compare-stop").disabled = true;
+      setBusy(form, byId("compare-stop"), false);
     }
   }
 }

@@ -27,6 +27,25 @@ export function brief(text, length) {
   return line.length > length ? `${line.slice(0, length).join("")}…` : line.join("");
 }
 
+const exact = new WeakMap(); // field -> its text as it was given; a field itself changes carriage returns
+document.addEventListener("input", (event) => exact.delete(event.target), true);
+
+/** Put a text into a field. */
+export function setText(field, text) {
+  field.value = text;
+  exact.set(field, text);
+}
+
+/** Return the text of a field: as it was given, until the user edits it. */
+export const textOf = (field) => exact.get(field) ?? field.value;
+
+/** Show that the request of a form runs, or that it has ended. */
+export function setBusy(form, stopButton, isBusy) {
+  form.setAttribute("aria-busy", String(isBusy));
+  if (!isBusy && document.activeElement === stopButton) form.querySelector(".primary").focus();
+  stopButton.disabled = !isBusy;
+}
+
 /** Run `action` of a form for its button, Ctrl+Enter and Escape; `stop` ends it. */
 export function bindForm(form, stopButton, action, stop) {
   form.addEventListener("submit", (event) => {

@@ -34,6 +34,12 @@ function startTabs() {
       chosen.focus();
     });
   });
+  openAsked();
+  addEventListener("hashchange", openAsked);
+}
+
+/** Open the tool that the address names. */
+function openAsked() {
   const asked = tabs.find((tab) => `#${tab.getAttribute("aria-controls")}` === location.hash);
   if (asked) openTab(asked);
 }
@@ -71,7 +77,13 @@ function startKey() {
     useKey("");
     showModels();
   });
+  byId("key").addEventListener("keydown", (event) => {
+    if (event.key !== "Escape") return;
+    byId("key").open = false;
+    byId("key").querySelector("summary").focus();
+  });
   document.addEventListener("key-refused", (event) => {
+    byId("key").hidden = false;
     byId("key").open = true;
     clearProblems(byId("key-form"));
     showProblem(byId("key-value"), event.detail);
@@ -89,9 +101,8 @@ async function showModels() {
     adaptRank();
     adaptCompare();
     byId("key").open = false;
-    byId("key").hidden = !hasKey() && !byId("key").dataset.needed;
+    byId("key").hidden = !hasKey();
   } catch (error) {
-    byId("key").dataset.needed = "yes";
     place.textContent = error.message;
     place.classList.add("problem");
   }

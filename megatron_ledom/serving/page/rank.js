@@ -2,7 +2,7 @@
 
 import { post } from "./api.js";
 import { addCandidate, boxes, candidates, questionsOf, setCandidates } from "./candidates.js";
-import { bindForm, brief, byId, make, shown } from "./dom.js";
+import { bindForm, brief, byId, make, setBusy, setText, shown, textOf } from "./dom.js";
 import { nameOf } from "./models.js";
 import { clearProblems, FieldError, numberIn, numbersIn, showError } from "./problems.js";
 import { rank, rewardOf, scoresOf } from "./reward.js";
@@ -19,12 +19,13 @@ export function startRank() {
   bindForm(byId("rank-form"), byId("rank-stop"), score, () => (running ?? sampling)?.abort());
   byId("add-candidate").addEventListener("click", () => addCandidate().focus());
   byId("clear-candidates").addEventListener("click", () => setCandidates(["", ""]));
+  byId("candidates").addEventListener("click", showRanking);
   byId("load-lines").addEventListener("click", loadLines);
   byId("question").addEventListener("change", () => useQuestion(questions[byId("question").selectedIndex]));
   byId("sample-run").addEventListener("click", sample);
   byId("sample-stop").addEventListener("click", () => sampling?.abort());
   byId("weight").addEventListener("input", showRanking);
-  byId("reward-options").addEventListener("input", showRanking);
+  byId("rank-form").addEventListener("input", showRanking);
   byId("delimiter").addEventListener("change", changeDelimiter);
   setCandidates(["", ""]);
 }
@@ -38,15 +39,19 @@ export function adaptRank() {
   showRanking();
 }
 
-const promptText = () => byId("prompt").value && byId("prompt").value + byId("separator").value;
+const promptText = () => textOf(byId("prompt")) && textOf(byId("prompt")) + byId("separator").value;
+const answersOf = (given) => given.map((one) => (typeof one === "string" ? one : one.text));
 
 function settings() {
+  const divisor = byId("reward-temperature");
+  const temperature = numberIn(divisor) ?? 1;
+  if (!(temperature > 0)) throw new FieldError(divisor, "T must be a positive number; 1 changes nothing.");
   return {
     weight: Number(byId("weight").value),
     forward_normalization: byId("forward-normalization").value,
     reverse_normalization: byId("reverse-normalization").value,
     language_model_weight: numberIn(byId("language-model-weight")) ?? 0,
-    temperature: numberIn(byId("reward-temperature")) ?? 1,
+    temperature,
     include_ends: byId("include-ends").checked,
   };
 }
@@ -63,10 +68,9 @@ async function score() {
     if (given.every((one) => one === "")) throw new FieldError(boxes()[0] ?? byId("add-candidate"), "Type at least one candidate.");
     lockWeight(given);
     const body = { prompt, candidates: given, ...settings(), too_long: "skip" };
-    byId("rank-stop").disabled = false;
-    const answer = await post("/v1/reward", body, own.signal);
-    const answers = given.map((one) => (typeof one === "string" ? one : one.text));
-    scored = { prompt, answers, scores: answer.results.map(scoresOf), includeEnds: body.include_ends };
+    setBusy(form, byId("rank-stop"), true);
+    const { results } = await post("/v1/reward", body, own.signal);
+    scored = { prompt, answers: answersOf(given), scores: results.map(scoresOf), includeEnds: body.include_ends };
     clearShades();
     showRanking();
     const best = order()[0];
@@ -77,7 +81,7 @@ async function score() {
   } finally {
     if (running === own) {
       running = null;
-      byId("rank-stop").disabled = true;
+      setBusy(form, byId("rank-stop"), false);
     }
   }
 }
@@ -120,12 +124,19 @@ function showRanking() {
     orderShades(positions);
     const best = positions[0];
     byId("ranking-status").textContent = `Best: candidate ${best + 1}, reward ${shown(values[best])}`;
-    problem.hidden = scored.includeEnds === byId("include-ends").checked;
-    if (!problem.hidden) problem.textContent = "“Include the ends” has changed: press Score again.";
+    problem.hidden = !isStale();
+    if (!problem.hidden) problem.textContent = "The input has changed: press Score again.";
   } catch (error) {
     problem.textContent = error.message;
     problem.hidden = false;
   }
+}
+
+/** Return true if the table belongs to an earlier prompt, other candidates, or another choice of the ends. */
+function isStale() {
+  const answers = answersOf(candidates());
+  const isSame = answers.length === scored.answers.length && answers.every((answer, position) => answer === scored.answers[position]);
+  return !isSame || promptText() !== scored.prompt || scored.includeEnds !== byId("include-ends").checked;
 }
 
 function row(position, place, reward) {
@@ -188,10 +199,11 @@ function loadLines() {
 
 function useQuestion(question) {
   if (question.prompt !== null) {
-    byId("prompt").value = question.prompt;
+    setText(byId("prompt"), question.prompt);
     byId("separator").value = ""; // a reranking file joins prompt and candidate as given
   }
   setCandidates(question.candidates);
+  showRanking();
 }
 
 async function sample() {
@@ -208,6 +220,7 @@ async function sample() {
     const answer = await post("/v1/completions", { model: nameOf("forward"), prompt, ...options }, own.signal);
     const kept = candidates().filter((one) => one !== "");
     setCandidates([...kept, ...answer.choices.map((choice) => choice.text)]);
+    showRanking();
   } catch (error) {
     if (error.param === "prompt") error.field = byId("prompt");
     showError(error, place, button.parentElement);

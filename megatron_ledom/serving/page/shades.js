@@ -6,12 +6,14 @@ import { nameOf } from "./models.js";
 import { described, fractionOf, piecesOf, strip, visible } from "./shading.js";
 import { delimiterOf, stepsOf } from "./steps.js";
 
+let generation = 0; // grows when other candidates are scored
 const shades = new Map(); // position -> prompt, answer, element, place of the steps, steps with their log-probabilities
 
 export const isShaded = (position) => shades.has(position);
 
 /** Remove all shaded candidates. */
 export function clearShades() {
+  generation += 1;
   shades.clear();
   show([]);
 }
@@ -20,9 +22,11 @@ export function clearShades() {
 export async function toggleShade(position, prompt, answer) {
   if (shades.delete(position)) return;
   const delimiter = delimiterOf(byId("delimiter").value);
+  const own = generation;
   const pair = { preceding: prompt, following: answer };
   const [tokens, steps] = await Promise.all([post("/v1/score", { pairs: [pair] }), scoredSteps(prompt, answer, delimiter)]);
   const { forward, reverse } = tokens.data[0];
+  if (own !== generation) return;
   const place = make("ol", { class: "steps" });
   const element = make(
     "article",
@@ -41,9 +45,11 @@ export async function toggleShade(position, prompt, answer) {
 /** Cut all shaded answers at another delimiter, and score their steps. */
 export async function setDelimiter(pattern) {
   const delimiter = delimiterOf(pattern);
-  const shown = [...shades.values()];
-  const found = await Promise.all(shown.map(({ prompt, answer }) => scoredSteps(prompt, answer, delimiter)));
-  shown.forEach((shade, number) => Object.assign(shade, { steps: found[number] }));
+  const own = generation;
+  const chosen = [...shades.values()];
+  const found = await Promise.all(chosen.map(({ prompt, answer }) => scoredSteps(prompt, answer, delimiter)));
+  if (own !== generation) return;
+  chosen.forEach((shade, number) => Object.assign(shade, { steps: found[number] }));
   show([...byId("shaded").children].map((element) => Number(element.dataset.shaded)));
 }
 

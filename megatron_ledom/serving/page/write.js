@@ -1,7 +1,7 @@
 // Write before: the reverse model's text grows at its front.
 
 import { stream } from "./api.js";
-import { bindForm, byId, make } from "./dom.js";
+import { bindForm, byId, make, setBusy, setText, textOf } from "./dom.js";
 import { nameOf } from "./models.js";
 import { clearProblems, FieldError, numbersIn, showError } from "./problems.js";
 
@@ -22,11 +22,12 @@ async function write() {
   let cards = [];
   try {
     const options = numbersIn(form);
-    if (!box.value) throw new FieldError(box, "Type the text that follows, at least one character.");
-    byId("write-stop").disabled = false;
-    cards = Array.from({ length: Math.min(options.n ?? 1, 128) }, (_, number) => new Alternative(number, box.value));
+    const suffix = textOf(box);
+    if (!suffix) throw new FieldError(box, "Type the text that follows, at least one character.");
+    setBusy(form, byId("write-stop"), true);
+    cards = Array.from({ length: Math.min(options.n ?? 1, 128) }, (_, number) => new Alternative(number, suffix));
     byId("alternatives").replaceChildren(...cards.map((card) => card.element));
-    await fill(cards, { model: nameOf("reverse"), suffix: box.value, ...options }, own.signal);
+    await fill(cards, { model: nameOf("reverse"), suffix, ...options }, own.signal);
   } catch (error) {
     if (cards.length && cards.every((card) => card.isEmpty) && error.name !== "AbortError") byId("alternatives").replaceChildren();
     for (const card of cards) card.finish(error.name === "AbortError" ? "stopped" : "broken off");
@@ -34,7 +35,7 @@ async function write() {
   } finally {
     if (running === own) {
       running = null;
-      byId("write-stop").disabled = true;
+      setBusy(form, byId("write-stop"), false);
     }
   }
 }
@@ -100,7 +101,7 @@ class Alternative {
   }
 
   reuse() {
-    byId("suffix").value = this.text.data + this.given;
+    setText(byId("suffix"), this.text.data + this.given);
     byId("suffix").focus();
     byId("suffix").setSelectionRange(0, 0);
   }

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.browser import Page, chromium
 from tests.support.served import Served, serving, tiny_pair
 
 
@@ -18,4 +19,26 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def served(folders: tuple[Path, Path]) -> Iterator[Served]:
     """A server of both models."""
     with serving("--forward", folders[0], "--reverse", folders[1]) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Page]:
+    """One browser for all tests of the page."""
+    with chromium() as page:
+        yield page
+
+
+@pytest.fixture
+def page(browser: Page) -> Iterator[Page]:
+    """The browser; a violation of the content policy or an error in a module fails the test."""
+    browser.complaints()
+    yield browser
+    assert browser.complaints() == []
+
+
+@pytest.fixture(scope="session")
+def lone(folders: tuple[Path, Path]) -> Iterator[Served]:
+    """A server with the key `right key` and without a forward model."""
+    with serving("--reverse", folders[1], LEDOM_API_KEY="right key") as server:
         yield server

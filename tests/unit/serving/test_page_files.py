@@ -1,8 +1,6 @@
 """The files of the web page: their headers, that they need no key, and that they load and run nothing from elsewhere."""
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
@@ -10,7 +8,7 @@ import pytest
 from megatron_ledom.reports import curves, explanation
 from megatron_ledom.serving.page_files import read_page
 from tests.support.paths import ROOT
-from tests.support.served import Served, serving
+from tests.support.served import Served
 
 FOLDER = ROOT / "megatron_ledom/serving/page"
 FILES = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.iterdir()}
@@ -18,18 +16,11 @@ UNSAFE = ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eva
 """Ways in which a text could become part of the document's structure or code."""
 
 
-@pytest.fixture(scope="module")
-def locked(folders: tuple[Path, Path]) -> Iterator[Served]:
-    """A server with a key."""
-    with serving("--reverse", folders[1], LEDOM_API_KEY="secret") as server:
-        yield server
-
-
-def test_the_page_and_its_files_need_no_key_and_have_strict_headers(locked: Served) -> None:
+def test_the_page_and_its_files_need_no_key_and_have_strict_headers(lone: Served) -> None:
     assert len(read_page()) == len(FILES) + 1
     for path, (kind, content) in read_page().items():
         for method in ("GET", "HEAD"):
-            answer = httpx.request(method, locked.url + path, timeout=60)
+            answer = httpx.request(method, lone.url + path, timeout=60)
             assert answer.status_code == 200
             assert answer.headers["content-type"] == kind
             assert answer.content == (content if method == "GET" else b"")
@@ -40,14 +31,14 @@ def test_the_page_and_its_files_need_no_key_and_have_strict_headers(locked: Serv
 
 
 @pytest.mark.parametrize("path", ["/page/../page_files.py", "/page/%2e%2e/page_files.py", "/page/", "/page/none.js", "/page"])
-def test_no_other_file_is_served(locked: Served, path: str) -> None:
-    assert httpx.get(locked.url + path, timeout=60).status_code == 401
-    headers = {"Authorization": "Bearer secret"}
-    assert httpx.get(locked.url + path, headers=headers, timeout=60).status_code == 404
+def test_no_other_file_is_served(lone: Served, path: str) -> None:
+    assert httpx.get(lone.url + path, timeout=60).status_code == 401
+    headers = {"Authorization": "Bearer right key"}
+    assert httpx.get(lone.url + path, headers=headers, timeout=60).status_code == 404
 
 
-def test_the_schema_has_no_route_of_the_page(locked: Served) -> None:
-    schema = httpx.get(f"{locked.url}/openapi.json", headers={"Authorization": "Bearer secret"}, timeout=60).json()
+def test_the_schema_has_no_route_of_the_page(lone: Served) -> None:
+    schema = httpx.get(f"{lone.url}/openapi.json", headers={"Authorization": "Bearer right key"}, timeout=60).json()
     assert "/v1/reward" in schema["paths"]
     assert not [path for path in schema["paths"] if path == "/" or path.startswith("/page")]
 

@@ -166,3 +166,17 @@ def test_get_reward_answers_openrlhf(served: Served) -> None:
     assert "missing_reward" in refused.json()["error"]["message"]
     other = served.post("/get_reward", {"query": ["x"], "prompts": ["y"]})
     assert other.json()["error"]["message"].startswith("query[0] does not begin with prompts[0]")
+
+
+def test_the_offsets_of_tokens_are_the_places_of_their_characters(served: Served) -> None:
+    pair = {"preceding": "The cat", "following": "hedral, café 漢字 of Paris."}
+    whole = pair["preceding"] + pair["following"]
+    scored = served.post("/v1/score", {"pairs": [pair]}).json()["data"][0]
+    for side in ("forward", "reverse"):
+        tokens, places = scored[side]["tokens"], scored[side]["token_offsets"]
+        assert len(tokens) == len(places) == scored[side]["num_tokens"]
+        for token, (begin, end) in zip(tokens, places, strict=True):
+            assert "\ufffd" in token or token.strip() == whole[begin:end].strip()
+    assert scored["reverse"]["token_offsets"][0][0] == 0
+    assert scored["reverse"]["token_offsets"][-1][1] <= len(pair["preceding"])
+    assert scored["forward"]["token_offsets"][-1][1] == len(whole)
