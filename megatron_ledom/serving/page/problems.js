@@ -42,7 +42,7 @@ export class FieldError extends Error {
 }
 
 /** Return the number in a field; undefined if it is empty. The server checks the range. */
-export function numberIn(field) {
+export function numberFrom(field) {
   if (field.validity.badInput) throw new FieldError(field, `${labelOf(field)}: this is not a number`);
   if (field.value.trim() === "") return undefined;
   const value = Number(field.value);
@@ -57,6 +57,6 @@ const labelOf = (field) => field.labels[0]?.textContent.trim() ?? field.name;
 /** Return the numbers of all number fields within an element, by name. */
 export function numbersIn(root) {
   const found = {};
-  for (const field of root.querySelectorAll("input[type=number]")) found[field.name] = numberIn(field);
+  for (const field of root.querySelectorAll("input[type=number]")) found[field.name] = numberFrom(field);
   return found;
 }

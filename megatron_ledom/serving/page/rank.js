@@ -4,7 +4,7 @@ import { post } from "./api.js";
 import { addCandidate, boxes, candidates, questionsOf, setCandidates } from "./candidates.js";
 import { bindForm, brief, byId, make, setBusy, setText, shown, textOf } from "./dom.js";
 import { nameOf } from "./models.js";
-import { clearProblems, FieldError, numberIn, numbersIn, showError } from "./problems.js";
+import { clearProblems, FieldError, numberFrom, numbersIn, showError } from "./problems.js";
 import { rank, rewardOf, scoresOf } from "./reward.js";
 import { clearShades, isShaded, orderShades, setDelimiter, toggleShade } from "./shades.js";
 
@@ -44,13 +44,13 @@ const answersOf = (given) => given.map((one) => (typeof one === "string" ? one :
 
 function settings() {
   const divisor = byId("reward-temperature");
-  const temperature = numberIn(divisor) ?? 1;
+  const temperature = numberFrom(divisor) ?? 1;
   if (!(temperature > 0)) throw new FieldError(divisor, "T must be a positive number; 1 changes nothing.");
   return {
     weight: Number(byId("weight").value),
     forward_normalization: byId("forward-normalization").value,
     reverse_normalization: byId("reverse-normalization").value,
-    language_model_weight: numberIn(byId("language-model-weight")) ?? 0,
+    language_model_weight: numberFrom(byId("language-model-weight")) ?? 0,
     temperature,
     include_ends: byId("include-ends").checked,
   };
