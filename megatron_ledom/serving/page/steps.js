@@ -1,4 +1,4 @@
-// Steps of an answer, cut as the step-level search and its report cut them (megatron_ledom/reports/explanation.py).
+// Steps of an answer, cut as `StepDelimiter.steps_of` in megatron_ledom/inference/engines/engine.py cuts them.
 
 // The characters that Python's \s matches.
 const CONTENT = /[^\s\x1c-\x1f\x85]|\ufeff/u;

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from megatron_ledom.inference.engines.engine import StepDelimiter
-from megatron_ledom.reports.explanation import steps_of
 from tests.support.browser import CTRL, ENTER, HOME, LEFT, MISSING, RIGHT, TAB, Page
 from tests.support.served import Served
 
@@ -117,7 +116,7 @@ def test_tokens_and_steps_are_shaded_by_their_values(page: Page, served: Served)
         own = f"[data-shaded='{position}']"
         strips = [page.run("return arguments[0].textContent", one).replace("↵", "") for one in page.all(f"{own} .strip")]
         assert strips == [PROMPT, answer]
-        steps = steps_of(answer, StepDelimiter())
+        steps = StepDelimiter().steps_of(answer)
         shown = [page.run("return arguments[0].textContent", one).replace("↵", "") for one in page.all(f"{own} li .piece")]
         assert shown == [step.rstrip("\n") for step in steps]
         cells = [float(one.text.replace("−", "-")) for one in page.all(f"{own} .value")]
@@ -153,7 +152,7 @@ def test_steps_are_cut_as_in_the_search(page: Page, served: Served, pattern: str
     page.open(served.url, "rank")
     texts = ["", "a", "a\n", "\n\na\nb", "a.\n\n b! c?\td\n \n", " \x1c\n", "\ufeff\n漢字. 🙂\n", "a\u0085\n\nb\n", "\n"]
     found = page.module("steps.js", "return a[0].map((text) => m.stepsOf(text, m.delimiterOf(a[1])))", texts, pattern)
-    assert found == [steps_of(text, StepDelimiter(pattern)) for text in texts]
+    assert found == [StepDelimiter(pattern).steps_of(text) for text in texts]
 
 
 def test_another_delimiter_cuts_again_and_a_wrong_one_is_explained(page: Page, served: Served) -> None:
