@@ -1,5 +1,6 @@
 """Client of a server that computes Reverse Reward at `/v1/reward`."""
 
+import json
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +16,8 @@ Scored = tuple[float | None, str]
 """A reward, or None without one, and the reason if it is not finite."""
 PARALLEL = 8
 """Largest number of requests at the same time; the server computes them together."""
-MOST_ANSWERS = 256
-"""Largest number of answers in a request; servers limit it."""
+MOST_ANSWERS, MOST_BYTES = 256, 1 << 20
+"""Largest number of answers in a request, and of their bytes as JSON, unless one answer has more; servers limit both."""
 
 
 class RewardServer:
@@ -39,11 +40,7 @@ class RewardServer:
 
     def score(self, questions: Sequence[tuple[str, Sequence[str]]]) -> list[list[Scored]]:
         """Return the rewards in the order of the questions and answers."""
-        parts = [
-            (prompt, answers[begin : begin + MOST_ANSWERS])
-            for prompt, answers in questions
-            for begin in range(0, len(answers), MOST_ANSWERS)
-        ]
+        parts = [(prompt, part) for prompt, answers in questions for part in parts_of(answers)]
         with ThreadPoolExecutor(min(PARALLEL, len(parts))) as pool:
             scored = iter([one for found in pool.map(self._ask, parts) for one in found])
         return [[next(scored) for _ in answers] for _, answers in questions]
@@ -83,3 +80,17 @@ class RewardServer:
                     self.url, endpoint="reward", timeout=self._timeout, key_over_http=self._key_over_http
                 )
             return self._made
+
+
+def parts_of(answers: Sequence[str]) -> list[list[str]]:
+    """Divide answers into the lists of single requests, in their order."""
+    parts: list[list[str]] = []
+    num_bytes = 0
+    for answer in answers:
+        size = len(json.dumps(answer))  # clients write other letters than ASCII as \uXXXX
+        if not parts or len(parts[-1]) == MOST_ANSWERS or num_bytes + size > MOST_BYTES:
+            parts.append([])
+            num_bytes = 0
+        parts[-1].append(answer)
+        num_bytes += size
+    return parts

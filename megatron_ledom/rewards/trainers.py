@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.inference.reverse_reward.queries import answer_of
 from megatron_ledom.rewards.reward_function import ReverseRewardFunction
 
 Message = Mapping[str, Any]
@@ -125,18 +126,4 @@ class OpenRlhfReward:
         if len(queries) != len(prompts):
             raise DataError(f"{len(queries)} queries and {len(prompts)} prompts were given; pass one prompt for each query")
         pairs = zip(queries, prompts, strict=True)
-        return self.function(list(prompts), [self._answer(query, prompt) for query, prompt in pairs])
-
-    def _answer(self, query: str, prompt: str) -> str:
-        """Return the answer in a query, which has the prompt in front, perhaps after a BOS."""
-        is_text = isinstance(prompt, str) and prompt != ""
-        found = 0 if is_text and query.startswith(prompt) else query.find(prompt) if is_text else -1
-        if found < 0:
-            raise DataError(
-                f"the query {query[:60]!r} does not contain its prompt {str(prompt)[:60]!r}, so the answer is unknown; pass queries that"
-                " begin with their prompts"
-            )
-        answer = query[found + len(prompt) :]
-        while end := next((end for end in self.ends if answer.endswith(end)), None):
-            answer = answer.removesuffix(end)
-        return answer
+        return self.function(list(prompts), [answer_of(query, prompt, self.ends) for query, prompt in pairs])

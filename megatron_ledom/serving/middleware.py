@@ -6,8 +6,10 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from megatron_ledom.errors import visible
+from megatron_ledom.inference.engines.completions_client import is_loopback
 from megatron_ledom.serving.errors import ApiError, error_response
 from megatron_ledom.serving.metrics import Metrics
 from megatron_ledom.serving.settings import ServeSettings
@@ -48,6 +50,7 @@ class Gate:
             await send(message)
 
         try:
+            self._check_host(scope)
             self._check_key(scope)
             body = await self._body(scope, receive)
             self._log_body(scope, body)
@@ -56,6 +59,21 @@ class Gate:
             await error_response(error)(scope, receive, _noting_send)
         finally:
             self._note(scope, status, time.monotonic() - start)
+
+    def _check_host(self, scope: Message) -> None:
+        """Refuse other names of a server that only this machine reaches, without a key: a web page can give its own name this address."""
+        if self._settings.api_key is not None or not is_loopback(self._settings.host):
+            return
+        given = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
+        try:
+            name = urlsplit(f"//{given}").hostname or ""
+        except ValueError:
+            name = ""
+        if not is_loopback(name) and name != self._settings.host:
+            raise ApiError(
+                400,
+                f"this server answers to localhost, found the host {visible(given)}; use --api-key if another name is right",
+            )
 
     def _check_key(self, scope: Message) -> None:
         expected = self._settings.api_key

@@ -7,8 +7,10 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
+from pydantic import ConfigDict
 
 from megatron_ledom.errors import DataError
+from megatron_ledom.inference.reverse_reward.queries import answer_of
 from megatron_ledom.inference.reverse_reward.reward import Candidate, CandidateScore, RewardSettings, ranked_fields
 from megatron_ledom.serving.errors import RESPONSES, ApiError, JsonResponse, SafeRoute
 from megatron_ledom.serving.models import ServedModel, ServedModels
@@ -16,6 +18,7 @@ from megatron_ledom.serving.rewards import num_scored_tokens, or_null, parse_can
 from megatron_ledom.serving.schemas import (
     MAX_ITEMS,
     Document,
+    Finite,
     OpenRlhfRequest,
     RerankRequest,
     RewardOptions,
@@ -33,7 +36,8 @@ LOWEST = -sys.float_info.max
 class OpenRlhfOptions(RewardOptions):
     """Options in the address of `/get_reward`, because OpenRLHF's body has no place for them."""
 
-    missing_reward: float | None = None
+    model_config = ConfigDict(extra="forbid")
+    missing_reward: Finite | None = None
 
 
 def ranking_router(settings: ServeSettings, models: ServedModels, queue: WorkQueue) -> APIRouter:
@@ -69,7 +73,7 @@ def ranking_router(settings: ServeSettings, models: ServedModels, queue: WorkQue
         """Rank documents for a query; the relevance is the Reverse Reward, a logarithm, so it is usually negative."""
         documents = [one.text if isinstance(one, Document) else one for one in body.documents]
         question = (body.query + body.separator, [Candidate(text) for text in documents])
-        job = reward_job(models, [question], _rerank_settings(models, body), skip_too_long=False)
+        job = reward_job(models, [question], _rerank_settings(models, body), skip_too_long=body.too_long == "skip")
         (scores,) = await result_of(queue, job, request, settings.timeout_seconds)
         return JsonResponse(_rerank_fields(models, body, documents, scores))
 
@@ -155,19 +159,12 @@ def _rerank_fields(
 
 
 def _answers(models: ServedModels, body: OpenRlhfRequest) -> list[tuple[str, str]]:
-    """Return prompt and answer of each query; special tokens of the served tokenizers around a query are removed."""
+    """Return prompt and answer of each query; special tokens of the served tokenizers at its end are removed."""
     if len(body.query) != len(body.prompts):
         raise ApiError(400, f"{len(body.query)} queries and {len(body.prompts)} prompts; send as many of each", "prompts")
     specials = sorted({name for model in models.all for name in _special_names(model)}, key=len, reverse=True)
-    found = []
-    for number, (query, prompt) in enumerate(zip(body.query, body.prompts, strict=True)):
-        whole = _without(query, specials)
-        if not whole.startswith(prompt):
-            raise ApiError(
-                400, f"query[{number}] does not begin with prompts[{number}]; a query is the prompt and its answer", "query"
-            )
-        found.append((prompt, whole[len(prompt) :]))
-    return found
+    pairs = zip(body.query, body.prompts, strict=True)
+    return [(prompt, answer_of(query, prompt, specials)) for query, prompt in pairs]
 
 
 def _special_names(model: ServedModel) -> list[str]:
@@ -175,17 +172,8 @@ def _special_names(model: ServedModel) -> list[str]:
     return [name for name, id_ in tokenizer.vocab.items() if id_ in tokenizer.special_ids and name]
 
 
-def _without(text: str, specials: list[str]) -> str:
-    """Return a text without special tokens at its beginning and end."""
-    while name := next((name for name in specials if text.startswith(name)), None):
-        text = text[len(name) :]
-    while name := next((name for name in specials if text.endswith(name)), None):
-        text = text[: -len(name)]
-    return text
-
-
 def _open_rlhf_fields(scores: list[CandidateScore], missing: float | None) -> dict[str, Any]:
-    """Return the response that OpenRLHF reads; an answer without a finite reward gets `missing`."""
+    """Return the response that OpenRLHF reads; an answer without a finite reward gets `missing`, in the logged values too."""
     rewards = []
     for number, score in enumerate(scores):
         value = or_null(score.reward)
@@ -195,5 +183,9 @@ def _open_rlhf_fields(scores: list[CandidateScore], missing: float | None) -> di
                 f"the answer of query[{number}] has no finite reward ({reason}); add ?missing_reward=NUMBER to the address"
             )
         rewards.append(missing if value is None else value)
-    logs = {name: [or_null(getattr(score, name)) or 0.0 for score in scores] for name in ("forward_logprob", "reverse_logprob")}
+    logs = {}
+    for name in ("forward_logprob", "reverse_logprob"):
+        values = [or_null(getattr(score, name)) for score in scores]
+        if values.count(None) < len(values) and (missing is not None or None not in values):
+            logs[name] = [missing if value is None else value for value in values]
     return {"rewards": rewards, "scores": rewards, "extra_logs": logs}

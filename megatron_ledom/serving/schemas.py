@@ -12,6 +12,7 @@ MAX_CHOICES = 128
 MAX_SEED = 1 << 63
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Normalization = Literal["none", "token", "byte"]
+TooLong = Literal["refuse", "skip"]
 DEFAULTS = RewardSettings()
 
 
@@ -58,7 +59,7 @@ class RewardOutput(Strict):
     """Options of the response."""
 
     token_values: bool = Field(False, description="also return the id and log-probability of each token")
-    too_long: Literal["refuse", "skip"] = Field("refuse", description="texts that are too long for a model: 400, or no score")
+    too_long: TooLong = Field("refuse", description="texts that are too long for a model: 400, or no score")
 
 
 class RewardRequest(RewardOutput, RewardOptions):
@@ -108,6 +109,7 @@ class RerankRequest(BaseModel):
     reverse_normalization: Normalization = "none"
     language_model_weight: Finite = 0.0
     include_ends: bool = False
+    too_long: TooLong = Field("refuse", description="documents that are too long for a model: 400, or ranked last")
 
 
 class OpenRlhfRequest(BaseModel):

@@ -3,10 +3,10 @@
 import logging
 import signal
 import sys
-from ipaddress import ip_address
 
 import uvicorn
 
+from megatron_ledom.inference.engines.completions_client import is_loopback
 from megatron_ledom.serving.app import build_app
 from megatron_ledom.serving.metrics import Metrics
 from megatron_ledom.serving.models import ServedModels
@@ -40,11 +40,3 @@ def serve(settings: ServeSettings) -> None:
     )
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn handles it while it serves, and then raises it once more
     uvicorn.Server(config).run()
-
-
-def is_loopback(host: str) -> bool:
-    """Return True if only this machine can reach the host."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

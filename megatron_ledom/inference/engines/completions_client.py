@@ -37,7 +37,7 @@ class CompletionsClient:
     def __init__(self, url: str, *, endpoint: str = "completions", timeout: float = 600.0, key_over_http: bool = False) -> None:
         address = _address(url, endpoint)
         self._endpoint = endpoint
-        is_local = _is_loopback(address.host)
+        is_local = is_loopback(address.host)
         self.url, key = str(address), _api_key()
         self.mask = KeyMask(key)
         if key and address.scheme == "http" and not is_local and not key_over_http:
@@ -195,7 +195,8 @@ def _address(url: str, endpoint: str) -> httpx.URL:
     return parsed.copy_with(path=f"{path}/{endpoint}")
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return True if only this machine can reach the host."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

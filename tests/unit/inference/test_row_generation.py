@@ -1,18 +1,23 @@
 """Rows of one batch with their own settings: the same texts as alone, ends, given-up rows, and pieces that never change."""
 
+import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError
-from megatron_ledom.inference import ForwardLM, ReverseLM
+from megatron_ledom.inference import ForwardLM, ReverseLM, TransformersEngine
+from megatron_ledom.inference.engines.engine import empty_answer
 from megatron_ledom.inference.generation import Generation, Sampling
 from megatron_ledom.inference.growing_text import GrowingText
 from megatron_ledom.inference.language_model import LanguageModel
 from megatron_ledom.inference.row_generation import RowRequest, row_problem, write_rows, written_part
-from tests.support.tiny_models import TOKENIZERS, random_model_folder, random_text
+from tests.support.tiny_models import TOKENIZERS, random_model_folder, random_text, save_model_folder, tiny_config
 
 
 @pytest.fixture(scope="module", params=[(kind, name) for kind in (ReverseLM, ForwardLM) for name in TOKENIZERS], ids=str)
@@ -53,6 +58,26 @@ def test_greedy_rows_are_those_of_write_and_equal_texts_share_what_was_read(mode
     (expected,) = model.writer.write(["The cat sat on"], model.leading_ids, sampling, 1)
     found = write_rows(model, [RowRequest("The cat sat on", sampling, str(n)) for n in range(3)], batch_size=4)
     assert [result.generation for result in found] == [expected] * 3
+
+
+def test_rows_of_a_model_with_a_sliding_window_are_those_of_single_calls(tmp_path: Path) -> None:
+    tokenizer_json = TOKENIZERS["byte_level"]()
+    config = MistralConfig(
+        **{**tiny_config(len(json.loads(tokenizer_json)["model"]["vocab"]) + 8).to_dict(), "sliding_window": 16}
+    )
+    torch.manual_seed(7)
+    folder = save_model_folder(tmp_path / "model", MistralForCausalLM(config), tokenizer_json, None)
+    model = ForwardLM.from_pretrained(folder, device="cpu")
+    sampling = Sampling(max_new_tokens=24)
+    texts = ["The cat sat on the mat, and then it looked at the old dog for a long time", "Once upon"]
+    rows = [RowRequest(text, sampling, str(n)) for n, text in enumerate([texts[0], texts[0], texts[1], texts[1]])]
+    alone = [write_rows(model, [row], batch_size=1)[0].generation for row in rows]
+    assert [result.generation for result in write_rows(model, rows, batch_size=4)] == alone
+    several = replace(sampling, temperature=1.0, num_return_sequences=2)
+    starts = [empty_answer(text, several) for text in texts]
+    (_, together) = TransformersEngine(model, 4).sample(starts, several)
+    (single,) = TransformersEngine(model, 1).sample(starts[1:], several)
+    assert [answer.text for answer in together] == [answer.text for answer in single]
 
 
 def test_a_row_that_nobody_wants_ends_and_the_others_do_not(model: LanguageModel) -> None:

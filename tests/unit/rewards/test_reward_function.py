@@ -13,6 +13,7 @@ import torch
 from megatron_ledom.errors import DataError, MismatchError, TransientError, UsageError
 from megatron_ledom.inference import ForwardLM, RewardSettings, TransformersEngine
 from megatron_ledom.rewards import ProcessReward, ReverseRewardFunction
+from megatron_ledom.rewards.reward_server import parts_of
 from tests.support.reward_server import RewardServer
 from tests.support.tool_runs import run_tool
 
@@ -88,6 +89,8 @@ def test_many_answers_are_divided_into_requests(
     rewards = ReverseRewardFunction.at(server.url).rewards(QUESTIONS)
     assert rewards == [pytest.approx(row, abs=1e-5) for row in ReverseRewardFunction(*engines).rewards(QUESTIONS)]
     assert sorted(len(request["candidates"]) for request in server.requests) == [1, 2, 3]
+    large = "漢" * 100_000  # 600 kB as JSON
+    assert parts_of([large, large, "x", large * 2, "x"]) == [[large], [large, "x"], [large * 2], ["x"]]
 
 
 def test_an_answer_without_a_reward_is_an_error_or_gets_the_chosen_number(engines: Engines, server: RewardServer) -> None:

@@ -160,12 +160,31 @@ def test_get_reward_answers_openrlhf(served: Served) -> None:
         "rewards"
     ]
     assert answer["rewards"] == answer["scores"] == pytest.approx([*rewards, -1000], abs=1e-5)
-    assert len(answer["extra_logs"]["reverse_logprob"]) == 3
+    assert answer["extra_logs"]["reverse_logprob"][2] == -1000
+    template = served.post("/get_reward", {"query": ["</s>Six? 6</s>"], "prompts": ["</s>Six?"]}).json()["rewards"]
+    assert template == served.post("/v1/reward", {"prompt": "</s>Six?", "candidates": [" 6"]}).json()["rewards"]
+    for option in ("wieght=0.1", "missing_reward=-inf"):
+        wrong = served.post(f"/get_reward?{option}", body)
+        assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, option.partition("=")[0])
     refused = served.post("/get_reward", body)
     assert refused.status_code == 400
     assert "missing_reward" in refused.json()["error"]["message"]
     other = served.post("/get_reward", {"query": ["x"], "prompts": ["y"]})
-    assert other.json()["error"]["message"].startswith("query[0] does not begin with prompts[0]")
+    assert other.json()["error"]["message"].startswith("the query 'x' does not contain its prompt 'y'")
+
+
+def test_a_document_that_is_too_long_is_refused_or_ranked_last(served: Served) -> None:
+    body = {"query": PROMPT, "documents": ["word " * 900, "Paris"]}
+    refused = served.post("/rerank", body)
+    assert (refused.status_code, "too_long" in refused.json()["error"]["message"]) == (400, True)
+    assert [result["index"] for result in served.post("/rerank", {**body, "too_long": "skip"}).json()["results"]] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("host", "status"), [("attacker.example", 400), ("127.0.0.1.attacker.example:80", 400), ("localhost", 200)]
+)
+def test_a_page_cannot_give_its_own_name_to_the_server(served: Served, host: str, status: int) -> None:
+    assert httpx.get(f"{served.url}/health", headers={"Host": host}, trust_env=False).status_code == status
 
 
 def test_the_offsets_of_tokens_are_the_places_of_their_characters(served: Served) -> None:
