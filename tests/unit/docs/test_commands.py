@@ -128,7 +128,7 @@ RUN_BY_TESTS = {
     "ledom rerank --forward models/forward --forward-engine vllm --reverse models/reverse --reverse-engine vllm"
     " --input prompts.jsonl --output answers.jsonl --sample 8 --max-new-tokens 64": "tests/unit/inference/test_vllm_engine.py",
     "ledom export-preferences answers.jsonl answers_seed1.jsonl --output pairs --pairs best-others --min-margin 2": (
-        "tests/unit/rewards/test_page.py"
+        "tests/unit/rewards/test_trainers_page.py"
     ),
     "python examples/finetune/lora.py --model models/reverse --input corpus.jsonl --output finetuned --epochs 1"
     " --max-length 512": LORA,

@@ -40,7 +40,7 @@ OTHER_LOCKS = {
     "check_hardware": "writes a report after each check under the lock of its folder, see test_runner.py",
     "validate_planner": "writes between marks of a document under its lock, after minutes of fitting",
 }
-WRITES_NOTHING = {"generate", "inspect_checkpoint", "plan_blend", "replay_step"}
+WRITES_NOTHING = {"generate", "inspect_checkpoint", "plan_blend", "replay_step", "serve"}
 
 
 def test_every_tool_is_listed() -> None:
