@@ -163,7 +163,7 @@ def test_get_reward_answers_openrlhf(served: Served) -> None:
     assert answer["extra_logs"]["reverse_logprob"][2] == -1000
     template = served.post("/get_reward", {"query": ["</s>Six? 6</s>"], "prompts": ["</s>Six?"]}).json()["rewards"]
     assert template == served.post("/v1/reward", {"prompt": "</s>Six?", "candidates": [" 6"]}).json()["rewards"]
-    for option in ("wieght=0.1", "missing_reward=-inf"):
+    for option in ("lambda=0.1", "missing_reward=-inf"):
         wrong = served.post(f"/get_reward?{option}", body)
         assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, option.partition("=")[0])
     refused = served.post("/get_reward", body)
