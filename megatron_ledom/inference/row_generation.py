@@ -7,10 +7,10 @@ numbers, and a row can be given up. So requests that arrive together can share a
 import codecs
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache
 
 from megatron_ledom.direction import Direction, to_text_order
 from megatron_ledom.errors import DataError
@@ -18,8 +18,8 @@ from megatron_ledom.inference.generation import Generation, Sampling
 from megatron_ledom.inference.joint_tokenizer import HealedPrompt
 from megatron_ledom.inference.key_value_cache import padded_cache, read_caches
 from megatron_ledom.inference.language_model import LanguageModel
+from megatron_ledom.inference.row_batch import must_divide, write_batch
 from megatron_ledom.inference.row_choice import RowChoice, RowSettings
-from megatron_ledom.inference.scoring import naming_text, no_room
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,11 @@ class RowResult:
     tokens: list[WrittenToken]
 
 
-OnStep = Callable[[int, Generation], bool]
-"""Gets the index of a row and its text so far after each of its tokens; returns False if nobody wants the row any more."""
+OnStep = Callable[[int, Callable[[], Generation]], bool]
+"""Gets the index of a row, and a function that reads its text so far, after each of its tokens; returns False if nobody wants the row
+any more. Reading takes longer the more text there is, so it is done only if something needs it."""
+OnEnd = Callable[[int, RowResult], None]
+"""Gets the index and the result of a row as soon as it is done; others of its batch may still grow."""
 
 
 def written_part(generation: Generation, direction: Direction) -> str:
@@ -76,14 +79,18 @@ def row_problem(model: LanguageModel, request: RowRequest) -> str | None:
 
 @torch.inference_mode()
 def write_rows(
-    model: LanguageModel, requests: Sequence[RowRequest], batch_size: int, on_step: OnStep | None = None
+    model: LanguageModel,
+    requests: Sequence[RowRequest],
+    batch_size: int,
+    on_step: OnStep | None = None,
+    on_end: OnEnd | None = None,
 ) -> list[RowResult]:
     """Return the result of each request; a batch has at most `batch_size` rows. The model reads a text once for all its rows."""
     healed = {text: model.tokenizer.heal_prompt(text, model.direction) for text in {request.text for request in requests}}
     results: list[RowResult] = []
     for start in range(0, len(requests), batch_size):
         rows = [_Row(start + i, r, healed[r.text]) for i, r in enumerate(requests[start : start + batch_size])]
-        results += _write_batch(model, rows, on_step)
+        results += _write_batch(model, rows, _Observer(model, on_step, on_end))
     return results
 
 
@@ -93,48 +100,62 @@ class _Row:
     request: RowRequest
     healed: HealedPrompt
 
-    @property
-    def limit(self) -> int:
-        return self.request.sampling.max_new_tokens
+    def settings(self) -> RowSettings:
+        """Return the settings of the row's choice."""
+        sampling, num_likeliest = self.request.sampling, self.request.num_likeliest
+        return RowSettings(
+            self.request.key, self.healed.trimmed, sampling.max_new_tokens, sampling, num_likeliest=num_likeliest
+        )
 
 
-def _write_batch(model: LanguageModel, rows: list[_Row], on_step: OnStep | None) -> list[RowResult]:
+@dataclass(frozen=True, slots=True)
+class _Observer:
+    """Shows each row after its step, decides if it is done, and gives its result at its end."""
+
+    model: LanguageModel
+    on_step: OnStep | None
+    on_end: OnEnd | None
+
+    def after_token(self, row: _Row, choice: RowChoice, number: int) -> RowResult | None:
+        """Return the result of a row that is done: at its limit, at eod, at a stop string, or if nobody wants it; else None."""
+
+        @cache
+        def _text() -> Generation:
+            return self.model.writer.join(row.request.text, row.healed, choice.new_ids[number], row.request.sampling)
+
+        is_done = choice.has_ended(number)
+        if self.on_step is not None and not self.on_step(row.index, _text):
+            is_done = True
+        if not is_done and not (row.request.sampling.stop_strings and _text().stop_string is not None):
+            return None
+        result = _result(self.model, row, choice, number, _text())
+        if self.on_end is not None:
+            self.on_end(row.index, result)
+        return result
+
+
+def _write_batch(model: LanguageModel, rows: list[_Row], observer: _Observer) -> list[RowResult]:
     """Write one batch. It can exceed the positions of the model although each row fits; then it is divided."""
     prompts = [[*model.leading_ids, *row.healed.tokens] for row in rows]
     if not all(prompts):
         raise DataError("a given text has no tokens, so the model has nothing to start from; pass a longer text")
-    longest, num_trimmed = max(map(len, prompts)), max(len(row.healed.trimmed) for row in rows)
-    most = max(row.limit for row in rows)
-    if len(rows) > 1 and no_room(longest + num_trimmed, most, model.num_positions, model.direction):
+    settings = [row.settings() for row in rows]
+    if must_divide(model, prompts, settings):
         middle = len(rows) // 2
-        return [*_write_batch(model, rows[:middle], on_step), *_write_batch(model, rows[middle:], on_step)]
-    writer = model.writer
-    writer.check_length(longest + num_trimmed, most)
-    settings = [
-        RowSettings(
-            row.request.key, row.healed.trimmed, row.limit, row.request.sampling, num_likeliest=row.request.num_likeliest
-        )
-        for row in rows
-    ]
-    choice = RowChoice(writer, settings, longest)
-    with naming_text(model.tokenizer, model.direction):
-        model.model.generate(
-            **writer.padded(prompts),
-            past_key_values=_shared_cache(model, prompts, longest),
-            generation_config=GenerationConfig(
-                max_new_tokens=most + num_trimmed,  # a token spells at least one byte
-                eos_token_id=model.stop_ids,
-                pad_token_id=model.stop_ids[0],
-                do_sample=False,
-                use_cache=True,
-            ),
-            logits_processor=LogitsProcessorList([choice]),
-            stopping_criteria=StoppingCriteriaList([_EndOfRow(model, choice, rows, on_step)]),
-        )
-    return [_result(model, row, choice, number) for number, row in enumerate(rows)]
+        return [*_write_batch(model, rows[:middle], observer), *_write_batch(model, rows[middle:], observer)]
+    results: dict[int, RowResult] = {}
+
+    def _is_done(choice: RowChoice, number: int) -> bool:
+        result = observer.after_token(rows[number], choice, number)
+        if result is not None:
+            results[number] = result
+        return result is not None
+
+    write_batch(model, prompts, settings, _shared_cache(model, prompts, max(map(len, prompts))), _is_done)
+    return [results[number] for number in range(len(rows))]
 
 
-def _shared_cache(model: LanguageModel, prompts: list[list[int]], longest: int) -> Any:
+def _shared_cache(model: LanguageModel, prompts: list[list[int]], longest: int) -> DynamicCache | None:
     """Return the keys and values of prompts of which several are equal; None if each occurs once."""
     distinct = {tuple(prompt[:-1]) for prompt in prompts}
     if len(distinct) == len(prompts):
@@ -143,32 +164,7 @@ def _shared_cache(model: LanguageModel, prompts: list[list[int]], longest: int) 
     return padded_cache([caches[tuple(prompt[:-1])] for prompt in prompts], longest - 1)
 
 
-class _EndOfRow(StoppingCriteria):  # type: ignore[misc]
-    """Ends a row at its limit, at eod, at a stop string, or if nobody wants it; shows each row after its step."""
-
-    def __init__(self, model: LanguageModel, choice: RowChoice, rows: list[_Row], on_step: OnStep | None) -> None:
-        self._model, self._choice, self._rows, self._on_step = model, choice, rows, on_step
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """Return [B] booleans, True for each row that is done."""
-        choice = self._choice
-        for number in range(len(self._rows)):
-            if not choice.is_done[number]:
-                choice.is_done[number] = self._ends(number)
-        return torch.tensor(choice.is_done, device=input_ids.device)
-
-    def _ends(self, number: int) -> bool:
-        row, sampling = self._rows[number], self._rows[number].request.sampling
-        ends = self._choice.has_ended(number)
-        if not sampling.stop_strings and self._on_step is None:
-            return ends
-        generation = self._model.writer.join(row.request.text, row.healed, self._choice.new_ids[number], sampling)
-        wanted = self._on_step is None or self._on_step(row.index, generation)
-        return ends or not wanted or generation.stop_string is not None
-
-
-def _result(model: LanguageModel, row: _Row, choice: RowChoice, number: int) -> RowResult:
-    generation = model.writer.join(row.request.text, row.healed, choice.new_ids[number], row.request.sampling)
+def _result(model: LanguageModel, row: _Row, choice: RowChoice, number: int, generation: Generation) -> RowResult:
     return RowResult(
         generation,
         num_given=len(model.leading_ids) + len(row.healed.tokens),

@@ -26,7 +26,7 @@ from megatron_ledom.serving.ranking import ranking_router
 from megatron_ledom.serving.schemas import CompletionRequest
 from megatron_ledom.serving.settings import ServeSettings
 from megatron_ledom.serving.stream import CompletionStream
-from megatron_ledom.serving.waiting import result_of
+from megatron_ledom.serving.waiting import results_of
 from megatron_ledom.serving.work_queue import WorkQueue
 
 
@@ -54,14 +54,15 @@ def build_app(settings: ServeSettings, models: ServedModels, metrics: Metrics) -
     app.include_router(page_router(page))
     add_error_handlers(app)
     paths = {route.path for route in app.routes if hasattr(route, "path")} | set(app.openapi()["paths"])
-    if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(settings.cors_origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
-        )
-    return Gate(app, settings, metrics, paths | set(page), open_paths={"/health", *page})
+    gate = Gate(app, settings, metrics, paths | set(page), open_paths={"/health", *page})
+    if not settings.cors_origins:
+        return gate
+    return CORSMiddleware(  # around the Gate class, so that a page can read its errors too
+        gate,
+        allow_origins=list(settings.cors_origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["Authorization", "Content-Type"],
+    )
 
 
 def _state_router(models: ServedModels, metrics: Metrics, queue: WorkQueue) -> APIRouter:
@@ -98,7 +99,7 @@ def _completion_router(settings: ServeSettings, models: ServedModels, queue: Wor
             stream = CompletionStream(queue, models, model, rows, body, settings.timeout_seconds)
             await stream.start(request)
             return StreamingResponse(stream.events(), media_type="text/event-stream")
-        results = await result_of(queue, completion_job(models, model, rows), request, settings.timeout_seconds)
+        (results,) = await results_of(queue, [completion_job(models, model, rows)], request, settings.timeout_seconds)
         fields: dict[str, Any] = {
             **envelope(model),
             "choices": [choice_fields(model, index, result, body) for index, result in enumerate(results)],

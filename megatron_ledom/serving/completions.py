@@ -15,7 +15,7 @@ from megatron_ledom.inference.row_generation import RowRequest, RowResult, Writt
 from megatron_ledom.serving.errors import ApiError
 from megatron_ledom.serving.models import ServedModel, ServedModels
 from megatron_ledom.serving.schemas import MAX_CHOICES, CompletionRequest
-from megatron_ledom.serving.work_queue import Job
+from megatron_ledom.serving.work_queue import Job, Settle
 
 FIELD_OF = {Direction.REVERSE: "suffix", Direction.FORWARD: "prompt"}
 """The field of a request that gives the text, for a model's direction."""
@@ -92,7 +92,7 @@ def completion_job(models: ServedModels, model: ServedModel, rows: list[RowReque
     work = CompletionWork(rows, cancelled, on_piece, growing)
     return Job(
         ("write", model.name),
-        lambda works: _written(models, model, works),
+        lambda works, settle: _Writing(models, model, works, settle).run(),
         work,
         len(rows),
         model.engine.batch_size,
@@ -107,32 +107,60 @@ def _growing(model: ServedModel, row: RowRequest) -> GrowingText:
     return GrowingText(model.direction, row.sampling.stop_strings, may_begin_with_prefix=tokenizer.has_dummy_prefix)
 
 
-def _written(models: ServedModels, model: ServedModel, works: Sequence[CompletionWork]) -> list[list[RowResult]]:
-    """Write the rows of all works in common batches; a row of a cancelled work ends at its next step."""
-    owners = [(work, number) for work in works for number in range(len(work.rows))]
-    for work in works:
-        problem = next((found for row in work.rows if (found := row_problem(model.language_model, row))), None)
-        if problem is not None:
-            raise DataError(f"{problem}; shorten the text or lower max_tokens")
+class _Writing:
+    """The rows of several works in common batches. A work is settled when its last row is done, though others still grow."""
 
-    def _on_step(index: int, generation: Generation) -> bool:
-        work, number = owners[index]
-        if work.on_piece is not None and not generation.stopped and generation.stop_string is None:
-            piece = work.growing[number].grow(written_part(generation, model.direction))
-            if piece:
-                work.on_piece(number, piece)
+    def __init__(self, models: ServedModels, model: ServedModel, works: Sequence[CompletionWork], settle: Settle) -> None:
+        self._models, self._model, self._works, self._settle = models, model, works, settle
+        self._results: list[list[RowResult | None]] = [[None] * len(work.rows) for work in works]
+
+    def run(self) -> None:
+        """Write all rows; a row of a cancelled work ends at its next step."""
+        lm, owners = self._model.language_model, []
+        for number, work in enumerate(self._works):
+            of_each_text = {row.text: row for row in work.rows}.values()
+            problem = next((found for row in of_each_text if (found := row_problem(lm, row))), None)
+            if problem is not None:
+                self._settle(number, DataError(f"{problem}; shorten the text or lower max_tokens"))
+            else:
+                owners += [(number, place) for place in range(len(work.rows))]
+        rows = [self._works[number].rows[place] for number, place in owners]
+
+        def _on_step(index: int, read: Callable[[], Generation]) -> bool:
+            return self._show(*owners[index], read)
+
+        write_rows(lm, rows, self._model.engine.batch_size, _on_step, lambda index, result: self._end(*owners[index], result))
+
+    def _show(self, number: int, place: int, read: Callable[[], Generation]) -> bool:
+        """Give the next piece of a row to a stream; return False if nobody wants the row any more."""
+        work = self._works[number]
+        if work.on_piece is not None and not work.cancelled.is_set():
+            generation = read()
+            if not generation.stopped and generation.stop_string is None:
+                self._give_piece(number, place, work.growing[place].grow, generation)
         return not work.cancelled.is_set()
 
-    rows = [work.rows[number] for work, number in owners]
-    results = write_rows(model.language_model, rows, model.engine.batch_size, _on_step)
-    models.count_written(model.direction, [r.num_given for r in results], [r.num_new for r in results])
-    for (work, number), result in zip(owners, results, strict=True):
+    def _end(self, number: int, place: int, result: RowResult) -> None:
+        """Keep the result of a row, and settle its work after the last one."""
+        self._models.count_written(self._model.direction, [result.num_given], [result.num_new])
+        work, results = self._works[number], self._results[number]
         if work.on_piece is not None and not work.cancelled.is_set():
-            piece = work.growing[number].finish(written_part(result.generation, model.direction))
-            if piece:
-                work.on_piece(number, piece)
-    remaining = iter(results)
-    return [[next(remaining) for _ in work.rows] for work in works]
+            self._give_piece(number, place, work.growing[place].finish, result.generation)
+        results[place] = result
+        if None not in results:
+            self._settle(number, results)
+
+    def _give_piece(self, number: int, place: int, next_piece: Callable[[str], str], generation: Generation) -> None:
+        """Give a piece to a stream; text that changes fails its own work alone."""
+        work = self._works[number]
+        try:
+            piece = next_piece(written_part(generation, self._model.direction))
+        except DataError as error:
+            work.cancelled.set()
+            self._settle(number, error)
+            return
+        if piece and work.on_piece is not None:
+            work.on_piece(place, piece)
 
 
 def finish_reason(result: RowResult) -> str:

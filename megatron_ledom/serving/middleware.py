@@ -4,7 +4,8 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -35,6 +36,7 @@ class Gate:
     ) -> None:
         self._app, self._settings, self._metrics, self._paths = app, settings, metrics, paths
         self._open_paths = open_paths
+        self._num_open, self._most_open = 0, 2 * settings.max_queue + settings.batch_size
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Handle one connection."""
@@ -52,13 +54,26 @@ class Gate:
         try:
             self._check_host(scope)
             self._check_key(scope)
-            body = await self._body(scope, receive)
-            self._log_body(scope, body)
-            await self._app(scope, _replaying(body, receive), _noting_send)
+            with self._place(scope):
+                body = await self._body(scope, receive)
+                self._log_body(scope, body)
+                await self._app(scope, _replaying(body, receive), _noting_send)
         except ApiError as error:
             await error_response(error)(scope, receive, _noting_send)
         finally:
             self._note(scope, status, time.monotonic() - start)
+
+    @contextmanager
+    def _place(self, scope: Message) -> Iterator[None]:
+        """Count a request with a body; refuse one above the limit, because the bodies of all are in memory."""
+        has_body = scope["method"] == "POST"
+        if has_body and self._num_open >= self._most_open:
+            raise ApiError(429, f"{self._num_open} requests are open already; send this one again later", code="queue_full")
+        self._num_open += has_body
+        try:
+            yield
+        finally:
+            self._num_open -= has_body
 
     def _check_host(self, scope: Message) -> None:
         """Refuse other names of a server that only this machine reaches, without a key: a web page can give its own name this address."""

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,13 @@ class ServedModels:
             forward_lm = ForwardLM.from_pretrained(settings.forward)
             forward = _served(forward_lm, names[Direction.FORWARD], settings.forward, settings.batch_size)
         return cls(reverse, forward, metrics)
+
+    @cached_property
+    def special_tokens(self) -> list[str]:
+        """The texts of the special tokens of all tokenizers, the longest first."""
+        tokenizers = [model.language_model.tokenizer for model in self.all]
+        names = {name for one in tokenizers for name, id_ in one.vocab.items() if id_ in one.special_ids and name}
+        return sorted(names, key=len, reverse=True)
 
     @property
     def score_rows(self) -> int:

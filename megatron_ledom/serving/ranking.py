@@ -4,6 +4,7 @@ import secrets
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -11,10 +12,18 @@ from pydantic import ConfigDict
 
 from megatron_ledom.errors import DataError
 from megatron_ledom.inference.reverse_reward.queries import answer_of
-from megatron_ledom.inference.reverse_reward.reward import Candidate, CandidateScore, RewardSettings, ranked_fields
+from megatron_ledom.inference.reverse_reward.reward import Candidate, CandidateScore, RewardSettings, or_null, ranked_fields
 from megatron_ledom.serving.errors import RESPONSES, ApiError, JsonResponse, SafeRoute
-from megatron_ledom.serving.models import ServedModel, ServedModels
-from megatron_ledom.serving.rewards import num_scored_tokens, or_null, parse_candidates, reward_job, score_fields, score_job
+from megatron_ledom.serving.models import ServedModels
+from megatron_ledom.serving.rewards import (
+    LongTexts,
+    Question,
+    join_parts,
+    num_scored_tokens,
+    parse_candidates,
+    reward_jobs,
+    score_jobs,
+)
 from megatron_ledom.serving.schemas import (
     MAX_ITEMS,
     Document,
@@ -26,11 +35,12 @@ from megatron_ledom.serving.schemas import (
     ScoreRequest,
 )
 from megatron_ledom.serving.settings import ServeSettings
-from megatron_ledom.serving.waiting import result_of
+from megatron_ledom.serving.waiting import results_of
 from megatron_ledom.serving.work_queue import WorkQueue
 
 LOWEST = -sys.float_info.max
 """The relevance of a document with the reward -inf, which JSON lacks."""
+MISSING_REWARD = "?missing_reward=NUMBER to the address"
 
 
 class OpenRlhfOptions(RewardOptions):
@@ -44,24 +54,31 @@ def ranking_router(settings: ServeSettings, models: ServedModels, queue: WorkQue
     """Return the routes."""
     router = APIRouter(route_class=SafeRoute, responses=RESPONSES)
 
+    async def rewards_of(
+        questions: list[Question], options: RewardSettings, long_texts: LongTexts, request: Request
+    ) -> list[list[CandidateScore]]:
+        jobs = reward_jobs(models, questions, options, long_texts)
+        results = await results_of(queue, jobs, request, settings.timeout_seconds)
+        return join_parts(len(questions), jobs, results)
+
     @router.post("/v1/score")
     async def score(body: ScoreRequest, request: Request) -> Response:
         """Score pairs: log P(preceding | following) by the reverse model, log P(following | preceding) by the forward model."""
         chosen = models.all if body.model is None else [models.named_or_refuse(body.model)]
         results: list[dict[str, Any]] = [{} for _ in body.pairs]
         for model in chosen:
-            job = score_job(model, models, body.pairs, include_ends=body.include_ends)
-            scores = await result_of(queue, job, request, settings.timeout_seconds)
-            for fields, found, pair in zip(results, scores, body.pairs, strict=True):
-                fields[str(model.direction)] = score_fields(model, found, pair, token_values=body.token_values)
+            jobs = score_jobs(model, models, body.pairs, include_ends=body.include_ends, token_values=body.token_values)
+            parts = await results_of(queue, jobs, request, settings.timeout_seconds)
+            for fields, found in zip(results, chain.from_iterable(parts), strict=True):
+                fields[str(model.direction)] = found
         return JsonResponse({"object": "list", "models": [model.name for model in chosen], "data": results})
 
     @router.post("/v1/reward")
     async def reward(body: RewardRequest, request: Request) -> Response:
         """Rank candidates by Reverse Reward, with the scores of a reranking file."""
         questions = _questions(body)
-        job = reward_job(models, questions, body.settings(), skip_too_long=body.too_long == "skip")
-        scored = await result_of(queue, job, request, settings.timeout_seconds)
+        place = _candidate if body.items is None else _candidate_of_item
+        scored = await rewards_of(questions, body.settings(), LongTexts(body.too_long == "skip", place), request)
         found = [
             _reward_fields(own, scores, token_values=body.token_values)
             for (_, own), scores in zip(questions, scored, strict=True)
@@ -73,8 +90,8 @@ def ranking_router(settings: ServeSettings, models: ServedModels, queue: WorkQue
         """Rank documents for a query; the relevance is the Reverse Reward, a logarithm, so it is usually negative."""
         documents = [one.text if isinstance(one, Document) else one for one in body.documents]
         question = (body.query + body.separator, [Candidate(text) for text in documents])
-        job = reward_job(models, [question], _rerank_settings(models, body), skip_too_long=body.too_long == "skip")
-        (scores,) = await result_of(queue, job, request, settings.timeout_seconds)
+        long_texts = LongTexts(body.too_long == "skip", _document)
+        (scores,) = await rewards_of([question], _rerank_settings(models, body), long_texts, request)
         return JsonResponse(_rerank_fields(models, body, documents, scores))
 
     for path in ("/rerank", "/v1/rerank", "/v2/rerank"):
@@ -84,12 +101,27 @@ def ranking_router(settings: ServeSettings, models: ServedModels, queue: WorkQue
     async def get_reward(body: OpenRlhfRequest, options: Annotated[OpenRlhfOptions, Query()], request: Request) -> Response:
         """Return the rewards of OpenRLHF's queries, each a prompt and its answer as one text."""
         questions = [(prompt, [Candidate(answer)]) for prompt, answer in _answers(models, body)]
-        skip = options.missing_reward is not None
-        job = reward_job(models, questions, options.settings(), skip_too_long=skip)
-        scored = await result_of(queue, job, request, settings.timeout_seconds)
+        long_texts = LongTexts(options.missing_reward is not None, _query, f"add {MISSING_REWARD}")
+        scored = await rewards_of(questions, options.settings(), long_texts, request)
         return JsonResponse(_open_rlhf_fields([scores[0] for scores in scored], options.missing_reward))
 
     return router
+
+
+def _candidate(_: int, candidate: int) -> str:
+    return f"candidate {candidate}"
+
+
+def _candidate_of_item(item: int, candidate: int) -> str:
+    return f"items[{item}].candidates[{candidate}]"
+
+
+def _document(_: int, document: int) -> str:
+    return f"documents[{document}]"
+
+
+def _query(query: int, _: int) -> str:
+    return f"the answer of query[{query}]"
 
 
 def _names(models: ServedModels) -> str:
@@ -162,14 +194,8 @@ def _answers(models: ServedModels, body: OpenRlhfRequest) -> list[tuple[str, str
     """Return prompt and answer of each query; special tokens of the served tokenizers at its end are removed."""
     if len(body.query) != len(body.prompts):
         raise ApiError(400, f"{len(body.query)} queries and {len(body.prompts)} prompts; send as many of each", "prompts")
-    specials = sorted({name for model in models.all for name in _special_names(model)}, key=len, reverse=True)
     pairs = zip(body.query, body.prompts, strict=True)
-    return [(prompt, answer_of(query, prompt, specials)) for query, prompt in pairs]
-
-
-def _special_names(model: ServedModel) -> list[str]:
-    tokenizer = model.language_model.tokenizer
-    return [name for name, id_ in tokenizer.vocab.items() if id_ in tokenizer.special_ids and name]
+    return [(prompt, answer_of(query, prompt, models.special_tokens)) for query, prompt in pairs]
 
 
 def _open_rlhf_fields(scores: list[CandidateScore], missing: float | None) -> dict[str, Any]:
@@ -179,9 +205,7 @@ def _open_rlhf_fields(scores: list[CandidateScore], missing: float | None) -> di
         value = or_null(score.reward)
         if value is None and missing is None:
             reason = score.skipped or "it is empty, or impossible for a model"
-            raise DataError(
-                f"the answer of query[{number}] has no finite reward ({reason}); add ?missing_reward=NUMBER to the address"
-            )
+            raise DataError(f"the answer of query[{number}] has no finite reward ({reason}); add {MISSING_REWARD}")
         rewards.append(missing if value is None else value)
     logs = {}
     for name in ("forward_logprob", "reverse_logprob"):

@@ -1,12 +1,12 @@
 """Scores and rewards of requests, computed by the library's own functions in the thread that owns the models."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_ledom.direction import Direction
-from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.errors import DataError, LedomError, UsageError
 from megatron_ledom.inference.engines.engine import Engine
 from megatron_ledom.inference.reverse_reward.input_lines import parse_candidate
 from megatron_ledom.inference.reverse_reward.reward import (
@@ -14,23 +14,46 @@ from megatron_ledom.inference.reverse_reward.reward import (
     CandidateScore,
     RewardSettings,
     candidate_problems,
+    or_null,
     score_questions,
 )
 from megatron_ledom.inference.scoring import SpanScore
 from megatron_ledom.serving.models import ServedModel, ServedModels
 from megatron_ledom.serving.schemas import GivenCandidate, TextPair
-from megatron_ledom.serving.work_queue import Job
+from megatron_ledom.serving.work_queue import Job, Settle
 
 NEEDS_FORWARD = "pass weight 1, or a forward_logprob for each candidate"
 Question = tuple[str, list[Candidate]]
 
 
 @dataclass(frozen=True, slots=True)
-class RewardWork:
-    """The questions of one request: prompts with their candidates. skip_too_long: a text that is too long gets no score."""
+class LongTexts:
+    """The treatment of texts that are too long: no score, or an error.
 
-    questions: list[Question]
-    skip_too_long: bool
+    place: the name of a candidate in errors, from the numbers of its question and of itself. remedy: how to ask for no score.
+    """
+
+    skip: bool
+    place: Callable[[int, int], str]
+    remedy: str = 'send "too_long": "skip"'
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some candidates of a question: the number of the question in its request, that of the first candidate, prompt, candidates."""
+
+    question: int
+    first: int
+    prompt: str
+    candidates: list[Candidate]
+
+
+@dataclass(frozen=True, slots=True)
+class RewardWork:
+    """The payload of a job for rewards."""
+
+    parts: list[Part]
+    long_texts: LongTexts
 
 
 def parse_candidates(given: Sequence[str | GivenCandidate]) -> list[Candidate]:
@@ -41,46 +64,83 @@ def parse_candidates(given: Sequence[str | GivenCandidate]) -> list[Candidate]:
     ]
 
 
-def reward_job(models: ServedModels, questions: list[Question], settings: RewardSettings, *, skip_too_long: bool) -> Job:
-    """Return the job of a request for rewards; its result is a list of scores for each question."""
+def reward_jobs(models: ServedModels, questions: list[Question], settings: RewardSettings, long_texts: LongTexts) -> list[Job]:
+    """Return the jobs of a request for rewards. A large request has several, between which others are computed.
+
+    The result of a job is the scores of the candidates of each of its parts; `join_parts` joins them.
+    """
     lacks_forward = models.forward is None and any(c.forward_logprob is None for _, own in questions for c in own)
     if lacks_forward and settings.weight < 1:
         models.forward_or_refuse(NEEDS_FORWARD)
-    num_rows = sum(len(own) for _, own in questions)
-    work = RewardWork(questions, skip_too_long)
-    return Job(("reward", settings), lambda works: _rewards(models, works, settings), work, num_rows, models.score_rows)
+
+    def _job(parts: list[Part]) -> Job:
+        num_rows = sum(len(part.candidates) for part in parts)
+        work = RewardWork(parts, long_texts)
+        key = ("reward", settings)
+        return Job(key, lambda works, settle: _score(models, works, settings, settle), work, num_rows, models.score_rows)
+
+    return [_job(parts) for parts in divide(questions, models.score_rows)]
 
 
-def _rewards(models: ServedModels, works: Sequence[RewardWork], settings: RewardSettings) -> list[list[list[CandidateScore]]]:
-    """Return for each work, for each of its questions, the scores of its candidates."""
+def divide(questions: list[Question], most: int) -> list[list[Part]]:
+    """Return the candidates of questions in groups of at most `most`, in their order."""
+    groups: list[list[Part]] = [[]]
+    room = most
+    for question, (prompt, candidates) in enumerate(questions):
+        first = 0
+        while first < len(candidates):
+            if not room:
+                groups.append([])
+                room = most
+            own = candidates[first : first + room]
+            groups[-1].append(Part(question, first, prompt, own))
+            first, room = first + len(own), room - len(own)
+    return groups
+
+
+def join_parts(num_questions: int, jobs: list[Job], results: list[list[list[CandidateScore]]]) -> list[list[CandidateScore]]:
+    """Return the scores of each question from the results of its jobs."""
+    scores: list[list[CandidateScore]] = [[] for _ in range(num_questions)]
+    for job, rows in zip(jobs, results, strict=True):
+        for part, row in zip(job.payload.parts, rows, strict=True):
+            scores[part.question] += row
+    return scores
+
+
+def _score(models: ServedModels, works: Sequence[RewardWork], settings: RewardSettings, settle: Settle) -> None:
+    """Score the candidates of all works together, and settle each work; one with a text that is too long fails alone."""
     reverse = models.reverse.engine
     forward: Engine = models.forward.engine if models.forward else reverse  # without a forward model nothing is left to score
-    questions, problems = [], []
-    for work in works:
-        known = work.questions if models.forward else [(prompt, _all_known(own)) for prompt, own in work.questions]
-        for prompt, own in known:
-            questions.append((prompt, own))
-            problems.append(_problems(forward, reverse, prompt, own, settings, work.skip_too_long))
-    scored = score_questions(forward, reverse, questions, settings, problems)
+    questions: list[Question] = []
+    problems: list[list[str | None]] = []
+    kept: list[tuple[int, RewardWork]] = []
+    for number, work in enumerate(works):
+        own = [(part.prompt, part.candidates if models.forward else _all_known(part.candidates)) for part in work.parts]
+        try:
+            found = [candidate_problems(forward, reverse, *question, settings) for question in own]
+            _refuse(work, found)
+        except LedomError as error:
+            settle(number, error)
+            continue
+        questions += own
+        problems += found
+        kept.append((number, work))
+    rows = iter(score_questions(forward, reverse, questions, settings, problems))
     models.count_tokens()
-    rows = iter(scored)
-    found = [[next(rows) for _ in work.questions] for work in works]
-    if models.forward:
-        return found
-    return [
-        [_without_unknown(own, scores) for (_, own), scores in zip(work.questions, rows_of_work, strict=True)]
-        for work, rows_of_work in zip(works, found, strict=True)
-    ]
+    for number, work in kept:
+        scored = [next(rows) for _ in work.parts]
+        if not models.forward:
+            scored = [_without_unknown(part.candidates, row) for part, row in zip(work.parts, scored, strict=True)]
+        settle(number, scored)
 
 
-def _problems(
-    forward: Engine, reverse: Engine, prompt: str, own: list[Candidate], settings: RewardSettings, skip: bool
-) -> list[str | None]:
-    problems = candidate_problems(forward, reverse, prompt, own, settings)
-    first = next((f"candidate {i}: {problem}" for i, problem in enumerate(problems) if problem), None)
-    if first is not None and not skip:
-        raise DataError(f'{first}; shorten it, or send "too_long": "skip"')
-    return problems
+def _refuse(work: RewardWork, problems: list[list[str | None]]) -> None:
+    """Raise DataError for the first text that is too long, unless such texts get no score."""
+    for part, own in zip(work.parts, problems, strict=True):
+        index = next((i for i, problem in enumerate(own) if problem), None)
+        if index is not None and not work.long_texts.skip:
+            place = work.long_texts.place(part.question, part.first + index)
+            raise DataError(f"{place}: {own[index]}; shorten it, or {work.long_texts.remedy}")
 
 
 def _all_known(candidates: list[Candidate]) -> list[Candidate]:
@@ -95,25 +155,44 @@ def _without_unknown(candidates: list[Candidate], scores: list[CandidateScore]) 
     ]
 
 
-def score_job(model: ServedModel, models: ServedModels, pairs: Sequence[TextPair], *, include_ends: bool) -> Job:
-    """Return the job of a request for log-probabilities by one model; its result is a score for each pair."""
-    texts = [(pair.preceding, pair.following) for pair in pairs]
+@dataclass(frozen=True, slots=True)
+class ScoreWork:
+    """The payload of a job for log-probabilities: pairs, the number of the first in its request, and the wanted fields."""
 
-    def _compute(works: Sequence[list[tuple[str, str]]]) -> list[list[SpanScore]]:
-        for work in works:
-            for number, pair in enumerate(work):
-                _check_pair(model, number, pair, include_ends)
-        scores = iter(model.engine.score([pair for work in works for pair in work], include_end=include_ends))
+    first: int
+    pairs: list[TextPair]
+    token_values: bool
+
+
+def score_jobs(
+    model: ServedModel, models: ServedModels, pairs: list[TextPair], *, include_ends: bool, token_values: bool
+) -> list[Job]:
+    """Return the jobs of a request for log-probabilities by one model; a result has the response's fields of each pair."""
+
+    def _compute(works: Sequence[ScoreWork], settle: Settle) -> None:
+        kept = []
+        for number, work in enumerate(works):
+            try:
+                for index, pair in enumerate(work.pairs, work.first):
+                    _check_pair(model, index, pair, include_ends)
+                kept.append((number, work))
+            except LedomError as error:
+                settle(number, error)
+        texts = [(pair.preceding, pair.following) for _, work in kept for pair in work.pairs]
+        scores = iter(model.engine.score(texts, include_end=include_ends))
         models.count_tokens()
-        return [[next(scores) for _ in work] for work in works]
+        for number, work in kept:
+            settle(number, [score_fields(model, next(scores), pair, token_values=work.token_values) for pair in work.pairs])
 
-    return Job(("score", model.name, include_ends), _compute, texts, len(texts), models.score_rows)
+    most = models.score_rows
+    works = [ScoreWork(first, pairs[first : first + most], token_values) for first in range(0, len(pairs), most)]
+    return [Job(("score", model.name, include_ends), _compute, work, len(work.pairs), most) for work in works]
 
 
-def _check_pair(model: ServedModel, number: int, pair: tuple[str, str], include_ends: bool) -> None:
-    if not any(pair):
+def _check_pair(model: ServedModel, number: int, pair: TextPair, include_ends: bool) -> None:
+    if not pair.preceding and not pair.following:
         raise UsageError(f"pairs[{number}] has no text; give at least one character")
-    if problem := model.engine.score_problem(pair, include_end=include_ends):
+    if problem := model.engine.score_problem((pair.preceding, pair.following), include_end=include_ends):
         raise DataError(f"pairs[{number}]: {problem}; shorten it")
 
 
@@ -135,11 +214,6 @@ def score_fields(model: ServedModel, score: SpanScore, pair: TextPair, *, token_
         is_first = model.direction is Direction.REVERSE  # a reverse model scores the tokens that come first
         fields["token_offsets"] = offsets[: score.num_tokens] if is_first else offsets[len(offsets) - score.num_tokens :]
     return fields
-
-
-def or_null(value: float | None) -> float | None:
-    """Return None for -inf, which JSON lacks."""
-    return None if value == -math.inf else value
 
 
 def num_scored_tokens(scores: Sequence[CandidateScore]) -> int:

@@ -1,7 +1,7 @@
-"""Wait for a job of the thread: until its result, a time-out, or the client's disconnection."""
+"""Wait for jobs of the thread: until their results, a time-out, or the client's disconnection."""
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -14,15 +14,18 @@ CLIENT_CLOSED = 499
 """Status, in metrics and log only, of a request whose client did not wait."""
 
 
-async def result_of(queue: WorkQueue, job: Job, request: Request, timeout_seconds: float) -> Any:
-    """Return the result of a job; free its place if the client is gone or the time is over."""
-    queue.submit(job)
+async def results_of(queue: WorkQueue, jobs: Sequence[Job], request: Request, timeout_seconds: float) -> list[Any]:
+    """Return the results of the jobs of a request; free their places if the client is gone, the time is over, or one fails."""
     try:
-        return await until_gone(asyncio.wait_for(asyncio.wrap_future(job.future), timeout_seconds), request)
+        for job in jobs:
+            queue.submit(job)
+        together = asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
+        return await until_gone(asyncio.wait_for(together, timeout_seconds), request)
     except TimeoutError:
         raise timed_out(timeout_seconds) from None
     finally:
-        queue.cancel(job)
+        for job in jobs:
+            queue.cancel(job)
 
 
 async def until_gone(awaitable: Awaitable[Result], request: Request) -> Result:

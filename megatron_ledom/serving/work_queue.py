@@ -1,7 +1,7 @@
 """The bounded queue of requests and the one thread that owns the models; requests of one kind that wait together share a batch.
 
-The thread takes the first waiting job, waits a few milliseconds for others, and computes all jobs with the same key at once. If that
-fails because of one of them, each is computed alone, so that a bad request does not harm the others.
+The thread takes the first waiting job, waits a few milliseconds for others, and computes all jobs with the same key at once. A job
+gets its result, or its own error, as soon as it is known. After an error of the whole call each job without a result is computed alone.
 """
 
 import threading
@@ -15,8 +15,10 @@ from typing import Any
 from megatron_ledom.errors import TransientError
 from megatron_ledom.serving.metrics import Metrics
 
-Compute = Callable[[Sequence[Any]], list[Any]]
-"""Returns the results of the payloads of several jobs with one key, in their order."""
+Settle = Callable[[int, Any], None]
+"""Gives a job its result or an exception, by its number in the call; a job that has one keeps it."""
+Compute = Callable[[Sequence[Any], Settle], None]
+"""Computes the payloads of several jobs with one key, and settles each."""
 
 
 class QueueFull(TransientError):
@@ -142,28 +144,34 @@ class WorkQueue:
         self._metrics.batch_rows.labels(kind).observe(sum(job.num_rows for job in jobs))
         start = time.monotonic()
         try:
-            results = jobs[0].compute([job.payload for job in jobs])
+            _call(jobs)
         except Exception as error:
-            self._compute_each(jobs, error)
-        else:
-            for job, result in zip(jobs, results, strict=True):
-                _settle(job, result)
+            for job in jobs:
+                _call_alone(job, error if len(jobs) == 1 else None)
         self._metrics.batch_seconds.labels(kind).observe(time.monotonic() - start)
 
-    def _compute_each(self, jobs: list[Job], error: Exception) -> None:
-        """Compute jobs one by one after the error of their batch; a single job fails with it."""
-        if len(jobs) == 1:
-            _settle(jobs[0], error)
-            return
-        for job in jobs:
-            try:
-                _settle(job, job.compute([job.payload])[0])
-            except Exception as own_error:
-                _settle(job, own_error)
+
+def _call(jobs: list[Job]) -> None:
+    jobs[0].compute([job.payload for job in jobs], lambda number, result: _settle(jobs[number], result))
+    for job in jobs:
+        if not job.future.done() and not job.cancelled.is_set():
+            _settle(job, RuntimeError("a computation ended without a result"))
+
+
+def _call_alone(job: Job, error: Exception | None) -> None:
+    """Compute a job that has no result after an error of its batch; `error`: of the job itself, with which it fails."""
+    if job.future.done() or job.cancelled.is_set():
+        return
+    try:
+        if error is not None:
+            raise error
+        _call([job])
+    except Exception as own_error:
+        _settle(job, own_error)
 
 
 def _settle(job: Job, result: Any) -> None:
-    if not job.future.set_running_or_notify_cancel():
+    if job.future.done() or not job.future.set_running_or_notify_cancel():
         return
     if isinstance(result, Exception):
         job.future.set_exception(result)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from megatron_ledom.errors import DataError
 from megatron_ledom.inference.engines.engine import Engine, PartialAnswer, StepDelimiter
@@ -18,8 +17,9 @@ from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.joint_tokenizer import HealedPrompt
 from megatron_ledom.inference.key_value_cache import Cache, padded_cache, read_caches, row_of_cache
 from megatron_ledom.inference.language_model import LanguageModel
+from megatron_ledom.inference.row_batch import must_divide, write_batch
 from megatron_ledom.inference.row_choice import RowChoice, RowSettings
-from megatron_ledom.inference.scoring import SpanScore, check_batch_size, naming_text, no_room
+from megatron_ledom.inference.scoring import SpanScore, check_batch_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,49 +105,32 @@ class TransformersEngine(Engine):
     def _write(
         self, answers: list[PartialAnswer], caches: list[Cache], delimiter: StepDelimiter | None, sampling: Sampling
     ) -> list[PartialAnswer]:
-        """Continue each answer by one step, or to its end without a delimiter.
-
-        A batch can exceed the positions of the model although each row fits, because the longest row and the row with most to
-        write may differ. Such a batch is divided.
-        """
-        model, writer = self._lm.model, self._lm.writer
+        """Continue each answer by one step, or to its end without a delimiter. A batch that exceeds the model's positions is divided."""
         tokens = [self._tokens(answer) for answer in answers]
         longest = max(map(len, tokens))
-        trimmed = [answer.state.healed.trimmed if not answer.state.written else b"" for answer in answers]
-        limits = [sampling.max_new_tokens - answer.num_tokens for answer in answers]
-        num_given = longest + max(map(len, trimmed))
-        if len(answers) > 1 and no_room(num_given, max(limits), self._lm.num_positions, self.direction):
+        settings = [
+            RowSettings(
+                answer.key,
+                answer.state.healed.trimmed if not answer.state.written else b"",
+                sampling.max_new_tokens - answer.num_tokens,
+                sampling,
+                num_written_before=len(answer.state.written),
+            )
+            for answer in answers
+        ]
+        if must_divide(self._lm, tokens, settings):
             middle = len(answers) // 2
             return [
                 *self._write(answers[:middle], caches[:middle], delimiter, sampling),
                 *self._write(answers[middle:], caches[middle:], delimiter, sampling),
             ]
-        writer.check_length(num_given, max(limits))
-        settings = [
-            RowSettings(answer.key, own, limit, sampling, num_written_before=len(answer.state.written))
-            for answer, own, limit in zip(answers, trimmed, limits, strict=True)
-        ]
-        choice = RowChoice(writer, settings, longest)
-        end = _EndOfStep(choice, answers, delimiter)
-        with naming_text(self._lm.tokenizer, self.direction):
-            output = model.generate(
-                **writer.padded(tokens),
-                past_key_values=padded_cache(caches, longest - 1),
-                generation_config=GenerationConfig(
-                    max_new_tokens=max(limits) + max(map(len, trimmed)),
-                    eos_token_id=self._lm.stop_ids,
-                    pad_token_id=self._lm.stop_ids[0],
-                    do_sample=False,
-                    use_cache=True,
-                    return_dict_in_generate=True,
-                ),
-                logits_processor=LogitsProcessorList([choice]),
-                stopping_criteria=StoppingCriteriaList([end]),
-            )
+
+        def _is_done(choice: RowChoice, row: int) -> bool:
+            return choice.has_ended(row) or (delimiter is not None and _ends_step(choice, row, answers[row], delimiter))
+
+        choice, cache = write_batch(self._lm, tokens, settings, padded_cache(caches, longest - 1), _is_done)
         self.usage.tokens += sum(map(len, choice.new_ids))
-        return [
-            self._grown(answer, choice, row, longest, delimiter, output.past_key_values) for row, answer in enumerate(answers)
-        ]
+        return [self._grown(answer, choice, row, longest, delimiter, cache) for row, answer in enumerate(answers)]
 
     def _grown(
         self, answer: PartialAnswer, choice: RowChoice, row: int, longest: int, delimiter: StepDelimiter | None, cache: Any
@@ -167,26 +150,11 @@ class TransformersEngine(Engine):
         return replace(answer, text=text, finished=finished, num_tokens=num_tokens, forward_logprob=logprob, state=state)
 
 
-class _EndOfStep(StoppingCriteria):  # type: ignore[misc]
-    """Ends a row at its own token limit, at eod, or at the end of its step."""
-
-    def __init__(self, choice: RowChoice, answers: list[PartialAnswer], delimiter: StepDelimiter | None) -> None:
-        self._choice, self._answers, self._delimiter = choice, answers, delimiter
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """Return [B] booleans, True for each row that is done."""
-        choice = self._choice
-        for row in range(len(self._answers)):
-            if not choice.is_done[row]:
-                choice.is_done[row] = self._ends(row)
-        return torch.tensor(choice.is_done, device=input_ids.device)
-
-    def _ends(self, row: int) -> bool:
-        choice, answer, new_ids = self._choice, self._answers[row], self._choice.new_ids[row]
-        if choice.has_ended(row):
-            return True
-        if self._delimiter is None or not choice.num_written(row):
-            return False
-        ids = [*answer.state.written, *new_ids]
-        step = choice.writer.written_text(ids, answer.state.healed, stopped=False)[len(answer.text) :]
-        return self._delimiter.end_of_step(step) is not None or bool(step.strip() and new_ids[-1] in self._delimiter.token_ids)
+def _ends_step(choice: RowChoice, row: int, answer: PartialAnswer, delimiter: StepDelimiter) -> bool:
+    """Return True if the newest token of a row ends its step."""
+    new_ids = choice.new_ids[row]
+    if not choice.num_written(row):
+        return False
+    ids = [*answer.state.written, *new_ids]
+    step = choice.writer.written_text(ids, answer.state.healed, stopped=False)[len(answer.text) :]
+    return delimiter.end_of_step(step) is not None or bool(step.strip() and new_ids[-1] in delimiter.token_ids)

@@ -108,7 +108,7 @@ class CandidateScore:
         if self.language_model_logprob is not None:
             values["language_model_logprob"] = self.language_model_logprob
         infinite = [name for name, value in values.items() if value == -math.inf]
-        fields: dict[str, Any] = {name: _or_null(value) for name, value in values.items()}
+        fields: dict[str, Any] = {name: or_null(value) for name, value in values.items()}
         if infinite:
             fields["minus_infinity"] = infinite
         if self.skipped is not None:
@@ -116,11 +116,12 @@ class CandidateScore:
         if token_values:
             for side, score in (("forward", self.forward_score), ("reverse", self.reverse_score)):
                 fields[f"{side}_token_ids"] = score.text_ids if score else None
-                fields[f"{side}_token_logprobs"] = [_or_null(value) for value in score.token_logprobs] if score else None
+                fields[f"{side}_token_logprobs"] = [or_null(value) for value in score.token_logprobs] if score else None
         return fields
 
 
-def _or_null(value: float | None) -> float | None:
+def or_null(value: float | None) -> float | None:
+    """Return None for -inf, which JSON lacks."""
     return None if value == -math.inf else value
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from megatron_ledom.inference.engines.engine import empty_answer
 from megatron_ledom.inference.generation import Generation, Sampling
 from megatron_ledom.inference.growing_text import GrowingText
 from megatron_ledom.inference.language_model import LanguageModel
-from megatron_ledom.inference.row_generation import RowRequest, row_problem, write_rows, written_part
+from megatron_ledom.inference.row_generation import RowRequest, RowResult, row_problem, write_rows, written_part
 from tests.support.tiny_models import TOKENIZERS, random_model_folder, random_text, save_model_folder, tiny_config
 
 
@@ -88,6 +89,29 @@ def test_a_row_that_nobody_wants_ends_and_the_others_do_not(model: LanguageModel
     assert found[1].generation == expected[1].generation
 
 
+def test_a_row_is_given_when_it_is_done_and_its_text_is_read_only_if_needed(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [RowRequest("The cat sat on", Sampling(max_new_tokens=num, temperature=1.0), f"{num}") for num in (16, 1)]
+    events: list[tuple[str, int]] = []
+    joined = model.writer.join
+    monkeypatch.setattr(model.writer, "join", lambda *given: events.append(("read", 0)) or joined(*given))
+
+    def on_step(index: int, _: Callable[[], Generation]) -> bool:
+        events.append(("step", index))
+        return True
+
+    results: dict[int, RowResult] = {}
+    whole = write_rows(
+        model, rows, 2, on_step, lambda index, result: events.append(("end", index)) or results.update({index: result})
+    )
+    assert whole == [results[0], results[1]]
+    after_end = events[events.index(("end", 1)) :]
+    assert after_end.count(("step", 0)) > 1
+    assert ("step", 1) not in after_end
+    assert events.count(("read", 0)) == 2
+
+
 def test_pieces_join_to_the_text_and_tokens_to_their_places(model: LanguageModel) -> None:
     rows = requests(12)
     reverse = model.direction is Direction.REVERSE
@@ -98,7 +122,8 @@ def test_pieces_join_to_the_text_and_tokens_to_their_places(model: LanguageModel
     def show(index: int, piece: str) -> None:
         shown[index] = piece + shown[index] if reverse else shown[index] + piece
 
-    def on_step(index: int, generation: Generation) -> bool:
+    def on_step(index: int, read: Callable[[], Generation]) -> bool:
+        generation = read()
         if not generation.stopped and generation.stop_string is None:
             show(index, growing[index].grow(written_part(generation, model.direction)))
         return True

@@ -9,7 +9,9 @@ import httpx
 import pytest
 
 from megatron_ledom.inference import ForwardLM, ReverseLM, RewardSettings
+from megatron_ledom.inference.reverse_reward.reward import Candidate
 from megatron_ledom.rewards import ReverseRewardFunction
+from megatron_ledom.serving.rewards import Question, divide
 from tests.support.served import Served
 from tests.support.tool_runs import run_tool
 
@@ -107,6 +109,27 @@ def test_items_give_the_rewards_of_single_requests(served: Served) -> None:
     found = served.post("/v1/reward", {"items": items, "weight": 0.4}).json()
     assert close(found["items"], [{name: value for name, value in one.items() if name != "model"} for one in single])
     assert found["items"][1]["results"][0]["forward_logprob"] == -3
+
+
+def test_a_large_request_is_divided_and_gets_the_results_of_small_ones(served: Served) -> None:
+    candidates = [f" Paris {number}" for number in range(300)]
+    questions: list[Question] = [("a", [Candidate(text) for text in candidates[:3]]), ("b", [Candidate("x"), Candidate("y")])]
+    groups = [[(part.question, part.first, len(part.candidates)) for part in group] for group in divide(questions, 2)]
+    assert groups == [[(0, 0, 2)], [(0, 2, 1), (1, 0, 1)], [(1, 1, 1)]]
+    whole = served.post("/v1/reward", {"prompt": PROMPT, "candidates": candidates}).json()
+    some = [*range(3), *range(126, 131), 299]
+    small = served.post("/v1/reward", {"prompt": PROMPT, "candidates": [candidates[index] for index in some]}).json()
+    assert [whole["rewards"][index] for index in some] == pytest.approx(small["rewards"], abs=1e-5)
+    pairs = [{"preceding": PROMPT, "following": text} for text in candidates]
+    scored = served.post("/v1/score", {"pairs": pairs, "token_values": False}).json()["data"]
+    assert [one["reverse"]["logprob"] for one in scored] == pytest.approx(
+        [result["reverse_logprob"] for result in whole["results"]], abs=1e-5
+    )
+    refused = served.post("/v1/reward", {"prompt": PROMPT, "candidates": [*candidates, "word " * 900]})
+    assert refused.json()["error"]["message"].startswith("candidate 300: ")
+    item = {"prompt": PROMPT, "candidates": ["x", "word " * 900]}
+    message = served.post("/v1/reward", {"items": [item]}).json()["error"]["message"]
+    assert message.startswith("items[0].candidates[1]: ")
 
 
 def test_scores_are_those_of_the_models(served: Served, folders: tuple[Path, Path]) -> None:

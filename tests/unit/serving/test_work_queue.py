@@ -9,7 +9,7 @@ import pytest
 
 from megatron_ledom.errors import DataError
 from megatron_ledom.serving.metrics import Metrics
-from megatron_ledom.serving.work_queue import Ending, Job, QueueFull, WorkQueue
+from megatron_ledom.serving.work_queue import Ending, Job, QueueFull, Settle, WorkQueue
 
 
 class Recorder:
@@ -19,12 +19,18 @@ class Recorder:
         self.calls: list[list[Any]] = []
         self.latch = threading.Event()
 
-    def compute(self, payloads: Sequence[Any]) -> list[Any]:
+    def compute(self, payloads: Sequence[Any], settle: Settle) -> None:
         self.calls.append(list(payloads))
+        for number, payload in enumerate(payloads):
+            if payload == "short":
+                settle(number, payload)
+            if payload == "wrong":
+                settle(number, DataError("this one is wrong"))
         assert self.latch.wait(30)
         if "bad" in payloads:
             raise DataError("this one is bad")
-        return list(payloads)
+        for number, payload in enumerate(payloads):
+            settle(number, payload)
 
     def job(self, payload: Any, key: str = "a", num_rows: int = 1) -> Job:
         return Job((key,), self.compute, payload, num_rows, 4)
@@ -58,6 +64,32 @@ def test_a_bad_job_fails_alone(queue: WorkQueue) -> None:
     with pytest.raises(DataError, match="this one is bad"):
         jobs[1].future.result(30)
     assert recorder.calls == [[1, "bad", 3], [1], ["bad"], [3]]
+
+
+def test_a_job_with_a_result_or_an_error_of_its_own_does_not_wait_for_its_batch(queue: WorkQueue) -> None:
+    recorder = Recorder()
+    jobs = {payload: recorder.job(payload) for payload in ("short", "wrong", "long")}
+    for job in jobs.values():
+        queue.submit(job)
+    assert jobs["short"].future.result(30) == "short"
+    with pytest.raises(DataError, match="this one is wrong"):
+        jobs["wrong"].future.result(30)
+    assert not jobs["long"].future.done()
+    recorder.latch.set()
+    assert jobs["long"].future.result(30) == "long"
+    assert recorder.calls == [["short", "wrong", "long"]]
+
+
+def test_a_cancelled_job_is_not_computed_again_after_an_error_of_its_batch(queue: WorkQueue) -> None:
+    recorder = Recorder()
+    jobs = {payload: recorder.job(payload) for payload in ("bad", "left", "kept", "short")}
+    for job in jobs.values():
+        queue.submit(job)
+    assert jobs["short"].future.result(30) == "short"
+    queue.cancel(jobs["left"])
+    recorder.latch.set()
+    assert jobs["kept"].future.result(30) == "kept"
+    assert recorder.calls == [["bad", "left", "kept", "short"], ["bad"], ["kept"]]
 
 
 def test_a_full_queue_refuses_and_a_cancelled_job_frees_its_place(queue: WorkQueue) -> None:
