@@ -57,7 +57,7 @@ def build_app(settings: ServeSettings, models: ServedModels, metrics: Metrics) -
     gate = Gate(app, settings, metrics, paths | set(page), open_paths={"/health", *page})
     if not settings.cors_origins:
         return gate
-    return CORSMiddleware(  # around the Gate class, so that a page can read its errors too
+    return CORSMiddleware(  # outermost, so that a page can read the errors of Gate too
         gate,
         allow_origins=list(settings.cors_origins),
         allow_methods=["GET", "POST"],

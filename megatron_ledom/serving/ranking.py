@@ -57,6 +57,7 @@ def ranking_router(settings: ServeSettings, models: ServedModels, queue: WorkQue
     async def rewards_of(
         questions: list[Question], options: RewardSettings, long_texts: LongTexts, request: Request
     ) -> list[list[CandidateScore]]:
+        """Return the scores of each question's candidates, once the queue has computed all of them."""
         jobs = reward_jobs(models, questions, options, long_texts)
         results = await results_of(queue, jobs, request, settings.timeout_seconds)
         return join_parts(len(questions), jobs, results)
