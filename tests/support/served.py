@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -90,11 +89,3 @@ def until(condition: Any, seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < deadline, "the condition does not hold"
         time.sleep(0.02)
-
-
-def tiny_pair(root: Path, tokenizer: str = "sentencepiece") -> tuple[Path, Path]:
-    """Write a random forward and a random reverse model and return their folders."""
-    from tests.support.tiny_models import random_model_folder
-
-    forward, reverse = (random_model_folder(root / name, tokenizer, name) for name in ("forward", "reverse"))
-    return forward, reverse

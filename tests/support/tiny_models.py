@@ -148,6 +148,11 @@ def random_model_folder(folder: Path, tokenizer: str, direction: str | None, *, 
     return save_model_folder(folder, LlamaForCausalLM(tiny_config(vocab_size)), tokenizer_json, direction)
 
 
+def forward_and_reverse(root: Path, forward: str, reverse: str) -> tuple[Path, Path]:
+    """Write a random forward and a random reverse model, each for one of TOKENIZERS, and return their folders."""
+    return random_model_folder(root / "forward", forward, "forward"), random_model_folder(root / "reverse", reverse, "reverse")
+
+
 def chain_model(vocab_size: int, next_of: dict[int, int]) -> LlamaForCausalLM:
     """Return a model whose most likely token after `t` is always `next_of[t]`: it uses the last embedding only."""
     torch.manual_seed(7)

@@ -30,7 +30,7 @@ from megatron_ledom.inference.reverse_reward.reward import (
 )
 from megatron_ledom.inference.scoring import SpanScore
 from tests.support.paths import ROOT
-from tests.support.tiny_models import random_model_folder
+from tests.support.tiny_models import forward_and_reverse
 from tests.support.tool_runs import run_tool
 
 PROMPT = "What is the capital of France? "
@@ -40,11 +40,7 @@ ANSWERS = ["Paris.", "The cat sat on the mat", "漢字 🙂", "Paris."]
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Return a forward and a reverse model with different tokenizers."""
-    root = tmp_path_factory.mktemp("models")
-    return (
-        random_model_folder(root / "forward", "byte_level", "forward"),
-        random_model_folder(root / "reverse", "sentencepiece", "reverse"),
-    )
+    return forward_and_reverse(tmp_path_factory.mktemp("models"), "byte_level", "sentencepiece")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 from megatron_ledom.inference import ForwardLM, ReverseLM, TransformersEngine
 from tests.support.output_commands import write_inputs
 from tests.support.reward_server import RewardServer, serving_rewards
-from tests.support.tiny_models import random_model_folder
+from tests.support.tiny_models import forward_and_reverse
 
 Engines = tuple[TransformersEngine, TransformersEngine]
 
@@ -16,11 +16,7 @@ Engines = tuple[TransformersEngine, TransformersEngine]
 @pytest.fixture(scope="package")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Return the folders of a forward and a reverse model, whose tokenizers differ."""
-    root = tmp_path_factory.mktemp("models")
-    return (
-        random_model_folder(root / "forward", "byte_level", "forward"),
-        random_model_folder(root / "reverse", "sentencepiece", "reverse"),
-    )
+    return forward_and_reverse(tmp_path_factory.mktemp("models"), "byte_level", "sentencepiece")
 
 
 @pytest.fixture(scope="package")

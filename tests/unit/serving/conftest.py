@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 from tests.support.browser import Page, chromium
-from tests.support.served import Served, serving, tiny_pair
+from tests.support.served import Served, serving
+from tests.support.tiny_models import forward_and_reverse
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The folders of the forward and the reverse model."""
-    return tiny_pair(tmp_path_factory.mktemp("served"))
+    return forward_and_reverse(tmp_path_factory.mktemp("served"), "sentencepiece", "sentencepiece")
 
 
 @pytest.fixture(scope="session")
