@@ -36,29 +36,29 @@ PLACES, ROWS = 16, 8
 OVERLOAD = 4 * PLACES
 STEADY, LEAVING, GARBAGE = 3, 2, 1
 """Clients of each kind."""
-MOST_FAULTS = 20
-"""Faults that are reported with their text."""
+MOST_ERRORS = 20
+"""Errors that are reported with their text."""
 
 
 class Soak:
-    """Counts by kind of client, the faults, and the end of the run."""
+    """Counts by kind of client, the errors, and the end of the run."""
 
     def __init__(self, server: Served, seconds: float) -> None:
         self.server, self.ends = server, time.monotonic() + seconds
         self.counts: Counter[str] = Counter()
-        self.faults: list[str] = []
+        self.errors: list[str] = []
         self._lock = threading.Lock()
 
-    def note(self, what: str, fault: str | None = None) -> None:
-        """Count one request, and keep its fault."""
+    def note(self, what: str, problem: str | None = None) -> None:
+        """Count one request, and keep its problem."""
         with self._lock:
             self.counts[what] += 1
-            if fault is not None:
-                self.counts["faults"] += 1
-                self.faults.append(f"{what}: {fault}")
+            if problem is not None:
+                self.counts["errors"] += 1
+                self.errors.append(f"{what}: {problem}")
 
     def run(self, client: "Callable[[Soak, random.Random, httpx.Client], None]", seed: int) -> None:
-        """Let a client send requests until the end; an exception is a fault."""
+        """Let a client send requests until the end; an exception is a problem."""
         rng = random.Random(seed)
         with httpx.Client(base_url=self.server.url, timeout=120) as connection:
             while time.monotonic() < self.ends:
@@ -125,8 +125,8 @@ class Steady:
             soak.note("steady 429")
             time.sleep(0.1)
             return
-        fault = f"{path} gave {status}" if status != 200 else difference(found, expected)
-        soak.note("steady", fault)
+        problem = f"{path} gave {status}" if status != 200 else difference(found, expected)
+        soak.note("steady", problem)
 
 
 def leaving(soak: Soak, rng: random.Random, connection: httpx.Client) -> None:
@@ -171,8 +171,8 @@ def overload(soak: Soak, known: list[tuple[str, dict[str, Any], Any]], rng: rand
         path, body, expected = known[number % len(known)]
         with httpx.Client(base_url=soak.server.url, timeout=120) as connection:
             status, found = answer(connection, path, body)
-        fault = difference(found, expected) if status == 200 else None if status == 429 else f"{path} gave {status}"
-        soak.note(f"overload {status}", fault)
+        problem = difference(found, expected) if status == 200 else None if status == 429 else f"{path} gave {status}"
+        soak.note(f"overload {status}", problem)
 
     start = rng.randrange(len(known))
     with ThreadPoolExecutor(OVERLOAD) as pool:
@@ -212,7 +212,7 @@ def soak_it(server: Served, seconds: float, seed: int) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "requests": dict(sorted(soak.counts.items())),
-        "faults": soak.faults[:MOST_FAULTS],
+        "errors": soak.errors[:MOST_ERRORS],
         "mb_first_half_last": [samples[0][1], second[0][1], second[-1][1]],
         "mb_per_minute": line.slope,
         "open_files_first_half_last": [samples[0][2], second[0][2], second[-1][2]],
@@ -240,7 +240,7 @@ def main() -> int:
         args.output.write_text(text + "\n", encoding="utf-8")
     print(text)
     is_flat = found["mb_per_minute"] <= args.most_mb_per_minute
-    return int(bool(found["faults"]) or not is_flat or found["exit_code"] != 0 or found["tracebacks"] > 0)
+    return int(bool(found["errors"]) or not is_flat or found["exit_code"] != 0 or found["tracebacks"] > 0)
 
 
 if __name__ == "__main__":

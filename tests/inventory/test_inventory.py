@@ -23,13 +23,13 @@ def reference() -> Record:
 
 
 @pytest.fixture(scope="session")
-def found(request: pytest.FixtureRequest) -> Record:
+def found(request: pytest.FixtureRequest, python: Path) -> Record:
     """Results of the commands now. The steps of the selected tests run once, with their needs, before the first comparison."""
     here = [item for item in request.session.items if item.path == Path(__file__) and hasattr(item, "callspec")]
     selected = [item.callspec.params["step"].name for item in here]
     checkout = Path(os.environ.get("LEDOM_INVENTORY_CHECKOUT", ROOT))
-    python = Path(os.environ.get("LEDOM_INVENTORY_PYTHON", sys.executable))
-    made, _ = record_all(checkout, python, selected)
+    chosen = os.environ.get("LEDOM_INVENTORY_PYTHON", python if checkout == ROOT else sys.executable)
+    made, _ = record_all(checkout, Path(chosen), selected)
     again: Record = json.loads(json.dumps(made))
     return again
 

@@ -348,26 +348,26 @@ print(json.dumps([rewards._tokens_by_num(4), mistakes(rewards, [0.5])["reverse o
     assert kinds == {"right": [0.0], "true calculations of another question": [1.0], "false calculation": [0.0]}
 
 
-def start(folder: Path) -> "subprocess.Popen[str]":
+def start(folder: Path, python: Path) -> "subprocess.Popen[str]":
     """Start the study's command with its smallest size, in its own session."""
-    command = [sys.executable, str(ROOT / "examples/study/study.py"), "--size", "tiny"]
+    command = [str(python), str(ROOT / "examples/study/study.py"), "--size", "tiny"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, cwd=folder, env=environment, text=True, start_new_session=True, **streams)
 
 
 @pytest.fixture(scope="module")
-def tiny_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_study(tmp_path_factory: pytest.TempPathFactory, python: Path) -> Path:
     """Return the folder of a finished tiny study that was killed once and resumed."""
     folder = tmp_path_factory.mktemp("tiny")
-    killed = start(folder)
+    killed = start(folder, python)
     assert killed.stdout is not None
     for line in killed.stdout:
         if line.startswith("--- train_maths"):
             break
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
-    done = start(folder)
+    done = start(folder, python)
     output, _ = done.communicate()
     assert done.returncode == 0, output[-3000:]
     assert "--- collect\n" not in output
@@ -388,8 +388,8 @@ def test_the_tiny_study_resumes_after_a_kill_and_fills_every_table(tiny_study: P
 
 
 @pytest.mark.slow
-def test_a_finished_study_runs_no_step_again_and_its_page_opens_light_and_dark(tiny_study: Path) -> None:
-    again = start(tiny_study.parents[1])
+def test_a_finished_study_runs_no_step_again_and_its_page_opens_light_and_dark(tiny_study: Path, python: Path) -> None:
+    again = start(tiny_study.parents[1], python)
     assert "---" not in again.communicate()[0]
     assert again.returncode == 0
     browser = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)

@@ -71,8 +71,13 @@ def _be_command(words: list[str], folder: str, environment: dict[str, str], stre
     for name in set(os.environ) - set(environment):
         del os.environ[name]
     become(folder, environment, streams)
+    run_words(words, folder)
+
+
+def run_words(words: Sequence[str], folder: str) -> None:
+    """Run `python WORDS` in this process, as its main program."""
     kind = words[0] if words[0] in ("-m", "-c") else ""
-    sys.argv = words[1:] if kind else words
+    sys.argv = list(words[1:] if kind else words)
     sys.path[0:0] = [os.path.dirname(os.path.abspath(words[0])) if not kind else folder]
     if kind == "-m":
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
