@@ -34,7 +34,7 @@ from tests.support.forked import become, fork_context
 from tests.support.legible import legible_ids, legible_tokenizer
 from tests.support.paths import ROOT
 
-SECONDS = 120
+SECONDS = 240
 """Longest time of a run: after it the ranks are killed, and the test fails with their log."""
 
 Record = dict[str, Any]

@@ -52,7 +52,7 @@ def test_public_ci_runs_the_checks_of_a_submission() -> None:
     runs = [step["run"] for step in jobs["test"]["steps"][2:]]
     assert runs[0] == "sudo bash .ci/install_services"  # the runner is not root
     assert runs[-2:] == ["ONE_PYTHON=1 bash .ci/run", "sudo .venv/bin/python -m pytest tests/slurm"]
-    assert jobs["other-pythons"]["steps"][2]["run"] == "make test-core judges PYTHON=python${{ matrix.python }}"
+    assert jobs["other-pythons"]["steps"][2]["run"] == "make install-judges test-core PYTHON=python${{ matrix.python }}"
     tested = [jobs["test"]["steps"][1]["with"]["python-version"], *jobs["other-pythons"]["strategy"]["matrix"]["python"]]
     assert tested == VERSIONS
 
