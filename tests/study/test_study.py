@@ -146,6 +146,8 @@ print("done")
         (["seeds=[1,1]"], "seeds is [1, 1]"),
         (["num_problems.development=1"], "at least 2 problems per level"),
         (["backward=[9,3,2]"], "backward is [9, 3, 2]"),
+        (["reinforcement.steps=3"], "num_problems.reinforcement=4 is too small: 3 steps of 2 questions need 6"),
+        (["reinforcement.num_generations=1"], "at least 2 num_generations"),
     ],
 )
 def test_bad_settings_are_refused_before_any_step_runs(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -234,7 +236,7 @@ from pathlib import Path
 from settings import load_settings
 from study_report import write_study
 note = {"seconds": 1.5, "commands": [["python", "tools/rerank.py"]], "inputs": {"study/a": "00ff" * 16}}
-write_study(Path("study"), "small", load_settings("small", ["abilities.seeds=[1]"]), {"rerank_test_1": note})
+write_study(Path("study"), "small", load_settings("small", ["abilities.seeds=[1]", "reinforcement.seeds=[1,2]"]), {"rerank_test_1": note})
 """
     run_python(code, tmp_path)
     results = json.loads((tmp_path / "study/results.json").read_text())
@@ -282,8 +284,9 @@ write_study(Path("study"), "small", load_settings("small", ["abilities.seeds=[1]
     assert "| Reverse Reward is right more often than greedy |" in summary
     assert "cannot decide for: forward model fed reversed order (at chance in its own direction too)" in summary
     assert "chooses worse than chance" not in summary
-    # a loss curve for three corpora and two models, three by position, over N and lambda, abilities
-    assert page.count("<picture>") == 12
+    assert "the model learned to please the reward" in summary
+    # a loss curve for three corpora and two models, three by position, over N and lambda, abilities, five of the training
+    assert page.count("<picture>") == 17
     assert "https://" not in page
 
 
@@ -381,6 +384,7 @@ def test_the_tiny_study_resumes_after_a_kill_and_fills_every_table(tiny_study: P
     assert results["rewards"]["report"]["num_candidates"] == 4
     assert {row["task"] for row in results["abilities"]["rows"]} >= {"question_from_answer", "reversal", "reversal_written"}
     assert set(results["places"]) == {"text", "maths", "gsm"}
+    assert all(len(curves["reward"]) == 2 for curves in results["reinforcement"]["curves"].values())
     page = (tiny_study / "report.html").read_text()
     assert "https://" not in page
     for step in tiny_study.glob("steps/*.json"):
