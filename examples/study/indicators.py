@@ -1,4 +1,4 @@
-"""What answers are like apart from being right: signs that a model was trained to please a reward.
+"""Marks of answers: right or wrong, and signs that a model was trained to please a reward.
 
 Words are runs of letters, numbers, and single signs. A right answer to a question of the study, such as `7+5=12` and `#### 12`,
 repeats two numbers of the question, but never three words in a row.

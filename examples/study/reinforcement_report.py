@@ -67,8 +67,8 @@ _SIGNS = (
     "Signs of answers that please the reward only: their length; the share of their words (numbers and signs included) in runs of"
     " three that the question has too; the share of their words and numbers that occur anywhere in the question; the"
     " share that ends in a line #### N; calculation errors (or no calculation) and correct calculations of another"
-    " question, as in part 2; answers that had not ended at the limit of tokens. The divergence is log P(answer) of the trained minus that of the untrained model, the mean over answers of the trained"
-    " one."
+    " question, as in part 2; answers that had not ended at the limit of tokens. The divergence is log P(answer) of the trained"
+    " minus that of the untrained model, the mean over answers of the trained one."
 )
 
 

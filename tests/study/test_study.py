@@ -351,9 +351,9 @@ print(json.dumps([rewards._tokens_by_num(4), mistakes(rewards, [0.5])["reverse o
     assert kinds == {"right": [0.0], "true calculations of another question": [1.0], "false calculation": [0.0]}
 
 
-def start(folder: Path, python: Path) -> "subprocess.Popen[str]":
+def start(folder: Path, python: Path, *options: str) -> "subprocess.Popen[str]":
     """Start the study's command with its smallest size, in its own session."""
-    command = [str(python), str(ROOT / "examples/study/study.py"), "--size", "tiny"]
+    command = [str(python), str(ROOT / "examples/study/study.py"), "--size", "tiny", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, cwd=folder, env=environment, text=True, start_new_session=True, **streams)
@@ -389,6 +389,16 @@ def test_the_tiny_study_resumes_after_a_kill_and_fills_every_table(tiny_study: P
     assert "https://" not in page
     for step in tiny_study.glob("steps/*.json"):
         assert f"{step.stem}, " in page  # its commands and hashes
+
+
+def test_a_part_alone_uses_the_steps_of_the_study_and_has_its_own_report(tiny_study: Path, python: Path) -> None:
+    alone = start(tiny_study.parents[1], python, "--only", "reinforcement")
+    output = alone.communicate()[0]
+    assert alone.returncode == 0, output[-3000:]
+    assert "---" not in output
+    page = (tiny_study / "reinforcement.html").read_text()
+    assert "reinforce_shuffled_1, " in page
+    assert "train_text" not in page
 
 
 @pytest.mark.slow
