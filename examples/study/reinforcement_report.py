@@ -50,10 +50,11 @@ def reinforcement_section(results: Results | None) -> Section:
 def _about(results: Results) -> str:
     settings, seeds = results["settings"], results["seeds"]
     num = settings["num_questions"] * settings["num_generations"]
+    num_seeds = "One seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
     return (
         f"TRL's GRPO trains the forward twins on new questions of the level of part 2: {settings['steps']} steps of {num} answers,"
         f" {settings['num_generations']} to each of {settings['num_questions']} questions; learning rate"
-        f" {settings['learning_rate']:g}, no penalty for the divergence. {len(seeds)} seeds, all reported, each with its own models;"
+        f" {settings['learning_rate']:g}, no penalty for the divergence. {num_seeds}, all reported, each with its own models;"
         f" lambda by seed, chosen on the development part: {', '.join(f'{one:.2f}' for one in results['lambdas'])}. The forward model"
         " of the reward stays the untrained one. Every arm of a seed sees the same questions in the same order. The control with"
         " shuffled rewards gets the Reverse Rewards of the answers to each question in random order: the same advantages,"
