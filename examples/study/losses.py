@@ -44,7 +44,7 @@ class Twins:
         """Yield lists of steps, in order. The steps of one list are independent."""
         yield from self.corpora.stages()
         twins = list(product(self.names(), DIRECTIONS))
-        yield [self._train(*names, direction) for names, direction in twins]
+        yield [self.twin_step(*names, direction) for names, direction in twins]
         exported = [(n, d) for n, d in twins if n[0] == "maths" or n[1] == self.largest]
         yield [export_step(self.run_of(*n, d), self.model_of(*n, d)) for n, d in exported]
         yield [self._compare(corpus, seed) for corpus, seed in product(self.corpora.domains, self.settings.seeds)]
@@ -61,7 +61,8 @@ class Twins:
         name = f"compare_{output.name}"
         return Step(name=name, inputs=[*models, data], outputs=[output], commands=[command], resumes=True)
 
-    def _train(self, corpus: str, model: str, seed: int, direction: str) -> Step:
+    def twin_step(self, corpus: str, model: str, seed: int, direction: str) -> Step:
+        """Return the step that trains a twin."""
         shards = self.corpora.shards(corpus, direction)
         sets = ", ".join(f"{domain}: [[1, {shards / domain}]]" for domain in self.corpora.domains[corpus])
         data = [f"data.train_blend=[[1, {shards / 'train'}]]", f"data.valid_sets={{{sets}}}"]

@@ -4,14 +4,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from indicators import KINDS, kind_of
 from lines import read_lines
-from problems import check_chain
-from rewards import GOLD, Rewards
+from rewards import Rewards
 
-from megatron_ledom.evaluation.grading.answers import answers_by, is_right
-
-RIGHT, UNFIT, FALSE = "right", "true calculations of another question", "false calculation"
-KINDS = (RIGHT, UNFIT, FALSE)
 Record = dict[str, Any]
 Score = dict[str, float | None]
 
@@ -36,13 +32,6 @@ def mistakes(rewards: Rewards, weights: list[float]) -> dict[str, dict[str, list
             for kind in KINDS:
                 found.setdefault(name, {}).setdefault(kind, []).append(counts[kind] / len(kinds))
     return found
-
-
-def kind_of(text: str, record: Record) -> str:
-    """Return the kind (of KINDS) of an answer to a question. A wrong text that is not a chain counts as FALSE."""
-    if is_right(answers_by("number"), str(record[GOLD]), text):
-        return RIGHT
-    return UNFIT if check_chain(text) else FALSE
 
 
 def _best(record: Record, value: Callable[[Score], float]) -> str:

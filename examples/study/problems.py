@@ -19,6 +19,8 @@ from megatron_ledom.errors import DataError
 NAMES = ("Ann", "Ben", "Cara", "Dan", "Eva", "Finn", "Gina", "Hugo", "Ida", "Jack", "Kim", "Leo", "Mia", "Nick", "Olga", "Paul")
 THINGS = ("pens", "cards", "books", "shells", "coins", "apples", "stamps", "keys", "boxes", "cups", "nuts", "rings")
 VERBS = {"+": ("buys", "finds", "gets", "wins"), "-": ("loses", "sells", "breaks", "drops")}
+GOLD = "answer"
+"""The field of a problem with its worked solution."""
 STEP = re.compile(r"(\d+)([-+*])(\d+)=(\d+)")
 ALL_VERBS = "|".join(verb for verbs in VERBS.values() for verb in verbs)
 START = re.compile(r"(\w+) has (\d{1,4}) (\w+)\.", re.ASCII)

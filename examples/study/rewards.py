@@ -9,6 +9,7 @@ from typing import Any
 from commands import tool
 from lines import read_lines, write_lines
 from losses import Twins
+from problems import GOLD
 from steps import Step
 
 from megatron_ledom.evaluation.grading.answers import answers_by, is_right
@@ -17,7 +18,6 @@ from megatron_ledom.evaluation.selection_methods import Question, load_questions
 from megatron_ledom.inference.reverse_reward.reward import RewardSettings
 from megatron_ledom.reports.method_comparison import MAIN, ReportSettings, compare, interval_of, num_candidates, outcomes_of
 
-GOLD = "answer"
 WANTED = (0.2, 0.6)
 """Range of the greedy accuracy of a level that can be chosen."""
 PARTS = ("development", "test")
@@ -54,11 +54,15 @@ class Rewards:
         inputs += [self.twins.folder / "maths" / f"{part}.jsonl" for part in PARTS]
         outputs = [self.folder / name for name in ("level.json", *(f"{part}.jsonl" for part in PARTS))]
         yield [Step(name="level", inputs=inputs, outputs=outputs, work=self._choose_level, settings=WANTED)]
-        sampled = ["--sample", self.settings.num_samples, "--greedy"]
         beams, expansions = self.settings.beams
         searched = ["--beam", beams, "--expansions", expansions]
-        steps = [self.rerank_step(self.folder / f"{p}.jsonl", self.ranked(p, s), s, sampled) for s in seeds for p in PARTS]
+        steps = [self.ranked_step(part, seed) for seed in seeds for part in PARTS]
         yield steps + [self.rerank_step(self.folder / "test.jsonl", self.beam(seed), seed, searched) for seed in seeds]
+
+    def ranked_step(self, part: str, seed: int) -> Step:
+        """Return the step that samples and ranks the candidates of a part."""
+        options = ["--sample", self.settings.num_samples, "--greedy"]
+        return self.rerank_step(self.folder / f"{part}.jsonl", self.ranked(part, seed), seed, options)
 
     def rerank_step(self, questions: Path, output: Path, seed: int, options: list[Any]) -> Step:
         """Return the step that runs tools/rerank.py with the twins of a seed."""

@@ -13,7 +13,7 @@ from megatron_ledom.evaluation.synthetic.generators import GENERATORS
 
 HERE = Path(__file__).parent
 CORPORA = ("text", "maths", "gsm", "abilities")
-PROBLEM_PARTS = ("calibration", "development", "test", "valid", "train")
+PROBLEM_PARTS = ("calibration", "development", "test", "valid", "train", "reinforcement")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +49,24 @@ class AbilitySettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReinforcementSettings:
+    """Settings of part 5: training with TRL's GRPO. The other settings are TRL's defaults."""
+
+    seeds: list[int]
+    """Seeds of the models and of the training. All are reported. Models of other seeds than those of the study are trained too."""
+    steps: int
+    """Optimizer steps of each arm."""
+    num_questions: int
+    """Questions per step, each used once."""
+    num_generations: int
+    """Answers to each question of a step."""
+    learning_rate: float
+    """Set before the first run, the same for every arm, and not tuned."""
+    num_samples: int
+    """Sampled answers to each test question."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """One size of the study."""
 
@@ -71,11 +89,12 @@ class Settings:
     levels: list[Level]
     """Levels of difficulty, easiest first. All are trained, with equally many problems."""
     num_problems: dict[str, int]
-    """Problems per level by part: calibration, development, test, valid, train."""
+    """Problems per level by part: calibration, development, test, valid, train, reinforcement."""
     num_samples: int
     """Candidates per question."""
     temperature: float
     abilities: AbilitySettings
+    reinforcement: ReinforcementSettings
     beams: tuple[int, int]
     """Beams and expansions of the step-level search."""
     backward: tuple[int, int, int]
@@ -116,11 +135,13 @@ def _check(settings: Settings) -> None:
         raise UsageError(f"abilities.num and abilities.repeats name {names}; both need the same sets, and at least one")
     if unknown := set(abilities.num) - set(GENERATORS):
         raise UsageError(f"abilities.num names {', '.join(sorted(unknown))}; the sets are {', '.join(GENERATORS)}")
-    for name, seeds in (("seeds", settings.seeds), ("abilities.seeds", abilities.seeds)):
+    by_part = {"seeds": settings.seeds, "abilities.seeds": abilities.seeds, "reinforcement.seeds": settings.reinforcement.seeds}
+    for name, seeds in by_part.items():
         if not seeds or len(set(seeds)) != len(seeds):
             raise UsageError(f"{name} is {seeds}; it needs at least one seed, and each only once")
     if min(settings.num_problems.values()) < 2:
         raise UsageError(f"num_problems is {settings.num_problems}; each part needs at least 2 problems per level")
+    _check_reinforcement(settings)
     low, high, num = settings.backward
     if not 0 <= low <= high or num < 1:
         raise UsageError(
@@ -128,3 +149,14 @@ def _check(settings: Settings) -> None:
         )
     if settings.gsm8k is not None and not Path(settings.gsm8k).is_file():
         raise UsageError(f"{settings.gsm8k} is not a file; give GSM8K's training part as JSON lines or Parquet, or omit it")
+
+
+def _check_reinforcement(settings: Settings) -> None:
+    found = settings.reinforcement
+    if min(found.steps, found.num_questions, found.num_samples) < 1 or found.num_generations < 2:
+        raise UsageError("reinforcement needs at least 1 step, question and sample, and at least 2 num_generations")
+    needed, problems = found.steps * found.num_questions, settings.num_problems["reinforcement"]
+    if problems < needed:
+        raise UsageError(
+            f"num_problems.reinforcement={problems} is too small: {found.steps} steps of {found.num_questions} questions need {needed}"
+        )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,23 @@ class Step:
     settings: Any = field(default=None)
     resumes: bool = False
     """True: a killed command resumes. False: its unfinished outputs are removed first."""
+
+
+def steps_for(stages: Sequence[Sequence[Step]], wanted: Sequence[Step]) -> list[list[Step]]:
+    """Return the stages with only the wanted steps and those whose outputs they need, directly or not."""
+    read, kept = [path for step in wanted for path in step.inputs], list[list[Step]]()
+    names = {step.name for step in wanted}
+    for steps in reversed(stages):
+        needed = [step for step in steps if step.name in names or any(map(_overlap, product(step.outputs, read)))]
+        read += [path for step in needed for path in step.inputs]
+        kept.insert(0, needed)
+    return [steps for steps in kept if steps]
+
+
+def _overlap(paths: tuple[Path, Path]) -> bool:
+    """Return True if two paths are equal, or one is a folder above the other."""
+    one, other = paths
+    return one == other or one in other.parents or other in one.parents
 
 
 class Runner:

@@ -22,6 +22,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", choices=["tiny", "small", "full"], default="full", help="(default %(default)s)")
     parser.add_argument("--gsm8k", metavar="FILE", help="also train on GSM8K's training part, JSON lines or Parquet")
     parser.add_argument("--output", type=Path, metavar="DIR", help="(default study/SIZE)")
+    parser.add_argument("--only", choices=["reinforcement"], help="run this part and what it needs, and write only its section")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the settings of the size")
     return parser.parse_args()
 
@@ -36,23 +37,31 @@ def main() -> None:
     from ablations import Ablations
     from backward import Backward
     from losses import Twins
+    from reinforcement import Reinforcement, check_installed
     from rewards import Rewards
-    from steps import Runner
-    from study_report import write_study
+    from steps import Runner, steps_for
+    from study_report import write_part, write_study
 
     from megatron_ledom.evaluation.intervals import check_statistics
     from megatron_ledom.reports.pages import check_plots
 
     check_plots()
     check_statistics()
+    if arguments.only is not None:
+        check_installed()
     output = arguments.output or Path("study") / arguments.size
     twins = Twins(output, settings)
     rewards = Rewards(twins)
+    last = Reinforcement(rewards)
+    parts = (twins, rewards, Backward(rewards), Ablations(rewards), Abilities(twins), last)
     runner = Runner(output, at_once=len(os.sched_getaffinity(0)))
-    for part in (twins, rewards, Backward(rewards), Ablations(rewards), Abilities(twins)):
-        for steps in part.stages():
-            runner.run(steps)
-    print(write_study(output, arguments.size, settings, runner.all_notes()))
+    stages = [steps for part in parts for steps in part.stages()]
+    if arguments.only is not None:
+        stages = steps_for(stages, stages[-1])
+    for steps in stages:
+        runner.run(steps)
+    write = write_study if arguments.only is None else write_part
+    print(write(output, arguments.size, settings, runner.all_notes()))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from backward import section as backward_section
 from losses import Twins, gaps, gaps_by_place, speed_of
 from mistakes import mistakes
 from plots import loss_plots
+from reinforcement import Reinforcement
+from reinforcement_report import reinforcement_section
 from rewards import Rewards
 from sections import Section, ablation, claims, loss, not_reproduced, reward
 from settings import Settings
@@ -42,6 +44,7 @@ def write_study(folder: Path, size: str, settings: Settings, notes: dict[str, di
     results["mistakes"] = mistakes(rewards, weights)
     results |= {"abilities": Abilities(twins).results(), "backward": backward.results()}
     results |= {"ablations": ablations.results(), "wrong": ablations.wrong_direction()}
+    results["reinforcement"] = Reinforcement(rewards).results()
     write_file(folder / "results.json", json.dumps(results, indent=1))
     failed = [*not_reproduced(results), *abilities_not_reproduced(results["abilities"])]
     failed = failed or ["Every tested effect has the published sign."]
@@ -53,12 +56,25 @@ def write_study(folder: Path, size: str, settings: Settings, notes: dict[str, di
         abilities_section(results["abilities"]),
         backward_section(results["backward"]),
         *ablation(results),
+        reinforcement_section(results["reinforcement"]),
     ]
     title = f"The claims of LEDOM in miniature, size {size}"
     write_file(folder / "summary.md", _markdown(title, sections))
-    page = folder / "report.html"
+    return _write_page(folder / "report.html", title, sections, _commands(notes, settings))
+
+
+def write_part(folder: Path, size: str, settings: Settings, notes: dict[str, dict[str, Any]]) -> Path:
+    """Write reinforcement.json, .md and .html, the report of part 5 alone, into `folder`. Return the path of the page."""
+    results = Reinforcement(Rewards(Twins(folder, settings))).results()
+    sections, title = [reinforcement_section(results)], f"Training with Reverse Reward, size {size}"
+    write_file(folder / "reinforcement.json", json.dumps(results, indent=1))
+    write_file(folder / "reinforcement.md", _markdown(title, sections))
+    return _write_page(folder / "reinforcement.html", title, sections, _commands(notes, settings))
+
+
+def _write_page(page: Path, title: str, sections: Sequence[Section], commands: list[str]) -> Path:
     body = [line for section in sections for line in _as_html(section)]
-    write_file(page, pages.page(title, [*body, "<h2>Commands and hashes</h2>", *_commands(notes, settings)], STYLE))
+    write_file(page, pages.page(title, [*body, "<h2>Commands and hashes</h2>", *commands], STYLE))
     return page
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from tests.study.handmade_abilities import write_abilities
+from tests.study.handmade_reinforcement import write_reinforcement
 
 SEEDS = (1, 2)
 LOSSES = {1: {"forward": 2.0, "reverse": 2.1}, 2: {"forward": 2.0, "reverse": 2.06}}
@@ -36,6 +37,7 @@ def write_study(folder: Path) -> None:
     (folder / "maths/train.jsonl").write_text(json.dumps(problem) + "\n" + json.dumps({**problem, "answer": "#### 70"}) + "\n")
     _write_backward(folder / "backward", problem)
     write_abilities(folder, seed=1)
+    write_reinforcement(folder / "reinforcement")
     rewards, ablations = folder / "rewards", folder / "ablations"
     for path in (rewards, ablations):
         path.mkdir(parents=True)
@@ -44,11 +46,11 @@ def write_study(folder: Path) -> None:
     for seed in SEEDS:
         # the reverse term prefers the right answer in the test part, and a wrong one in the development part
         for part, is_helpful in (("development", False), ("test", True)):
-            _write_ranked(rewards / f"{part}_{seed}.jsonl", is_helpful)
+            write_ranked(rewards / f"{part}_{seed}.jsonl", is_helpful)
             for scorer in scorers:
-                _write_ranked(ablations / f"{part}_{seed}_{scorer}.jsonl", is_helpful)
-        _write_ranked(ablations / f"test_{seed}_wrong_direction.jsonl", is_helpful=None)
-        _write_ranked(rewards / f"beam_{seed}.jsonl", is_helpful=True)
+                write_ranked(ablations / f"{part}_{seed}_{scorer}.jsonl", is_helpful)
+        write_ranked(ablations / f"test_{seed}_wrong_direction.jsonl", is_helpful=None)
+        write_ranked(rewards / f"beam_{seed}.jsonl", is_helpful=True)
         spent = {"forward_tokens": 300, "reverse_tokens": 300}
         (rewards / f"beam_{seed}.jsonl.spent.json").write_text(json.dumps(spent))
 
@@ -78,7 +80,7 @@ def _write_run(folder: Path, direction: str, domains: tuple[str, ...], loss: flo
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def _write_ranked(path: Path, is_helpful: bool | None, num_questions: int = 20) -> None:
+def write_ranked(path: Path, is_helpful: bool | None, num_questions: int = 20) -> None:
     """Write questions with four candidates.
 
     In question k number k % 4 is right; only the reverse values show it (None: none do).

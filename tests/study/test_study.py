@@ -146,6 +146,8 @@ print("done")
         (["seeds=[1,1]"], "seeds is [1, 1]"),
         (["num_problems.development=1"], "at least 2 problems per level"),
         (["backward=[9,3,2]"], "backward is [9, 3, 2]"),
+        (["reinforcement.steps=3"], "num_problems.reinforcement=4 is too small: 3 steps of 2 questions need 6"),
+        (["reinforcement.num_generations=1"], "at least 2 num_generations"),
     ],
 )
 def test_bad_settings_are_refused_before_any_step_runs(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -234,7 +236,7 @@ from pathlib import Path
 from settings import load_settings
 from study_report import write_study
 note = {"seconds": 1.5, "commands": [["python", "tools/rerank.py"]], "inputs": {"study/a": "00ff" * 16}}
-write_study(Path("study"), "small", load_settings("small", ["abilities.seeds=[1]"]), {"rerank_test_1": note})
+write_study(Path("study"), "small", load_settings("small", ["abilities.seeds=[1]", "reinforcement.seeds=[1,2]"]), {"rerank_test_1": note})
 """
     run_python(code, tmp_path)
     results = json.loads((tmp_path / "study/results.json").read_text())
@@ -282,8 +284,9 @@ write_study(Path("study"), "small", load_settings("small", ["abilities.seeds=[1]
     assert "| Reverse Reward is right more often than greedy |" in summary
     assert "cannot decide for: forward model fed reversed order (at chance in its own direction too)" in summary
     assert "chooses worse than chance" not in summary
-    # a loss curve for three corpora and two models, three by position, over N and lambda, abilities
-    assert page.count("<picture>") == 12
+    assert "the model learned to please the reward" in summary
+    # a loss curve for three corpora and two models, three by position, over N and lambda, abilities, five of the training
+    assert page.count("<picture>") == 17
     assert "https://" not in page
 
 
@@ -348,9 +351,9 @@ print(json.dumps([rewards._tokens_by_num(4), mistakes(rewards, [0.5])["reverse o
     assert kinds == {"right": [0.0], "true calculations of another question": [1.0], "false calculation": [0.0]}
 
 
-def start(folder: Path, python: Path) -> "subprocess.Popen[str]":
+def start(folder: Path, python: Path, *options: str) -> "subprocess.Popen[str]":
     """Start the study's command with its smallest size, in its own session."""
-    command = [str(python), str(ROOT / "examples/study/study.py"), "--size", "tiny"]
+    command = [str(python), str(ROOT / "examples/study/study.py"), "--size", "tiny", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, cwd=folder, env=environment, text=True, start_new_session=True, **streams)
@@ -381,10 +384,21 @@ def test_the_tiny_study_resumes_after_a_kill_and_fills_every_table(tiny_study: P
     assert results["rewards"]["report"]["num_candidates"] == 4
     assert {row["task"] for row in results["abilities"]["rows"]} >= {"question_from_answer", "reversal", "reversal_written"}
     assert set(results["places"]) == {"text", "maths", "gsm"}
+    assert all(len(curves["reward"]) == 2 for curves in results["reinforcement"]["curves"].values())
     page = (tiny_study / "report.html").read_text()
     assert "https://" not in page
     for step in tiny_study.glob("steps/*.json"):
         assert f"{step.stem}, " in page  # its commands and hashes
+
+
+def test_a_part_alone_uses_the_steps_of_the_study_and_has_its_own_report(tiny_study: Path, python: Path) -> None:
+    alone = start(tiny_study.parents[1], python, "--only", "reinforcement")
+    output = alone.communicate()[0]
+    assert alone.returncode == 0, output[-3000:]
+    assert "---" not in output
+    page = (tiny_study / "reinforcement.html").read_text()
+    assert "reinforce_shuffled_1, " in page
+    assert "train_text" not in page
 
 
 @pytest.mark.slow

@@ -50,6 +50,7 @@ RUN_BY_TESTS = {
     "pip install --no-build-isolation -c pins.txt .": "tests/unit/test_make_venv.py, tests/packaging/test_wheel.py",
     "make quickstart": "tests/unit/test_make_venv.py, tests/quickstart/test_quickstart.py",
     "make study SIZE=small": "tests/study/test_study.py",
+    ".venv/bin/python examples/study/study.py --size small --only reinforcement": "tests/study/test_study.py",
     "make test": "Makefile",
     "make check": "Makefile",
     "ledom --help": "tests/unit/cli/test_ledom.py",
