@@ -46,6 +46,14 @@ class DataError(LedomError):
     """A file with wrong content: malformed, truncated or out of range."""
 
 
+class RemoteAnswerError(DataError):
+    """A server refused a request, or gave an answer that cannot be used."""
+
+
+class RedirectError(UsageError, RemoteAnswerError):
+    """A server answered with the address of another one, which is not followed."""
+
+
 class NotFiniteError(DataError):
     """A model returned NaN or infinity as a score, so there is no result to rank by.
 

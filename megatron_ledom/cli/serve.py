@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_ledom.cli.options import add_batch_size, add_unrecorded_direction
 
 KEY_VARIABLE = "LEDOM_API_KEY"
+UPSTREAM_KEY_VARIABLE = "LEDOM_UPSTREAM_API_KEY"
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -17,6 +18,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--forward", metavar="DIR", help="folder of the forward model, for forward completions and Reverse Reward"
     )
+    _add_upstream(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one (default %(default)s)")
     parser.add_argument(
@@ -53,6 +55,37 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+def _add_upstream(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("models that run on an upstream, a completions server such as vLLM")
+    group.add_argument(
+        "--upstream",
+        metavar="URL",
+        help="upstream of the reverse model, such as http://localhost:8001/v1; of its folder, only tokenizer and config are then kept",
+    )
+    group.add_argument("--upstream-model", metavar="NAME", help="name of the reverse model there (default: the only one)")
+    group.add_argument("--forward-upstream", metavar="URL", help="upstream of the forward model")
+    group.add_argument(
+        "--forward-upstream-model", metavar="NAME", help="name of the forward model there (default: the only one)"
+    )
+    group.add_argument(
+        "--upstream-requests",
+        type=int,
+        default=64,
+        metavar="N",
+        help="most texts that each upstream writes at once, and most that it scores at once (default %(default)s)",
+    )
+    group.add_argument(
+        "--check-upstream-weights",
+        action="store_true",
+        help="at the start, load the folder's weights on the CPU once and compare log-probabilities (default: below 2 GiB)",
+    )
+    group.add_argument(
+        "--key-over-http",
+        action="store_true",
+        help=f"send {UPSTREAM_KEY_VARIABLE} by plain http to an upstream on another machine, where others can read it",
+    )
+
+
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Run the command."""
     args = build_parser(prog).parse_args(argv)
@@ -64,6 +97,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     settings = ServeSettings(
         reverse=Path(args.reverse),
         forward=Path(args.forward) if args.forward else None,
+        upstream=args.upstream,
+        upstream_model=args.upstream_model,
+        forward_upstream=args.forward_upstream,
+        forward_upstream_model=args.forward_upstream_model,
+        upstream_requests=args.upstream_requests,
+        check_upstream_weights=args.check_upstream_weights,
+        key_over_http=args.key_over_http,
         direction=args.direction,
         eod_id=args.eod_id,
         host=args.host,

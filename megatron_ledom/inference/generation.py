@@ -126,12 +126,80 @@ class _Watch(StoppingCriteria):  # type: ignore[misc]
         return torch.tensor(self._look(input_ids[:, self._num_prompt :].tolist()), device=input_ids.device)
 
 
-class Writer:
+class TextJoiner:
+    """Joins the ids that a model writes after a healed prompt to the given text. Needs no model.
+
+    healer: token healing for the same tokenizer. stop_ids: the ids that end a text.
+    """
+
+    def __init__(self, tokenizer: JointTokenizer, direction: Direction, stop_ids: list[int]) -> None:
+        self._tokenizer, self._direction, self.stop_ids = tokenizer, direction, stop_ids
+        self.healer = TokenHealer(tokenizer, direction, stop_ids)
+
+    def counts_as_new(self, tokens: list[int], trimmed: bytes) -> bool:
+        """Return True if the last of `tokens` (model order) adds to the given text, so it does not only spell `trimmed`."""
+        return self.healer.count_healing(tokens, trimmed) < len(tokens)
+
+    def join(self, text: str, healed: HealedPrompt, tokens: list[int], sampling: Sampling) -> Generation:
+        """Cut a row at its end and join its text to `text`."""
+        tokens = tokens[: self.healer.count_healing(tokens, healed.trimmed) + sampling.max_new_tokens]
+        text_ids, written, stop_string, stopped = self.cut(tokens, healed, sampling)
+        pair = (written, text) if self._direction is Direction.REVERSE else (text, written)
+        return Generation(*pair, stopped=stopped, text_ids=text_ids, stop_string=stop_string)
+
+    def cut(self, tokens: list[int], healed: HealedPrompt, sampling: Sampling) -> tuple[list[int], str, str | None, bool]:
+        """Return the ids before eod in text order, their text up to a stop string, that string, and True if eod ended the text."""
+        stops = [index for index, token in enumerate(tokens) if token in self.stop_ids]
+        text_ids = to_text_order(tokens[: stops[0]] if stops else tokens, self._direction)
+        written = self.written_text(text_ids, healed, stopped=bool(stops))
+        found = [self._up_to_stop(written, string) for string in sampling.stop_strings if string in written]
+        if found:  # the shortest text: its stop string was written first
+            return text_ids, *min(found, key=lambda kept: len(kept[0])), False
+        return text_ids, written, None, bool(stops)
+
+    def _up_to_stop(self, written: str, string: str) -> tuple[str, str]:
+        """Return the text between the given text and the nearest `string`, and the string."""
+        if self._direction is Direction.REVERSE:
+            return written.rpartition(string)[2], string
+        return written.partition(string)[0], string
+
+    def written_text(self, text_ids: list[int], healed: HealedPrompt, *, stopped: bool) -> str:
+        """Return the characters of `text_ids` without those that repeat the given text (token healing).
+
+        An incomplete character at the far end, cut by the token limit, is omitted. So is the dummy prefix of a text that a
+        reverse model finished. Other bytes that are not UTF-8 become U+FFFD.
+        """
+        if self._tokenizer.surfaces is None:
+            return self._decoded_text(text_ids, healed)
+        kept_ids = [id_ for id_ in text_ids if id_ not in self._tokenizer.special_ids]
+        written = self._tokenizer.spell(kept_ids)
+        if self._direction is Direction.FORWARD:
+            written = written[len(healed.trimmed) :]
+            return codecs.getincrementaldecoder("utf-8")("replace").decode(written, final=stopped)
+        written = written[: max(0, len(written) - len(healed.trimmed))] + healed.bridge
+        if stopped and self._tokenizer.has_dummy_prefix:
+            written = written.removeprefix(b" ")
+        while not stopped and written and written[0] & 0xC0 == 0x80:
+            written = written[1:]
+        return written.decode("utf-8", "replace")
+
+    def _decoded_text(self, text_ids: list[int], healed: HealedPrompt) -> str:
+        """Return the written text for a tokenizer without `surfaces`: decode all ids, then remove the text of the given ids."""
+        given_ids = to_text_order(healed.tokens, self._direction)
+        given = self._tokenizer.decode(given_ids)
+        if self._direction is Direction.REVERSE:
+            whole = self._tokenizer.decode(text_ids + given_ids)
+            return whole.removesuffix(given) if whole.endswith(given) else self._tokenizer.decode(text_ids)
+        whole = self._tokenizer.decode(given_ids + text_ids)
+        return whole.removeprefix(given) if whole.startswith(given) else self._tokenizer.decode(text_ids)
+
+
+class Writer(TextJoiner):
     """A model with its tokenizer and stop ids that continues texts with token healing."""
 
     def __init__(self, model: Any, tokenizer: JointTokenizer, direction: Direction, stop_ids: list[int]) -> None:
-        self._model, self._tokenizer, self._direction, self.stop_ids = model, tokenizer, direction, stop_ids
-        self._healer = TokenHealer(tokenizer, direction, stop_ids)
+        super().__init__(tokenizer, direction, stop_ids)
+        self._model = model
         writable = sorted({*tokenizer.vocab.values(), *stop_ids})
         self._writable_ids = torch.tensor([id_ for id_ in writable if id_ < model.config.vocab_size], device=model.device)
 
@@ -245,11 +313,7 @@ class Writer:
 
     def healing_processor(self, trimmed_by_row: list[bytes], num_prompt: int) -> LogitsProcessor:
         """Return the processor that makes rows spell their trimmed bytes after `num_prompt` given positions (token healing)."""
-        return _HealThenWrite(self._model, self._healer, trimmed_by_row, num_prompt, self._writable_ids)
-
-    def counts_as_new(self, tokens: list[int], trimmed: bytes) -> bool:
-        """Return True if the last of `tokens` (model order) adds to the given text, so it does not only spell `trimmed`."""
-        return self._healer.count_healing(tokens, trimmed) < len(tokens)
+        return _HealThenWrite(self._model, self.healer, trimmed_by_row, num_prompt, self._writable_ids)
 
     def check_length(self, num_prompt: int, max_new_tokens: int) -> None:
         """Raise UsageError if the text and `max_new_tokens` exceed the positions of the model."""
@@ -259,59 +323,6 @@ class Writer:
                 f"{num_prompt} tokens of text and max_new_tokens={max_new_tokens} exceed the {limit} positions of the model;"
                 f" shorten the text or write at most {max(0, limit - num_prompt)} tokens"
             )
-
-    def join(self, text: str, healed: HealedPrompt, tokens: list[int], sampling: Sampling) -> Generation:
-        """Cut a row at its end and join its text to `text`."""
-        tokens = tokens[: self._healer.count_healing(tokens, healed.trimmed) + sampling.max_new_tokens]
-        text_ids, written, stop_string, stopped = self.cut(tokens, healed, sampling)
-        pair = (written, text) if self._direction is Direction.REVERSE else (text, written)
-        return Generation(*pair, stopped=stopped, text_ids=text_ids, stop_string=stop_string)
-
-    def cut(self, tokens: list[int], healed: HealedPrompt, sampling: Sampling) -> tuple[list[int], str, str | None, bool]:
-        """Return the ids before eod in text order, their text up to a stop string, that string, and True if eod ended the text."""
-        stops = [index for index, token in enumerate(tokens) if token in self.stop_ids]
-        text_ids = to_text_order(tokens[: stops[0]] if stops else tokens, self._direction)
-        written = self.written_text(text_ids, healed, stopped=bool(stops))
-        found = [self._up_to_stop(written, string) for string in sampling.stop_strings if string in written]
-        if found:  # the shortest text: its stop string was written first
-            return text_ids, *min(found, key=lambda kept: len(kept[0])), False
-        return text_ids, written, None, bool(stops)
-
-    def _up_to_stop(self, written: str, string: str) -> tuple[str, str]:
-        """Return the text between the given text and the nearest `string`, and the string."""
-        if self._direction is Direction.REVERSE:
-            return written.rpartition(string)[2], string
-        return written.partition(string)[0], string
-
-    def written_text(self, text_ids: list[int], healed: HealedPrompt, *, stopped: bool) -> str:
-        """Return the characters of `text_ids` without those that repeat the given text (token healing).
-
-        An incomplete character at the far end, cut by the token limit, is omitted. So is the dummy prefix of a text that a
-        reverse model finished. Other bytes that are not UTF-8 become U+FFFD.
-        """
-        if self._tokenizer.surfaces is None:
-            return self._decoded_text(text_ids, healed)
-        kept_ids = [id_ for id_ in text_ids if id_ not in self._tokenizer.special_ids]
-        written = self._tokenizer.spell(kept_ids)
-        if self._direction is Direction.FORWARD:
-            written = written[len(healed.trimmed) :]
-            return codecs.getincrementaldecoder("utf-8")("replace").decode(written, final=stopped)
-        written = written[: max(0, len(written) - len(healed.trimmed))] + healed.bridge
-        if stopped and self._tokenizer.has_dummy_prefix:
-            written = written.removeprefix(b" ")
-        while not stopped and written and written[0] & 0xC0 == 0x80:
-            written = written[1:]
-        return written.decode("utf-8", "replace")
-
-    def _decoded_text(self, text_ids: list[int], healed: HealedPrompt) -> str:
-        """Return the written text for a tokenizer without `surfaces`: decode all ids, then remove the text of the given ids."""
-        given_ids = to_text_order(healed.tokens, self._direction)
-        given = self._tokenizer.decode(given_ids)
-        if self._direction is Direction.REVERSE:
-            whole = self._tokenizer.decode(text_ids + given_ids)
-            return whole.removesuffix(given) if whole.endswith(given) else self._tokenizer.decode(text_ids)
-        whole = self._tokenizer.decode(given_ids + text_ids)
-        return whole.removeprefix(given) if whole.startswith(given) else self._tokenizer.decode(text_ids)
 
 
 @contextlib.contextmanager

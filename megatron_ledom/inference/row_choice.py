@@ -4,7 +4,7 @@ Shapes: B rows, S positions, V ids of the logits.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,19 @@ class RowSettings:
         return self.sampling.temperature, self.sampling.top_p, self.sampling.top_k
 
 
+@dataclass(frozen=True, slots=True)
+class WrittenIds:
+    """The ids that a row wrote, in model order and with eod.
+
+    logprobs: the log-probabilities, without temperature, of those that belong to the new text. likeliest: for each of these the
+    likeliest ids with their log-probabilities, if requested.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    likeliest: list[list[tuple[int, float]]] = field(default_factory=list)
+
+
 class RowChoice(LogitsProcessor):  # type: ignore[misc]
     """Chooses the next token of each row with the row's own random numbers, and excludes all other tokens.
 
@@ -59,6 +72,10 @@ class RowChoice(LogitsProcessor):  # type: ignore[misc]
         self._groups: dict[tuple[float, float, int], list[int]] = {}
         for index, row in enumerate(rows):
             self._groups.setdefault(row.filters, []).append(index)
+
+    def written(self, row: int) -> WrittenIds:
+        """Return what a row wrote so far."""
+        return WrittenIds(self.new_ids[row], self.logprobs[row], self.likeliest[row])
 
     def num_written(self, row: int) -> int:
         """Return the number of new tokens, with eod; those that repeat the edge of the given text (token healing) do not count."""

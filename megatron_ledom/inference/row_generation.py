@@ -8,18 +8,19 @@ import codecs
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Protocol
 
 import torch
 from transformers import DynamicCache
 
 from megatron_ledom.direction import Direction, to_text_order
 from megatron_ledom.errors import DataError
-from megatron_ledom.inference.generation import Generation, Sampling
-from megatron_ledom.inference.joint_tokenizer import HealedPrompt
+from megatron_ledom.inference.generation import Generation, Sampling, TextJoiner
+from megatron_ledom.inference.joint_tokenizer import HealedPrompt, JointTokenizer
 from megatron_ledom.inference.key_value_cache import padded_cache, read_caches
 from megatron_ledom.inference.language_model import LanguageModel
 from megatron_ledom.inference.row_batch import must_divide, write_batch
-from megatron_ledom.inference.row_choice import RowChoice, RowSettings
+from megatron_ledom.inference.row_choice import RowChoice, RowSettings, WrittenIds
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +68,52 @@ OnEnd = Callable[[int, RowResult], None]
 """Gets the index and the result of a row as soon as it is done; others of its batch may still grow."""
 
 
+IsWanted = Callable[[int], bool]
+"""Returns False if nobody wants the row with this index any more."""
+
+
+class TokenModel(Protocol):
+    """The parts of a language model that join written ids to a text: no weights."""
+
+    @property
+    def direction(self) -> Direction:
+        """The direction of the model."""
+
+    @property
+    def tokenizer(self) -> JointTokenizer:
+        """The tokenizer of the model's folder."""
+
+    @property
+    def leading_ids(self) -> list[int]:
+        """The ids before every sequence in model order."""
+
+    @property
+    def writer(self) -> TextJoiner:
+        """Joins written ids to the given text."""
+
+
+class RowWriter(TokenModel, Protocol):
+    """A model that writes rows: in this process, or on a server."""
+
+    @property
+    def num_positions(self) -> int | None:
+        """Length of the longest sequence, in tokens; None if the model has no limit."""
+
+    def growth_problem(self, text: str, num_new_tokens: int) -> str | None:
+        """Return the reason if the model has no room for a text and `num_new_tokens` more; None if it has."""
+
+    def write_rows(
+        self, requests: Sequence[RowRequest], on_step: OnStep, on_end: OnEnd, is_wanted: IsWanted
+    ) -> list[RowResult]:
+        """Return the result of each request. No two of the functions are called at the same time."""
+
+
 def written_part(generation: Generation, direction: Direction) -> str:
     """Return the part of a text that the model wrote."""
     return generation.preceding if direction is Direction.REVERSE else generation.following
 
 
-def row_problem(model: LanguageModel, request: RowRequest) -> str | None:
+def row_problem(model: LanguageModel | RowWriter, request: RowRequest) -> str | None:
     """Return the reason if the model has no room for a row; None if it has. Does not run the model."""
     return model.growth_problem(request.text, request.sampling.max_new_tokens)
 
@@ -86,16 +127,25 @@ def write_rows(
     on_end: OnEnd | None = None,
 ) -> list[RowResult]:
     """Return the result of each request; a batch has at most `batch_size` rows. The model reads a text once for all its rows."""
-    healed = {text: model.tokenizer.heal_prompt(text, model.direction) for text in {request.text for request in requests}}
     results: list[RowResult] = []
-    for start in range(0, len(requests), batch_size):
-        rows = [_Row(start + i, r, healed[r.text]) for i, r in enumerate(requests[start : start + batch_size])]
-        results += _write_batch(model, rows, _Observer(model, on_step, on_end))
+    rows = healed_rows(model, requests)
+    for start in range(0, len(rows), batch_size):
+        results += _write_batch(model, rows[start : start + batch_size], RowObserver(model, on_step, on_end))
     return results
 
 
+def healed_rows(model: TokenModel, requests: Sequence[RowRequest]) -> list["Row"]:
+    """Return the rows of requests; equal texts are prepared once. Raises DataError for a text without tokens."""
+    healed = {text: model.tokenizer.heal_prompt(text, model.direction) for text in {request.text for request in requests}}
+    if not all([*model.leading_ids, *prompt.tokens] for prompt in healed.values()):
+        raise DataError("a given text has no tokens, so the model has nothing to start from; pass a longer text")
+    return [Row(index, request, healed[request.text]) for index, request in enumerate(requests)]
+
+
 @dataclass(frozen=True, slots=True)
-class _Row:
+class Row:
+    """A request with its place in the call and its text, prepared for token healing."""
+
     index: int
     request: RowRequest
     healed: HealedPrompt
@@ -109,36 +159,41 @@ class _Row:
 
 
 @dataclass(frozen=True, slots=True)
-class _Observer:
+class RowObserver:
     """Shows each row after its step, decides if it is done, and gives its result at its end."""
 
-    model: LanguageModel
+    model: TokenModel
     on_step: OnStep | None
     on_end: OnEnd | None
 
-    def after_token(self, row: _Row, choice: RowChoice, number: int) -> RowResult | None:
+    def after_token(self, row: Row, written: WrittenIds) -> RowResult | None:
         """Return the result of a row that is done: at its limit, at eod, at a stop string, or if nobody wants it; else None."""
 
         @cache
         def _text() -> Generation:
-            return self.model.writer.join(row.request.text, row.healed, choice.new_ids[number], row.request.sampling)
+            return self._joined(row, written)
 
-        is_done = choice.has_ended(number)
+        is_done = len(written.logprobs) >= row.request.sampling.max_new_tokens or written.ids[-1] in self.model.writer.stop_ids
         if self.on_step is not None and not self.on_step(row.index, _text):
             is_done = True
         if not is_done and not (row.request.sampling.stop_strings and _text().stop_string is not None):
             return None
-        result = _result(self.model, row, choice, number, _text())
+        return self.end(row, written, _text())
+
+    def end(self, row: Row, written: WrittenIds, generation: Generation | None = None) -> RowResult:
+        """Return the result of a row that ends with what it wrote; generation: its text, if it was joined already."""
+        result = row_result(self.model, row.healed, written, generation or self._joined(row, written))
         if self.on_end is not None:
             self.on_end(row.index, result)
         return result
 
+    def _joined(self, row: Row, written: WrittenIds) -> Generation:
+        return self.model.writer.join(row.request.text, row.healed, written.ids, row.request.sampling)
 
-def _write_batch(model: LanguageModel, rows: list[_Row], observer: _Observer) -> list[RowResult]:
+
+def _write_batch(model: LanguageModel, rows: list[Row], observer: RowObserver) -> list[RowResult]:
     """Write one batch. It can exceed the positions of the model although each row fits; then it is divided."""
     prompts = [[*model.leading_ids, *row.healed.tokens] for row in rows]
-    if not all(prompts):
-        raise DataError("a given text has no tokens, so the model has nothing to start from; pass a longer text")
     settings = [row.settings() for row in rows]
     if must_divide(model, prompts, settings):
         middle = len(rows) // 2
@@ -146,7 +201,7 @@ def _write_batch(model: LanguageModel, rows: list[_Row], observer: _Observer) ->
     results: dict[int, RowResult] = {}
 
     def _is_done(choice: RowChoice, number: int) -> bool:
-        result = observer.after_token(rows[number], choice, number)
+        result = observer.after_token(rows[number], choice.written(number))
         if result is not None:
             results[number] = result
         return result is not None
@@ -164,43 +219,45 @@ def _shared_cache(model: LanguageModel, prompts: list[list[int]], longest: int) 
     return padded_cache([caches[tuple(prompt[:-1])] for prompt in prompts], longest - 1)
 
 
-def _result(model: LanguageModel, row: _Row, choice: RowChoice, number: int, generation: Generation) -> RowResult:
+def row_result(model: TokenModel, healed: HealedPrompt, written: WrittenIds, generation: Generation) -> RowResult:
+    """Return the result of a row from the ids that it wrote and from its joined text."""
     return RowResult(
         generation,
-        num_given=len(model.leading_ids) + len(row.healed.tokens),
-        num_new=choice.num_written(number),
-        tokens=_tokens(model, row, choice, number, generation),
+        num_given=len(model.leading_ids) + len(healed.tokens),
+        num_new=len(written.logprobs),
+        tokens=_tokens(model, healed, written, generation),
     )
 
 
-def _tokens(model: LanguageModel, row: _Row, choice: RowChoice, number: int, generation: Generation) -> list[WrittenToken]:
+def _tokens(model: TokenModel, healed: HealedPrompt, written: WrittenIds, generation: Generation) -> list[WrittenToken]:
     """Return the tokens of the written text in reading order, with the position of each.
 
     near, far: the bytes between the given text and the two ends of a token; they are negative where tokens spell the healed edge
     of the given text.
     """
     reverse, tokenizer = model.direction is Direction.REVERSE, model.tokenizer
-    logprobs, likeliest = choice.logprobs[number], choice.likeliest[number]
-    new_ids = choice.new_ids[number][: len(choice.new_ids[number]) - generation.stopped]
-    num_healing = len(new_ids) - (choice.num_written(number) - generation.stopped)
-    characters = _Characters(model, row.healed, new_ids, stopped=generation.stopped)
+    new_ids = written.ids[: len(written.ids) - generation.stopped]
+    num_healing = len(written.ids) - len(written.logprobs)
+    characters = _Characters(model, healed, new_ids, stopped=generation.stopped)
     length = len(written_part(generation, model.direction))
-    far = len(row.healed.bridge) - len(row.healed.trimmed) + sum(len(_spelled(model, id_)) for id_ in new_ids[:num_healing])
+    far = len(healed.bridge) - len(healed.trimmed) + sum(len(_spelled(model, id_)) for id_ in new_ids[:num_healing])
     found = []
     for place, id_ in enumerate(new_ids[num_healing:]):
         near, far = far, far + len(_spelled(model, id_))
         if characters.up_to(near) >= length:
             break
         offset = max(0, length - characters.reached_by(far)) if reverse else characters.up_to(near)
-        others = [(tokenizer.token_text(other), value) for other, value in likeliest[place]] if likeliest else []
-        found.append(WrittenToken(tokenizer.token_text(id_), offset, logprobs[place], others))
+        others = (
+            [(tokenizer.token_text(other), value) for other, value in written.likeliest[place]] if written.likeliest else []
+        )
+        found.append(WrittenToken(tokenizer.token_text(id_), offset, written.logprobs[place], others))
     return [found[place] for place in to_text_order(list(range(len(found))), model.direction)]
 
 
 class _Characters:
     """Counts characters of the written bytes, from the given text to a number of bytes away from it."""
 
-    def __init__(self, model: LanguageModel, healed: HealedPrompt, new_ids: list[int], *, stopped: bool) -> None:
+    def __init__(self, model: TokenModel, healed: HealedPrompt, new_ids: list[int], *, stopped: bool) -> None:
         self._reverse = model.direction is Direction.REVERSE
         spelled = b"".join(_spelled(model, id_) for id_ in to_text_order(new_ids, model.direction))
         num_trimmed = len(healed.trimmed)
@@ -231,7 +288,7 @@ class _Characters:
         return (num, 1) if is_within else (num + 1, 0)
 
 
-def _spelled(model: LanguageModel, id_: int) -> bytes:
+def _spelled(model: TokenModel, id_: int) -> bytes:
     """Return the bytes of an id in written text, which has none for a special token."""
     tokenizer = model.tokenizer
     if id_ in tokenizer.special_ids:

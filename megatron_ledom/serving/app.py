@@ -31,8 +31,13 @@ from megatron_ledom.serving.work_queue import WorkQueue
 
 
 def build_app(settings: ServeSettings, models: ServedModels, metrics: Metrics) -> Application:
-    """Return the application, whose lifespan starts and ends the thread that owns the models."""
-    queue = WorkQueue(max_jobs=settings.max_queue, window_seconds=settings.batch_window_seconds, metrics=metrics)
+    """Return the application, whose lifespan starts and ends the threads that use the models."""
+    queue = WorkQueue(
+        max_jobs=settings.max_queue,
+        window_seconds=settings.batch_window_seconds,
+        metrics=metrics,
+        num_threads=models.num_threads,
+    )
 
     @asynccontextmanager
     async def _lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -11,7 +11,7 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError
 from megatron_ledom.inference.generation import Generation, Sampling
 from megatron_ledom.inference.growing_text import GrowingText
-from megatron_ledom.inference.row_generation import RowRequest, RowResult, WrittenToken, row_problem, write_rows, written_part
+from megatron_ledom.inference.row_generation import RowRequest, RowResult, WrittenToken, row_problem, written_part
 from megatron_ledom.serving.errors import ApiError
 from megatron_ledom.serving.models import ServedModel, ServedModels
 from megatron_ledom.serving.schemas import MAX_CHOICES, CompletionRequest
@@ -95,13 +95,13 @@ def completion_job(models: ServedModels, model: ServedModel, rows: list[RowReque
         lambda works, settle: _Writing(models, model, works, settle).run(),
         work,
         len(rows),
-        model.engine.batch_size,
+        model.shared_rows,
         cancelled=cancelled,
     )
 
 
 def _growing(model: ServedModel, row: RowRequest) -> GrowingText:
-    tokenizer = model.language_model.tokenizer
+    tokenizer = model.rows.tokenizer
     if tokenizer.surfaces is None:
         raise ApiError(400, f"the tokenizer of {model.name} gives text only as a whole, so it cannot be streamed", "stream")
     return GrowingText(model.direction, row.sampling.stop_strings, may_begin_with_prefix=tokenizer.has_dummy_prefix)
@@ -116,10 +116,10 @@ class _Writing:
 
     def run(self) -> None:
         """Write all rows; a row of a cancelled work ends at its next step."""
-        lm, owners = self._model.language_model, []
+        model, owners = self._model.rows, []
         for number, work in enumerate(self._works):
             of_each_text = {row.text: row for row in work.rows}.values()
-            problem = next((found for row in of_each_text if (found := row_problem(lm, row))), None)
+            problem = next((found for row in of_each_text if (found := row_problem(model, row))), None)
             if problem is not None:
                 self._settle(number, DataError(f"{problem}; shorten the text or lower max_tokens"))
             else:
@@ -129,7 +129,10 @@ class _Writing:
         def _on_step(index: int, read: Callable[[], Generation]) -> bool:
             return self._show(*owners[index], read)
 
-        write_rows(lm, rows, self._model.engine.batch_size, _on_step, lambda index, result: self._end(*owners[index], result))
+        def _is_wanted(index: int) -> bool:
+            return not self._works[owners[index][0]].cancelled.is_set()
+
+        model.write_rows(rows, _on_step, lambda index, result: self._end(*owners[index], result), _is_wanted)
 
     def _show(self, number: int, place: int, read: Callable[[], Generation]) -> bool:
         """Give the next piece of a row to a stream; return False if nobody wants the row any more."""

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import traceback
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -12,13 +13,14 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from megatron_ledom.errors import LedomError, NotFiniteError
+from megatron_ledom.errors import LedomError, NotFiniteError, RemoteAnswerError, TransientError
 from megatron_ledom.serving.models import UnknownModel
 from megatron_ledom.serving.work_queue import Ending, QueueFull
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 1
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+ADDRESS = re.compile(r"https?://[^\s'\"]+")
 SHOWN_CHARACTERS = 500
 """Longest message of one wrong field."""
 
@@ -48,7 +50,8 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         413: "the body is too large",
         429: "too many requests wait",
         500: "the model gave no finite number",
-        503: "the server is shutting down",
+        502: "the upstream server gave an answer that cannot be used",
+        503: "the server is shutting down, or its upstream server does not answer",
         504: "no result in time",
     }.items()
 }
@@ -95,10 +98,19 @@ def _parts(error: Exception) -> tuple[int, str, str | None, str | None]:
         return 404, str(error), "model", "model_not_found"
     if isinstance(error, NotFiniteError):  # the message names a text
         return 500, "the model gives values that are not finite (NaN or infinity); check its weights", None, "not_finite"
+    if isinstance(error, RemoteAnswerError):
+        return 502, _without_addresses(error), None, "upstream_refused"
+    if isinstance(error, TransientError):
+        return 503, _without_addresses(error), None, "upstream_unavailable"
     if isinstance(error, LedomError):
         return 400, str(error), None, None
     log_unforeseen(error)
     return 500, "an unforeseen error of the server; its log names the place", None, "internal_error"
+
+
+def _without_addresses(error: Exception) -> str:
+    """Return a message about an upstream server without its address, which is of no use to clients."""
+    return ADDRESS.sub("the upstream server", str(error))
 
 
 def _validation_parts(error: RequestValidationError) -> tuple[str, str | None, None]:

@@ -1,22 +1,31 @@
-"""The models of a server, and the computations that its thread does with them."""
+"""The models of a server: in this process, or on an upstream."""
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import UsageError
+from megatron_ledom.inference.engines.completions_rows import CompletionsRows
+from megatron_ledom.inference.engines.engine import Engine
 from megatron_ledom.inference.engines.transformers_engine import TransformersEngine
-from megatron_ledom.inference.language_model import ForwardLM, LanguageModel, ReverseLM
-from megatron_ledom.inference.model_folder import COMMAND_OPTIONS, read_model_config
+from megatron_ledom.inference.language_model import LanguageModel
+from megatron_ledom.inference.model_folder import read_model_config
+from megatron_ledom.inference.row_generation import IsWanted, OnEnd, OnStep, RowRequest, RowResult, RowWriter, write_rows
+from megatron_ledom.inference.scoring import SpanScore
+from megatron_ledom.serving.loading import load_model
 from megatron_ledom.serving.metrics import Metrics
 from megatron_ledom.serving.settings import ServeSettings
+from megatron_ledom.serving.upstream import UpstreamEngine, connect
 from megatron_ledom.tokenizers.reader import read_tokenizer
 
 SCORED_BATCHES = 8
+ONE_REQUEST = 1
+"""`shared_rows` of an upstream: requests share no call, because the upstream makes the batches, and an error stays with its request."""
 
 
 class UnknownModel(UsageError):
@@ -29,15 +38,22 @@ class ServedModel:
 
     name: str
     folder: Path
-    language_model: LanguageModel
-    engine: TransformersEngine
+    rows: RowWriter
+    engine: Engine
     tokenizer_sha256: str
     loaded_at: int
+    shared_rows: int
+    """The most sequences of several requests that are written in one call."""
 
     @property
     def direction(self) -> Direction:
         """The direction of the model."""
-        return self.language_model.direction
+        return self.engine.direction
+
+    @property
+    def is_upstream(self) -> bool:
+        """True if the model runs on an upstream."""
+        return isinstance(self.engine, UpstreamEngine)
 
     def as_fields(self) -> dict[str, Any]:
         """Return the model's entry in `/v1/models`."""
@@ -47,7 +63,7 @@ class ServedModel:
             "created": self.loaded_at,
             "owned_by": "megatron_ledom",
             "direction": str(self.direction),
-            "max_model_len": self.language_model.num_positions,
+            "max_model_len": self.rows.num_positions,
             "tokenizer_sha256": self.tokenizer_sha256,
         }
 
@@ -55,12 +71,13 @@ class ServedModel:
 class ServedModels:
     """The reverse model and, if there is one, the forward model."""
 
-    def __init__(self, reverse: ServedModel, forward: ServedModel | None, metrics: Metrics) -> None:
-        self.reverse, self.forward, self._metrics = reverse, forward, metrics
+    def __init__(self, reverse: ServedModel, forward: ServedModel | None, metrics: Metrics, settings: ServeSettings) -> None:
+        self.reverse, self.forward, self._metrics, self._settings = reverse, forward, metrics, settings
+        self._counted, self._lock = {model.direction: model.engine.usage.tokens for model in self.all}, Lock()
 
     @classmethod
     def load(cls, settings: ServeSettings, metrics: Metrics) -> "ServedModels":
-        """Load the folders of the settings, after checking both."""
+        """Load the folders of the settings, after checking both. Upstreams are checked first, before a model is loaded."""
         folders = [folder for folder in (settings.forward, settings.reverse) if folder is not None]
         for folder in folders:
             read_model_config(folder)
@@ -69,27 +86,36 @@ class ServedModels:
             names[Direction.FORWARD] = settings.forward.resolve().name
         if len(set(names.values())) < len(names):
             names = {direction: f"{name}-{direction}" for direction, name in names.items()}
-        reverse_lm = ReverseLM.from_pretrained(
-            settings.reverse, direction=settings.direction, eod_id=settings.eod_id, option_names=COMMAND_OPTIONS
-        )
-        reverse = _served(reverse_lm, names[Direction.REVERSE], settings.reverse, settings.batch_size)
-        forward = None
-        if settings.forward is not None:
-            forward_lm = ForwardLM.from_pretrained(settings.forward)
-            forward = _served(forward_lm, names[Direction.FORWARD], settings.forward, settings.batch_size)
-        return cls(reverse, forward, metrics)
+        given = {Direction.REVERSE: settings.reverse, Direction.FORWARD: settings.forward}
+        urls = {Direction.REVERSE: settings.upstream, Direction.FORWARD: settings.forward_upstream}
+        made: dict[Direction, ServedModel] = {}
+        for direction in sorted(urls, key=lambda direction: urls[direction] is None):
+            if (place := given[direction]) is not None:
+                make = _loaded if urls[direction] is None else _connected
+                made[direction] = make(settings, direction, names[direction], place)
+        return cls(made[Direction.REVERSE], made.get(Direction.FORWARD), metrics, settings)
 
     @cached_property
     def special_tokens(self) -> list[str]:
         """The texts of the special tokens of all tokenizers, the longest first."""
-        tokenizers = [model.language_model.tokenizer for model in self.all]
+        tokenizers = [model.rows.tokenizer for model in self.all]
         names = {name for one in tokenizers for name, id_ in one.vocab.items() if id_ in one.special_ids and name}
         return sorted(names, key=len, reverse=True)
 
     @property
     def score_rows(self) -> int:
-        """The most sequences to score in one call: several batches, so that rows of similar length share one."""
-        return SCORED_BATCHES * self.reverse.engine.batch_size
+        """The most sequences of one request to score in one call: several batches, so that rows of similar length share one."""
+        return SCORED_BATCHES * self._settings.batch_size
+
+    @property
+    def shared_rows(self) -> int:
+        """The most sequences of several requests to score in one call."""
+        return ONE_REQUEST if any(model.is_upstream for model in self.all) else self.score_rows
+
+    @property
+    def num_threads(self) -> int:
+        """The threads that the server needs: one owns the models of this process, many wait for upstreams."""
+        return self._settings.upstream_requests if any(model.is_upstream for model in self.all) else 1
 
     @property
     def all(self) -> list[ServedModel]:
@@ -111,10 +137,11 @@ class ServedModels:
 
     def count_tokens(self) -> None:
         """Add the tokens that the engines read since the last call to the metrics."""
-        for model in self.all:
-            usage = model.engine.usage
-            self._metrics.tokens.labels(str(model.direction), "scored").inc(usage.tokens)
-            usage.tokens = 0
+        with self._lock:
+            for model in self.all:
+                now = model.engine.usage.tokens
+                self._metrics.tokens.labels(str(model.direction), "scored").inc(now - self._counted[model.direction])
+                self._counted[model.direction] = now
 
     def count_written(self, direction: Direction, read: Sequence[int], written: Sequence[int]) -> None:
         """Add the tokens of written texts to the metrics."""
@@ -122,6 +149,56 @@ class ServedModels:
         self._metrics.tokens.labels(str(direction), "written").inc(sum(written))
 
 
-def _served(language_model: LanguageModel, name: str, folder: Path, batch_size: int) -> ServedModel:
-    engine = TransformersEngine(language_model, batch_size)
-    return ServedModel(name, folder, language_model, engine, read_tokenizer(str(folder)).sha256, int(time.time()))
+class _LoadedEngine(TransformersEngine):
+    """The engine of a model in this process, for one thread at a time: beside an upstream, several threads score."""
+
+    def __init__(self, language_model: LanguageModel, batch_size: int, lock: Lock) -> None:
+        super().__init__(language_model, batch_size)
+        self._lock = lock
+
+    def score(self, pairs: Sequence[tuple[str, str]], *, include_end: bool = False) -> list[SpanScore]:
+        """See `Engine.score`."""
+        with self._lock:
+            return super().score(pairs, include_end=include_end)
+
+
+class _LoadedRows:
+    """The `RowWriter` of a model in this process, with the lock of its engine."""
+
+    def __init__(self, language_model: LanguageModel, batch_size: int, lock: Lock) -> None:
+        self._lm, self._batch_size, self._lock = language_model, batch_size, lock
+        self.direction, self.tokenizer, self.leading_ids = (
+            language_model.direction,
+            language_model.tokenizer,
+            language_model.leading_ids,
+        )
+        self.writer, self.num_positions = language_model.writer, language_model.num_positions
+
+    def growth_problem(self, text: str, num_new_tokens: int) -> str | None:
+        """See `RowWriter.growth_problem`."""
+        return self._lm.growth_problem(text, num_new_tokens)
+
+    def write_rows(
+        self, requests: Sequence[RowRequest], on_step: OnStep, on_end: OnEnd, is_wanted: IsWanted
+    ) -> list[RowResult]:
+        """See `RowWriter.write_rows`; `on_step` tells at every token if a row is wanted."""
+        with self._lock:
+            return write_rows(self._lm, requests, self._batch_size, on_step, on_end)
+
+
+def _loaded(settings: ServeSettings, direction: Direction, name: str, folder: Path) -> ServedModel:
+    """Load a model into this process."""
+    language_model = load_model(settings, direction, folder)
+    lock, size = Lock(), settings.batch_size
+    engine = _LoadedEngine(language_model, size, lock)
+    return _served(name, folder, _LoadedRows(language_model, size, lock), engine, size)
+
+
+def _connected(settings: ServeSettings, direction: Direction, name: str, folder: Path) -> ServedModel:
+    """Connect with the upstream of a model."""
+    engine = connect(settings, direction, folder)
+    return _served(name, folder, CompletionsRows(engine, settings.upstream_requests), engine, ONE_REQUEST)
+
+
+def _served(name: str, folder: Path, rows: RowWriter, engine: Engine, shared_rows: int) -> ServedModel:
+    return ServedModel(name, folder, rows, engine, read_tokenizer(str(folder)).sha256, int(time.time()), shared_rows)

@@ -77,7 +77,7 @@ def reward_jobs(models: ServedModels, questions: list[Question], settings: Rewar
         num_rows = sum(len(part.candidates) for part in parts)
         work = RewardWork(parts, long_texts)
         key = ("reward", settings)
-        return Job(key, lambda works, settle: _score(models, works, settings, settle), work, num_rows, models.score_rows)
+        return Job(key, lambda works, settle: _score(models, works, settings, settle), work, num_rows, models.shared_rows)
 
     return [_job(parts) for parts in divide(questions, models.score_rows)]
 
@@ -186,7 +186,8 @@ def score_jobs(
 
     most = models.score_rows
     works = [ScoreWork(first, pairs[first : first + most], token_values) for first in range(0, len(pairs), most)]
-    return [Job(("score", model.name, include_ends), _compute, work, len(work.pairs), most) for work in works]
+    key = ("score", model.name, include_ends)
+    return [Job(key, _compute, work, len(work.pairs), models.shared_rows) for work in works]
 
 
 def _check_pair(model: ServedModel, number: int, pair: TextPair, include_ends: bool) -> None:
@@ -207,10 +208,10 @@ def score_fields(model: ServedModel, score: SpanScore, pair: TextPair, *, token_
     if score.eod_logprob is not None:
         fields["end_logprob"] = or_null(score.eod_logprob)
     if token_values:
-        fields["tokens"] = [model.language_model.tokenizer.token_text(id_) for id_ in score.text_ids]
+        fields["tokens"] = [model.rows.tokenizer.token_text(id_) for id_ in score.text_ids]
         fields["token_ids"] = score.text_ids
         fields["token_logprobs"] = [or_null(value) for value in score.token_logprobs]
-        offsets = model.language_model.tokenizer.offsets(pair.preceding + pair.following)
+        offsets = model.rows.tokenizer.offsets(pair.preceding + pair.following)
         is_first = model.direction is Direction.REVERSE  # a reverse model scores the tokens that come first
         fields["token_offsets"] = offsets[: score.num_tokens] if is_first else offsets[len(offsets) - score.num_tokens :]
     return fields

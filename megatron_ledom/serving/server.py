@@ -19,6 +19,7 @@ IDLE_SECONDS = 30
 def serve(settings: ServeSettings) -> None:
     """Serve until SIGTERM or SIGINT. Then accept no further request, finish those that run or wait, and return."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log every request to an upstream
     metrics = Metrics()
     models = ServedModels.load(settings, metrics)
     app = build_app(settings, models, metrics)

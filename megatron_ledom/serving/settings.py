@@ -5,7 +5,10 @@ from pathlib import Path
 
 from megatron_ledom.errors import UsageError
 
-POSITIVE = ("batch_size", "max_queue", "max_body_bytes", "timeout_seconds")
+POSITIVE = ("batch_size", "max_queue", "max_body_bytes", "timeout_seconds", "upstream_requests")
+
+NEEDS = {"upstream_model": "upstream", "forward_upstream": "forward", "forward_upstream_model": "forward_upstream"}
+"""Settings that another one must accompany."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +23,20 @@ class ServeSettings:
     """`reverse` for a reverse model whose config.json records no direction."""
     eod_id: int | None = None
     """Id of the eod of a reverse model whose config.json records no direction."""
+    upstream: str | None = None
+    """Address of a completions server that runs the reverse model; None: the model runs in this process."""
+    upstream_model: str | None = None
+    """Name of the reverse model on that server; None: the only one there."""
+    forward_upstream: str | None = None
+    """Address of a completions server that runs the forward model."""
+    forward_upstream_model: str | None = None
+    """Name of the forward model on that server."""
+    upstream_requests: int = 64
+    """Most texts that each upstream writes at once for this server, and most that it scores at once."""
+    check_upstream_weights: bool = False
+    """True: an upstream's log-probabilities are compared with those of the folder's weights, however large these are."""
+    key_over_http: bool = False
+    """True: the key of an upstream may be sent by plain http to another machine."""
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = None
@@ -44,6 +61,9 @@ class ServeSettings:
         for name in POSITIVE:
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name}={getattr(self, name)}: it must be positive")
+        for name, needed in NEEDS.items():
+            if getattr(self, name) and not getattr(self, needed):
+                raise UsageError(f"--{name.replace('_', '-')} needs --{needed.replace('_', '-')}; pass both, or neither")
         if not 0 <= self.port < 1 << 16:
             raise UsageError(f"port={self.port} is not a port; pass a number from 0 (any free port) to 65535")
         if not 0 <= self.batch_window_seconds < 60:

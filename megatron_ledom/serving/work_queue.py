@@ -2,6 +2,7 @@
 
 The thread takes the first waiting job, waits a few milliseconds for others, and computes all jobs with the same key at once. A job
 gets its result, or its own error, as soon as it is known. After an error of the whole call each job without a result is computed alone.
+Models of an upstream need no owner and no batches of ours: then several threads wait for the upstream's answers.
 """
 
 import threading
@@ -51,33 +52,37 @@ class Job:
 class WorkQueue:
     """See the top of this file. A job is never divided."""
 
-    def __init__(self, *, max_jobs: int, window_seconds: float, metrics: Metrics) -> None:
+    def __init__(self, *, max_jobs: int, window_seconds: float, metrics: Metrics, num_threads: int = 1) -> None:
         self._max_jobs, self._window = max_jobs, window_seconds
         self._metrics = metrics
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._is_ended = False
-        self._thread = threading.Thread(target=self._run, name="models", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._run, name=f"models {number}", daemon=True) for number in range(num_threads)
+        ]
 
     def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+        """Start the threads."""
+        for thread in self._threads:
+            thread.start()
 
     @property
     def is_ready(self) -> bool:
         """True while jobs are accepted."""
-        return self._thread.is_alive() and not self._is_ended
+        return all(thread.is_alive() for thread in self._threads) and not self._is_ended
 
     def end(self) -> None:
-        """End the thread after its current batch; jobs that still wait fail."""
+        """End each thread after its current batch; jobs that still wait fail."""
         with self._changed:
             self._is_ended = True
             for job in self._waiting:
                 _settle(job, Ending("the server ended before it computed this request; send it again"))
             self._waiting.clear()
             self._changed.notify_all()
-        if self._thread.is_alive():
-            self._thread.join()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
 
     def submit(self, job: Job) -> None:
         """Put a job into the queue. Raises QueueFull or Ending."""
@@ -103,7 +108,7 @@ class WorkQueue:
             self._compute(jobs)
 
     def _take(self) -> list[Job]:
-        """Return the next jobs of one key; none if the thread ends."""
+        """Return the next jobs of one key; none if the queue ends."""
         with self._changed:
             while not self._is_ended and not self._is_batch_due():
                 self._changed.wait(self._rest_of_window())

@@ -90,11 +90,11 @@ def serving(lm: ForwardLM | ReverseLM) -> Iterator[Server]:
     server.server_close()
 
 
-def engine_of(served: tuple[Server, Path, Any], **options: Any) -> CompletionsEngine:
+def engine_of(served: tuple[Server, Path, Any], batch_size: int = 2, **options: Any) -> CompletionsEngine:
     server, folder, lm = served
     server.requests.clear()
     server.change, server.reply = lambda answer: answer, None
-    return CompletionsEngine(server.url, "tiny", folder, lm.direction, batch_size=2, **options)
+    return CompletionsEngine(server.url, "tiny", folder, lm.direction, batch_size=batch_size, **options)
 
 
 def first_choice(answer: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import random
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +168,19 @@ def chain_model(vocab_size: int, next_of: dict[int, int]) -> LlamaForCausalLM:
         for token, following in next_of.items():
             model.lm_head.weight[following] += 5 * embeddings[token]
     return model
+
+
+def divided_characters_folder(folder: Path) -> tuple[str, list[str]]:
+    """Write a reverse model that writes two characters byte by byte, then a word and <EOD>.
+
+    Returns the following text with which it begins, and the pieces of text of a stream.
+    """
+    pieces = ["▁is", "<0x97>", "<0xAD>", "<0xE5>", "<0xA2>", "<0xBC>", "<0xE6>", "▁cat", "<EOD>"]
+    tokenizer = Tokenizer.from_str(sentencepiece_like_json())
+    ids = [tokenizer.token_to_id(piece) for piece in pieces]
+    if None in ids:
+        pieces[0], pieces[-2] = "s", "t"
+        ids = [tokenizer.token_to_id(piece) for piece in pieces]
+    model = chain_model(tokenizer.get_vocab_size(), dict(pairwise(ids)))
+    save_model_folder(folder, model, sentencepiece_like_json(), "reverse")
+    return pieces[0].replace("▁", " "), ["字", "漢", pieces[-2].replace("▁", " ").strip()]

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import httpx
 
-from megatron_ledom.errors import DataError, TransientError, UsageError
+from megatron_ledom.errors import LedomError, RedirectError, RemoteAnswerError, TransientError, UsageError
 
 SHORTEST_PART = 6
 """Number of consecutive characters of a key, or of an encoded form of it, from which on a part is masked."""
@@ -25,37 +25,48 @@ ATTEMPTS = 4
 CONNECT_SECONDS = 30.0
 SHOWN_CHARACTERS = 300
 KEY = "OPENAI_API_KEY"
+NOT_OFFERED = (400, 404, 405, 501)
+"""Statuses of a server without an optional endpoint."""
 
 
 class CompletionsClient:
     """Sends JSON to `<url>/<endpoint>` and returns the JSON object of the response. Threads may share it.
 
-    The API key, from the environment variable OPENAI_API_KEY, is sent only to the host of `url`. Redirects are refused. With a
+    The API key, from the environment variable `key_variable`, is sent only to the host of `url`. Redirects are refused. With a
     key, plain http to another machine is refused unless `key_over_http` is True.
     """
 
-    def __init__(self, url: str, *, endpoint: str = "completions", timeout: float = 600.0, key_over_http: bool = False) -> None:
-        address = _address(url, endpoint)
+    def __init__(
+        self,
+        url: str,
+        *,
+        endpoint: str = "completions",
+        timeout: float = 600.0,
+        key_over_http: bool = False,
+        key_variable: str = KEY,
+    ) -> None:
+        address = _address(url, endpoint, key_variable)
         self._endpoint = endpoint
         is_local = is_loopback(address.host)
-        self.url, key = str(address), _api_key()
-        self.mask = KeyMask(key)
+        self.url, key = str(address), _api_key(key_variable)
+        self.mask, self._key_variable = KeyMask(key), key_variable
         if key and address.scheme == "http" and not is_local and not key_over_http:
             raise UsageError(
-                f"{KEY} is set, and {self.url} is plain http to another machine, so others in the network can read the key; use an"
-                f" https address, unset {KEY} if the server needs none, or pass --key-over-http in a network that you trust"
+                f"{key_variable} is set, and {self.url} is plain http to another machine, so others in the network can read the key;"
+                f" use an https address, unset {key_variable} if the server needs none, or pass --key-over-http in a network that you trust"
             )
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if key:
             headers["Authorization"] = f"Bearer {key}"
+        self._options: dict[str, Any] = {
+            "headers": headers,
+            "timeout": httpx.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS), pool=None),
+            "limits": httpx.Limits(max_connections=None),
+            "follow_redirects": False,
+            "trust_env": not is_local,  # no proxy for requests to this machine
+        }
         try:
-            self._http = httpx.Client(
-                headers=headers,
-                timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS), pool=None),
-                limits=httpx.Limits(max_connections=None),
-                follow_redirects=False,
-                trust_env=not is_local,  # no proxy for requests to this machine
-            )
+            self._http = httpx.Client(**self._options)
         except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
             raise UsageError(
                 f"the environment's proxy or certificates (HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE) cannot be used for {self.url}:"
@@ -65,29 +76,68 @@ class CompletionsClient:
     def request(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Return the response to one request; repeat it if the server is busy or the connection breaks.
 
-        Raises TransientError after ATTEMPTS, DataError for a refusal or a response that is not a JSON object, UsageError for a
-        redirect.
+        Raises TransientError after ATTEMPTS, RemoteAnswerError for a refusal or a response that is not a JSON object, RedirectError
+        for a redirect.
         """
-        body = json.dumps(fields, allow_nan=False).encode()
+        return self._content(self._answer("POST", self.url, fields))
+
+    def get(self, path: str) -> dict[str, Any]:
+        """Return the response to a GET of another path of the server, such as `models` beside `completions`; errors as in `request`."""
+        return self._content(self._answer("GET", self._beside(path)))
+
+    def request_if_offered(self, path: str, fields: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the response of another path to JSON; None if the server does not offer it."""
+        response = self._answer("POST", self._beside(path), fields)
+        return None if response.status_code in NOT_OFFERED else self._content(response)
+
+    def open_async(self) -> httpx.AsyncClient:
+        """Return an asynchronous client with the same key, time limits and rules."""
+        return httpx.AsyncClient(**self._options)
+
+    def refusal(self, response: httpx.Response) -> LedomError:
+        """Return the error for a response, already read, whose status is not 200; TransientError if a later request may get one."""
+        if response.has_redirect_location:
+            return RedirectError(
+                f"{response.url} redirects ({response.status_code}) to {self.shown(response.headers['location'])}. Redirects are not"
+                " followed, so that prompts and key go to no other host; give the address of the server itself"
+            )
+        said = f"{response.status_code} {self.shown(response.content.decode('utf-8', 'replace'))}"
+        if is_transient(response.status_code):
+            return TransientError(f"{response.url} cannot answer now: {said}")
+        remedy = (
+            f"; put its key into the environment variable {self._key_variable}" if response.status_code in (401, 403) else ""
+        )
+        return RemoteAnswerError(f"{response.url} refuses the request: {said}{remedy}")
+
+    def away(self, url: object, reason: str) -> TransientError:
+        """Return the error for a server that did not answer any attempt."""
+        return TransientError(f"{url} did not answer {ATTEMPTS} times ({reason}); check that it runs, then try again")
+
+    def _answer(self, method: str, url: str, fields: dict[str, Any] | None = None) -> httpx.Response:
+        """Return the first response that is not transient."""
+        body = None if fields is None else json.dumps(fields, allow_nan=False).encode()
         reason = ""
         for attempt in range(ATTEMPTS):
             try:
-                response = self._http.post(self.url, content=body)
+                response = self._http.request(method, url, content=body)
             except httpx.TransportError as error:
                 reason = self.shown(f"{type(error).__name__}: {error}")
             except (httpx.HTTPError, httpx.InvalidURL) as error:
-                raise DataError(
-                    f"{self.url}: {self.shown(str(error))}; check that it is the server's /v1/{self._endpoint}"
+                raise RemoteAnswerError(
+                    f"{url}: {self.shown(str(error))}; check that it is the server's /v1/{self._endpoint}"
                 ) from None
             else:
-                if not _is_transient(response.status_code):
-                    return self._content(response)
+                if not is_transient(response.status_code):
+                    return response
                 reason = f"{response.status_code} {self.shown(response.content.decode('utf-8', 'replace'))}"
             if attempt + 1 < ATTEMPTS:
                 time.sleep(2**attempt)
-        raise TransientError(
-            f"{self.url} did not answer {ATTEMPTS} times ({reason}); check that the server runs, then start again"
-        )
+        raise self.away(url, reason)
+
+    def _beside(self, path: str) -> str:
+        """Return the address of `path` in the folder of the endpoint; a path that begins with / is beside `v1`."""
+        folder = self.url.removesuffix(f"/{self._endpoint}")
+        return folder.removesuffix("/v1") + path if path.startswith("/") else f"{folder}/{path}"
 
     def shown(self, text: str, most: int = SHOWN_CHARACTERS) -> str:
         """Return a text of the server for a message: one line, printable, short, without the key.
@@ -100,25 +150,19 @@ class CompletionsClient:
         return line if len(line) <= most else f"{line[:most]} ..."
 
     def _content(self, response: httpx.Response) -> dict[str, Any]:
-        if response.has_redirect_location:
-            raise UsageError(
-                f"{self.url} redirects ({response.status_code}) to {self.shown(response.headers['location'])}. Redirects are not"
-                " followed, so that prompts and key go to no other host; give the address of the server itself"
-            )
         if response.status_code != 200:
-            said = self.shown(response.content.decode("utf-8", "replace"))
-            raise DataError(f"{self.url} refuses the request: {response.status_code} {said}")
+            raise self.refusal(response)
         try:
             answer = json.loads(response.content)
         except (ValueError, RecursionError):
             kind = self.shown(response.headers.get("content-type", "no content type"))
             said = self.shown(response.content.decode("utf-8", "replace"))
-            raise DataError(
-                f"{self.url} answered with {kind} that is not JSON: {said!r}; is it /v1/{self._endpoint}?"
+            raise RemoteAnswerError(
+                f"{response.url} answered with {kind} that is not JSON: {said!r}; is it /v1/{self._endpoint}?"
             ) from None
         if not isinstance(answer, dict):
-            raise DataError(
-                f"{self.url} answered with a {type(answer).__name__}, expected an object: {self.shown(str(answer))};"
+            raise RemoteAnswerError(
+                f"{response.url} answered with a {type(answer).__name__}, expected an object: {self.shown(str(answer))};"
                 f" is it /v1/{self._endpoint}?"
             )
         return answer
@@ -175,7 +219,7 @@ def _forms(key: str) -> list[str]:
     return list(dict.fromkeys(form for form in forms if len(form) >= shortest))
 
 
-def _address(url: str, endpoint: str) -> httpx.URL:
+def _address(url: str, endpoint: str, key_variable: str) -> httpx.URL:
     """Return the address of an endpoint of a server; raises UsageError for an invalid one."""
     wanted = "expected one such as http://localhost:8000/v1"
     try:
@@ -184,7 +228,7 @@ def _address(url: str, endpoint: str) -> httpx.URL:
         raise UsageError(f"{url!r} is not the address of a server ({error}); {wanted}") from error
     if parsed.userinfo or parsed.query or parsed.fragment:
         raise UsageError(
-            f"the address of the server at {parsed.host} contains a user, a query or a fragment; {wanted}, and put the key into {KEY}"
+            f"the address of the server at {parsed.host} contains a user, a query or a fragment; {wanted}, and put the key into {key_variable}"
         )
     is_port = parsed.port is None or 0 < parsed.port < 2**16
     if parsed.scheme not in ("http", "https") or not parsed.host or "%" in parsed.host or not is_port:
@@ -203,16 +247,16 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _api_key() -> str | None:
+def _api_key(variable: str) -> str | None:
     """Return the stripped key of the environment; raises UsageError, without the key, if no HTTP header can contain it."""
-    key = os.environ.get(KEY, "").strip()
+    key = os.environ.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise UsageError(
-            f"{KEY} contains a space, a line break or a letter outside ASCII, which an HTTP header cannot contain; correct it"
+            f"{variable} contains a space, a line break or a letter outside ASCII, which an HTTP header cannot contain; correct it"
         )
     return key or None
 
 
-def _is_transient(status: int) -> bool:
+def is_transient(status: int) -> bool:
     """Return True for the status of a server that is busy, starting or failing temporarily."""
     return status in (408, 425, 429) or (status >= 500 and status not in (501, 505))

@@ -20,10 +20,10 @@ from threading import Lock
 from typing import Any, TypeVar
 
 from megatron_ledom.direction import Direction
-from megatron_ledom.errors import DataError
-from megatron_ledom.inference.engines.completions_client import CompletionsClient
+from megatron_ledom.errors import DataError, RemoteAnswerError
+from megatron_ledom.inference.engines.completions_client import KEY, CompletionsClient
 from megatron_ledom.inference.engines.engine import PartialAnswer
-from megatron_ledom.inference.engines.remote_engine import RemoteEngine, seed_of
+from megatron_ledom.inference.engines.remote_engine import RECORDED, RemoteEngine, UnrecordedReverse, seed_of
 from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.joint_tokenizer import WORD_MARK, JointTokenizer
 from megatron_ledom.inference.scoring import Span, check_batch_size
@@ -41,6 +41,18 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
+class CallerNames:
+    """Names of the environment variable with the server's key, and of the caller's options: for messages."""
+
+    key_variable: str = KEY
+    model_option: str = "--forward-served-as or --reverse-served-as"
+    trust_advice: str = ", or pass --trust-token-counts if you know that it uses the ids as sent"
+
+
+RERANK_NAMES = CallerNames()
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """One checked response: its only choice, and the numbers of tokens that the server read and wrote."""
 
@@ -55,7 +67,8 @@ class CompletionsEngine(RemoteEngine):
     url: the address without `/completions`, such as `http://localhost:8000/v1`. model: its name on the server. folder: the folder
     of the served model, for tokenizer and direction; its weights are not read. key_over_http: allow the API key, from the
     environment variable OPENAI_API_KEY, on plain http to another machine. trust_token_counts: accept scores of a server that does
-    not name the tokens it scored, so only their number can be checked.
+    not name the tokens it scored, so only their number can be checked. unrecorded: see `RemoteEngine`. names: of the variable of
+    the key, and of the caller's options in messages.
 
     An answer that is written in steps differs from one that is written at once with the same seed, because each request restarts
     the server's random numbers. Both are repeatable if the server respects `seed`.
@@ -72,12 +85,15 @@ class CompletionsEngine(RemoteEngine):
         timeout: float = 600.0,
         key_over_http: bool = False,
         trust_token_counts: bool = False,
+        unrecorded: UnrecordedReverse = RECORDED,
+        names: CallerNames = RERANK_NAMES,
     ) -> None:
         check_batch_size(batch_size)
-        self._client = CompletionsClient(url, timeout=timeout, key_over_http=key_over_http)
-        self._model, self._batch_size, self._trusts_counts = model, batch_size, trust_token_counts
-        super().__init__(folder, direction)
-        self._checks = CompletionChecks(self._client, model, self.tokenizer, self.stop_ids)
+        self.client = CompletionsClient(url, timeout=timeout, key_over_http=key_over_http, key_variable=names.key_variable)
+        self.served_as, self._trusts_counts = model, trust_token_counts
+        super().__init__(folder, direction, unrecorded)
+        self.checks = CompletionChecks(self.client, model, self.tokenizer, self.stop_ids, names)
+        self._pool = ThreadPoolExecutor(batch_size, thread_name_prefix="completions")
         self._lock, self._takes_ids_field, self._has_warned = Lock(), True, False
 
     def _logprobs(self, spans: list[Span]) -> list[list[float]]:
@@ -96,7 +112,7 @@ class CompletionsEngine(RemoteEngine):
             seed=seed_of(answer),
             **({"top_k": sampling.top_k} if sampling.top_k else {}),
         )
-        return self._checks.text(completion, answer.prompt + answer.text, max_tokens), completion.completion_tokens
+        return self.checks.text(completion, answer.prompt + answer.text, max_tokens), completion.completion_tokens
 
     def _logprobs_of(self, span: Span) -> list[float]:
         if len(span.tokens) == span.num_context:
@@ -109,9 +125,9 @@ class CompletionsEngine(RemoteEngine):
                 raise
             self._takes_ids_field = False
             completion = self._request(span.tokens, **fields)
-        values, is_named = self._checks.prompt_logprobs(completion, span.tokens)
+        values, is_named = self.checks.prompt_logprobs(completion, span.tokens)
         if not is_named and not self._trusts_counts:
-            raise self._checks.unnamed()
+            raise self.checks.unnamed()
         if not is_named:
             self._warn_once()
         return values[span.num_context - 1 :]
@@ -120,26 +136,27 @@ class CompletionsEngine(RemoteEngine):
         with self._lock:
             if not self._has_warned:
                 print(
-                    f"{self._client.url} does not name the tokens of the prompts; their number was checked, but not their ids",
+                    f"{self.client.url} does not name the tokens of the prompts; their number was checked, but not their ids",
                     file=sys.stderr,
                 )
             self._has_warned = True
 
     def _at_once(self, work: Callable[[Task], Result], tasks: Iterable[Task]) -> list[Result]:
         start = time.monotonic()
-        with ThreadPoolExecutor(self._batch_size) as pool:
-            try:
-                results = list(pool.map(work, tasks))
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)  # the others would also fail, after the same pauses
-                raise
-        self.usage.seconds += time.monotonic() - start
+        running = [self._pool.submit(work, task) for task in tasks]
+        try:
+            results = [future.result() for future in running]
+        finally:
+            for future in running:  # after an error the others would also fail, after the same pauses
+                future.cancel()
+        with self._lock:
+            self.usage.seconds += time.monotonic() - start
         return results
 
     def _request(self, prompt: list[int], *, max_tokens: int, **fields: Any) -> Completion:
         """Send one request; add the tokens of prompt and completion to the usage."""
-        response = self._client.request({"model": self._model, "n": 1, "prompt": prompt, "max_tokens": max_tokens, **fields})
-        completion = self._checks.completion(response, prompt, max_tokens)
+        response = self.client.request({"model": self.served_as, "n": 1, "prompt": prompt, "max_tokens": max_tokens, **fields})
+        completion = self.checks.completion(response, prompt, max_tokens)
         with self._lock:
             self.usage.tokens += completion.prompt_tokens + completion.completion_tokens
         return completion
@@ -151,65 +168,80 @@ class CompletionChecks:
     client: gives the server's address, and masks the API key in texts of the server. tokenizer, stop_ids: of the local folder.
     """
 
-    def __init__(self, client: CompletionsClient, model: str, tokenizer: JointTokenizer, stop_ids: list[int]) -> None:
-        self._client, self._model, self._tokenizer = client, model, tokenizer
+    def __init__(
+        self,
+        client: CompletionsClient,
+        model: str,
+        tokenizer: JointTokenizer,
+        stop_ids: list[int],
+        names: CallerNames = RERANK_NAMES,
+    ) -> None:
+        self._client, self._model, self._tokenizer, self._names_of_caller = client, model, tokenizer, names
         self._pieces = {id_: piece for piece, id_ in tokenizer.vocab.items()}
         self._ends = [self._pieces[id_] for id_ in stop_ids if id_ in self._pieces]
 
     def completion(self, response: dict[str, Any], prompt: list[int], max_tokens: int) -> Completion:
         """Return the only choice of a response to `prompt` (ids); refuse another model, other counts and several choices."""
-        model = response.get("model")
-        if isinstance(model, str) and model and model != self._model:
-            raise self._refusal(
-                f"for the model {self._quoted(model, 200)}, expected {self._model!r}",
-                "if it is the right model, name it with --forward-served-as or --reverse-served-as",
-            )
+        self.model(response)
         choices, used = response.get("choices"), response.get("usage")
         if not choices or not isinstance(choices, list) or not isinstance(used, dict):
-            raise self._refusal(f"without choices and usage ({self._quoted(str(response), 200)})", "is it /v1/completions?")
+            raise self.refusal(f"without choices and usage ({self._quoted(str(response), 200)})", "is it /v1/completions?")
         if len(choices) != 1 or not isinstance(choices[0], dict) or choices[0].get("index") not in (None, 0):
             indices = [choice.get("index") if isinstance(choice, dict) else choice for choice in choices]
-            raise self._refusal(f"with the choices {self._shown(indices, 200)}, expected one, of index 0", "use another server")
+            raise self.refusal(f"with the choices {self._shown(indices, 200)}, expected one, of index 0", "use another server")
         num_read, num_written = used.get("prompt_tokens"), used.get("completion_tokens")
         if type(num_read) is not int or num_read != len(prompt):
-            raise self._refusal(
+            raise self.refusal(
                 f"with usage.prompt_tokens={self._shown(num_read)} for a prompt of {len(prompt)} ids",
                 "the server adds a BOS, cuts prompts or tokenizes them again, so its probabilities differ: turn that off there",
             )
         if not max_tokens:  # some servers write a token anyway; it is discarded
             num_written = num_written if type(num_written) is int else 0
         elif type(num_written) is not int or not 0 <= num_written <= max_tokens:
-            raise self._refusal(
+            raise self.refusal(
                 f"with usage.completion_tokens={self._shown(num_written)}, expected at most {max_tokens}",
                 "use another server",
             )
-        ids = choices[0].get("prompt_token_ids")
-        if ids and ids != prompt:
-            raise self._refusal(f"for the prompt ids {self._shown(ids)}, sent were {str(prompt)[:80]}", "use another server")
+        self.prompt_ids(choices[0], prompt)
         return Completion(choices[0], num_read, num_written)
+
+    def model(self, response: dict[str, Any]) -> None:
+        """Refuse a response of another model."""
+        model = response.get("model")
+        if isinstance(model, str) and model and model != self._model:
+            raise self.refusal(
+                f"for the model {self._quoted(model, 200)}, expected {self._model!r}",
+                f"if it is the right model, name it with {self._names_of_caller.model_option}",
+            )
+
+    def prompt_ids(self, choice: dict[str, Any], prompt: list[int]) -> None:
+        """Refuse a choice whose `prompt_token_ids`, if it has them, are others than `prompt`."""
+        ids = choice.get("prompt_token_ids")
+        if ids and ids != prompt:
+            raise self.refusal(f"for the prompt ids {self._shown(ids)}, sent were {str(prompt)[:80]}", "use another server")
 
     def text(self, completion: Completion, given: str, max_tokens: int) -> str:
         """Return the text that was written after `given`; refuse a missing or cut text, and one that begins with `given`."""
         choice = completion.choice
         text, reason = choice.get("text"), choice.get("finish_reason")
         if not isinstance(text, str):
-            raise self._refusal(
+            raise self.refusal(
                 f"with the text {self._shown(text)}, expected a text", "is it /v1/completions, not a chat endpoint?"
             )
         if reason in FAILED or (reason == "length" and completion.completion_tokens < max_tokens):
-            raise self._refusal(
+            raise self.refusal(
                 f"that ended by {self._shown(reason)} after {completion.completion_tokens} of {max_tokens} tokens",
                 "raise the server's own limit, or lower --max-new-tokens",
             )
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise self._refusal(f"with half of a surrogate pair in the text {self._quoted(text)}", "use another server")
+            raise self.refusal(f"with half of a surrogate pair in the text {self._quoted(text)}", "use another server")
         num_shown = len(self._tokenizer.encode(text)) if given and text.startswith(given) else 0
         if num_shown > completion.completion_tokens + 1:
-            raise self._refusal("that repeats the prompt before the written text", "turn echo off there")
+            raise self.refusal("that repeats the prompt before the written text", "turn echo off there")
         if end := next((end for end in self._ends if text.endswith(end)), None):
-            raise self._refusal(f"that writes the token {end!r} as text", "let the server omit special tokens from its texts")
+            raise self.refusal(f"that writes the token {end!r} as text", "let the server omit special tokens from its texts")
         if self._client.mask.is_contained_in(text):
-            raise self._refusal("whose text contains the API key", "use another server, and replace the key")
+            raise self.refusal("whose text contains the API key", "use another server, and replace the key")
         return text
 
     def prompt_logprobs(self, completion: Completion, prompt: list[int]) -> tuple[list[float], bool]:
@@ -217,32 +249,32 @@ class CompletionChecks:
         logprobs = completion.choice.get("logprobs")
         found = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
         if not isinstance(logprobs, dict) or not isinstance(found, list) or not found:
-            raise self._refusal("without logprobs.token_logprobs", "scores need a server that supports echo with logprobs")
+            raise self.refusal("without logprobs.token_logprobs", "scores need a server that supports echo with logprobs")
         if len(found) != len(prompt) or found[0] is not None:
-            raise self._refusal(
+            raise self.refusal(
                 f"with {len(found)} log-probabilities, the first {self._shown(found[0])}, for a prompt of {len(prompt)} ids, expected"
                 f" {len(prompt)}, the first null",
                 "scores need a server that supports echo with logprobs and max_tokens=0, and adds no BOS",
             )
-        values = [self._logprob(value, position) for position, value in enumerate(found[1:], 1)]
+        values = [self.logprob(value, f"token {position} of the prompt") for position, value in enumerate(found[1:], 1)]
         return values, self._names_all_tokens(
             completion.choice.get("prompt_token_ids") == prompt, logprobs.get("tokens"), prompt
         )
 
-    def unnamed(self) -> DataError:
+    def unnamed(self) -> RemoteAnswerError:
         """Return the error for a server that does not name the tokens it scored."""
-        return self._refusal(
+        return self.refusal(
             "that does not name the tokens of the prompt, so an added BOS with a cut end would shift every score unnoticed",
-            "let it return logprobs.tokens or prompt_token_ids, or pass --trust-token-counts if you know that it uses the ids as sent",
+            f"let it return logprobs.tokens or prompt_token_ids{self._names_of_caller.trust_advice}",
         )
 
-    def _logprob(self, value: Any, position: int) -> float:
-        """Return a checked log-probability, with minus infinity for its placeholder; refuse other placeholders."""
+    def logprob(self, value: Any, place: str) -> float:
+        """Return a checked log-probability, with minus infinity for its placeholder; refuse other placeholders. place: its token."""
         if value == STANDS_FOR_MINUS_INFINITY:
             return -math.inf
         if type(value) not in (int, float) or not STANDS_FOR_MINUS_INFINITY < value <= ROUNDING:
-            raise self._refusal(
-                f"with the log-probability {self._client.shown(str(value), 40)} for token {position} of the prompt, expected a number up to 0"
+            raise self.refusal(
+                f"with the log-probability {self._client.shown(str(value), 40)} for {place}, expected a number up to 0"
                 f" and above {STANDS_FOR_MINUS_INFINITY:g}, which stands for minus infinity",
                 "check that the server's weights are complete and that it returns natural logarithms",
             )
@@ -257,7 +289,7 @@ class CompletionChecks:
         if not isinstance(names, list) or len({str(name) for name in names}) < min(2, len(set(prompt))):
             return has_ids
         if len(names) != len(prompt):
-            raise self._refusal(f"with {len(names)} tokens for a prompt of {len(prompt)} ids", "use another server")
+            raise self.refusal(f"with {len(names)} tokens for a prompt of {len(prompt)} ids", "use another server")
         num_compared, num_unnamed = 0, 0
         for position, (name, id_) in enumerate(zip(names, prompt, strict=True)):
             if not isinstance(name, str) or not _is_whole(name):
@@ -265,7 +297,7 @@ class CompletionChecks:
                 continue
             num_compared += 1
             if not self._names(name, id_):
-                raise self._refusal(
+                raise self.refusal(
                     f"whose token {position} of the prompt is {self._quoted(name, 40)}; sent was id {id_}, {self._pieces.get(id_)!r}",
                     "the server adds tokens before the prompt or has another tokenizer, so its probabilities differ: turn that off there",
                 )
@@ -289,8 +321,9 @@ class CompletionChecks:
         text = text.replace("\ufffd", "")
         return _bare(name) in (_bare(text), _bare(self._pieces.get(id_, "")))
 
-    def _refusal(self, found: str, advice: str) -> DataError:
-        return DataError(f"{self._client.url} gave an answer {found}; {advice}")
+    def refusal(self, found: str, advice: str) -> RemoteAnswerError:
+        """Return the error for a wrong response."""
+        return RemoteAnswerError(f"{self._client.url} gave an answer {found}; {advice}")
 
     def _shown(self, value: Any, most: int = 80) -> str:
         """Return a value of the server for a message, with the API key masked, then cut."""

@@ -2,14 +2,14 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import MismatchError, UsageError
 from megatron_ledom.inference.engines.engine import Engine, PartialAnswer, StepDelimiter
 from megatron_ledom.inference.generation import Sampling
-from megatron_ledom.inference.model_folder import load_tokenizer, read_model_config
+from megatron_ledom.inference.model_folder import PYTHON_OPTIONS, OptionNames, load_tokenizer, read_model_config
 from megatron_ledom.inference.scoring import (
     Span,
     SpanScore,
@@ -21,23 +21,38 @@ from megatron_ledom.inference.scoring import (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class UnrecordedReverse:
+    """Facts about a reverse model whose folder records no direction: that it is one, and the id that ended its documents."""
+
+    is_reverse: bool = False
+    eod_id: int | None = None
+    option_names: OptionNames = PYTHON_OPTIONS
+
+
+RECORDED = UnrecordedReverse()
+
+
 class RemoteEngine(Engine):
     """An `Engine` whose subclasses implement two requests to the model: `_logprobs` and `_written`.
 
     folder: the folder of the model, for tokenizer and direction; MismatchError if it records another direction. The ids that
-    are sent are in model order.
+    are sent are in model order. unrecorded: the direction and eod of a reverse model whose folder records none.
     """
 
-    def __init__(self, folder: str | Path, direction: Direction) -> None:
+    def __init__(self, folder: str | Path, direction: Direction, unrecorded: UnrecordedReverse = RECORDED) -> None:
         folder = Path(folder)
         config = read_model_config(folder)
         recorded = config.get("direction")
-        if recorded not in (None, str(direction)) or (recorded is None and direction is Direction.REVERSE):
+        is_recorded = recorded is not None or direction is Direction.FORWARD or unrecorded.is_reverse
+        if recorded not in (None, str(direction)) or not is_recorded:
             raise MismatchError(f"{folder}/config.json records the direction {recorded!r}, expected {str(direction)!r}")
         super().__init__(direction)
-        self.tokenizer, self.stop_ids = load_tokenizer(folder)
-        self._leading_ids = [] if recorded else self.tokenizer.leading_ids
-        self._num_positions: int | None = config.get("max_position_embeddings")
+        self.tokenizer, self.stop_ids = load_tokenizer(folder, direction, unrecorded.eod_id, unrecorded.option_names)
+        adds_bos = recorded is None and direction is Direction.FORWARD
+        self.leading_ids = self.tokenizer.leading_ids if adds_bos else []
+        self.num_positions: int | None = config.get("max_position_embeddings")
+        self.vocab_size: int = config["vocab_size"]
 
     @abstractmethod
     def _logprobs(self, spans: list[Span]) -> list[list[float]]:
@@ -57,12 +72,12 @@ class RemoteEngine(Engine):
 
     def score_problem(self, pair: tuple[str, str], *, include_end: bool = False) -> str | None:
         """See `Engine.score_problem`."""
-        return too_long(len(self._span(pair, include_end).tokens), self._num_positions, self.direction)
+        return too_long(len(self._span(pair, include_end).tokens), self.num_positions, self.direction)
 
     def growth_problem(self, text: str, num_new_tokens: int) -> str | None:
         """See `Engine.growth_problem`."""
-        num_given = len(self._leading_ids) + len(self.tokenizer.encode(text))
-        return no_room(num_given, num_new_tokens, self._num_positions, self.direction)
+        num_given = len(self.leading_ids) + len(self.tokenizer.encode(text))
+        return no_room(num_given, num_new_tokens, self.num_positions, self.direction)
 
     def expand(
         self, answers: Sequence[PartialAnswer], num: int, delimiter: StepDelimiter, sampling: Sampling
@@ -74,10 +89,10 @@ class RemoteEngine(Engine):
 
     def prompt_ids(self, answer: PartialAnswer) -> list[int]:
         """Return the ids that a forward model continues: the prompt and the answer so far, encoded as one text."""
-        return [*self._leading_ids, *self.tokenizer.encode(answer.prompt + answer.text)]
+        return [*self.leading_ids, *self.tokenizer.encode(answer.prompt + answer.text)]
 
     def _span(self, pair: tuple[str, str], include_end: bool) -> Span:
-        tokens, num_given = span_tokens(self.tokenizer, self.direction, pair, self._leading_ids, self.stop_ids)
+        tokens, num_given = span_tokens(self.tokenizer, self.direction, pair, self.leading_ids, self.stop_ids)
         return Span([*tokens, *(self.stop_ids[:1] if include_end else [])], num_given)
 
     def _grow(

@@ -245,7 +245,7 @@ def test_tokens_named_by_text_are_compared_and_a_server_that_names_none_is_named
 
 
 def test_a_server_that_refuses_the_field_for_token_ids_is_asked_without_it(served: tuple[Server, Path, Any]) -> None:
-    engine = engine_of(served)
+    engine = engine_of(served, batch_size=1)
 
     def reply(handler: BaseHTTPRequestHandler) -> None:
         asked = served[0].requests[-1][2]
@@ -256,7 +256,6 @@ def test_a_server_that_refuses_the_field_for_token_ids_is_asked_without_it(serve
         send(handler, 400 if is_strict else 200, body)
 
     served[0].reply = reply
-    engine._batch_size = 1
     assert all(score.num_tokens for score in engine.score(PAIRS))
     assert len(served[0].requests) == 4  # three pairs, one of them twice
 

@@ -1,19 +1,17 @@
 """Completions of the running server: texts of the library, seeds, wrong fields, log-probabilities, streams."""
 
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
-from tokenizers import Tokenizer
 
 from megatron_ledom.inference import ForwardLM, ReverseLM, TransformersEngine
 from megatron_ledom.inference.engines.engine import empty_answer
 from megatron_ledom.inference.generation import Sampling
 from tests.support.served import Served, events_of, serving
-from tests.support.tiny_models import SPECIALS, chain_model, save_model_folder, sentencepiece_like_json
+from tests.support.tiny_models import SPECIALS, divided_characters_folder
 
 FOLLOWING = "Paris is nice, of course."
 PRECEDING = "The capital of France"
@@ -152,21 +150,13 @@ def test_the_stock_client_reads_a_stream_of_several_choices(client: OpenAI) -> N
 
 
 def test_no_event_of_a_stream_divides_a_character(tmp_path: Path) -> None:
-    pieces = ["▁is", "<0x97>", "<0xAD>", "<0xE5>", "<0xA2>", "<0xBC>", "<0xE6>", "▁cat", "<EOD>"]
-    tokenizer = Tokenizer.from_str(sentencepiece_like_json())
-    ids = [tokenizer.token_to_id(piece) for piece in pieces]
-    if None in ids:
-        pieces[0], pieces[-2] = "s", "t"
-        ids = [tokenizer.token_to_id(piece) for piece in pieces]
-    folder = save_model_folder(
-        tmp_path / "chain", chain_model(tokenizer.get_vocab_size(), dict(pairwise(ids))), sentencepiece_like_json(), "reverse"
-    )
-    following = pieces[0].replace("▁", " ")
+    folder = tmp_path / "chain"
+    following, pieces = divided_characters_folder(folder)
     with serving("--reverse", folder) as server:
         body = {"suffix": following, "temperature": 0, "max_tokens": 12, "stream": True}
         *events, last = events_of(server.post("/v1/completions", body).text)
         texts = [event["choices"][0]["text"] for event in events]
-        assert texts == ["字", "漢", pieces[-2].replace("▁", " ").strip()]
+        assert texts == pieces
         assert last["choices"][0]["finish_reason"] == "stop"
         refused = server.post("/v1/reward", {"prompt": "a", "candidates": ["b"]})
         assert "no forward model; pass weight 1" in refused.json()["error"]["message"]

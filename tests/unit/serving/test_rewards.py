@@ -12,6 +12,7 @@ from megatron_ledom.inference import ForwardLM, ReverseLM, RewardSettings
 from megatron_ledom.inference.reverse_reward.reward import Candidate
 from megatron_ledom.rewards import ReverseRewardFunction
 from megatron_ledom.serving.rewards import Question, divide
+from tests.support.closeness import close
 from tests.support.served import Served
 from tests.support.tool_runs import run_tool
 
@@ -37,17 +38,6 @@ def reranked(monkeypatch: pytest.MonkeyPatch, folders: tuple[Path, Path], tmp_pa
         flags += [flag] if value is True else [f"{flag}={value}"]
     assert run_tool(monkeypatch, "rerank", *flags, "--token-values") == 0
     return json.loads(output.read_text(encoding="utf-8"))
-
-
-def close(found: Any, expected: Any) -> bool:
-    """Return True if all numbers of two JSON values are equal to 1e-5, and all else exactly."""
-    if isinstance(expected, dict):
-        return found.keys() == expected.keys() and all(close(found[key], expected[key]) for key in expected)
-    if isinstance(expected, list):
-        return len(found) == len(expected) and all(map(close, found, expected))
-    if isinstance(expected, float):
-        return isinstance(found, float) and found == pytest.approx(expected, abs=1e-5)
-    return bool(found == expected)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
