@@ -2,10 +2,11 @@
 //
 // hash of an n-gram: H(i) - H(i - n) B^n of the rolling H(i) = H(i - 1) B + word(i), modulo 2^64, then mixed with n. Equal hashes are not
 // proof: the caller compares the words of the few places that are found.
-// Layout: a bit set of 16 bits per n-gram or more, looked up for each word of a text, and behind it a table of open addressing with
-// (hash, number of the n-gram), at most half full. Both are constant during a search, so forked processes share them.
+// Layout: a blocked Bloom filter (three bits in one word of 64, 16 bits per n-gram or more), looked up for each word of a text, and after
+// it a table of open addressing with (hash, number of the n-gram), at most half full. Both are constant during a search, so forked
+// processes share them. A look-up is fetched into the cache DELAY look-ups before it is used.
 // An n-gram has `length` words, or all words of a part that has fewer, at least `shortest`.
-// Work: one multiplication and one bit per word and distinct length.
+// Work: two multiplications and one word of the filter per word of the text and distinct length.
 #pragma once
 
 #include <algorithm>
@@ -66,18 +67,26 @@ class NgramIndex {
     uint64_t last = 0;
     size_t count = 0;
     const size_t num_lengths = lengths_.size();
+    Pending pending[DELAY];
+    size_t pushed = 0;
+    const auto check = [&](const Pending& one) {
+      if ((bits_[block_of(one.key)] & mask_of(one.key)) != mask_of(one.key)) return;
+      const int64_t number = find(one.key);
+      if (number >= 0) visit(one.word, number, one.length);
+    };
     words_.each(text, [&](uint64_t hash, std::string_view, size_t, size_t) {
       last = last * BASE + hash;
       rolling[++count % (2 * LONGEST)] = last;
       for (size_t i = 0; i < num_lengths && lengths_[i] <= count; i++) {
         const size_t length = lengths_[i];
         const uint64_t key = mixed(last - rolling[(count - length) % (2 * LONGEST)] * powers_[length], length);
-        if (bits_[bit_of(key) >> 6] >> (bit_of(key) & 63) & 1) {
-          const int64_t number = find(key);
-          if (number >= 0) visit(count - length, number, length);
-        }
+        __builtin_prefetch(&bits_[block_of(key)]);
+        Pending& oldest = pending[pushed++ % DELAY];
+        if (pushed > DELAY) check(oldest);
+        oldest = {key, count - length, length};
       }
     });
+    for (size_t i = pushed > DELAY ? pushed - DELAY : 0; i < pushed; i++) check(pending[i % DELAY]);
     return count;
   }
 
@@ -90,20 +99,29 @@ class NgramIndex {
     int64_t number = -1;
   };
 
+  struct Pending {
+    uint64_t key;
+    size_t word, length;
+  };
+
+  static constexpr size_t DELAY = 16;
   static constexpr uint64_t BASE = 0xF1357AEA2E62A9C5ull;
 
   static uint64_t mixed(uint64_t rolling, size_t length) {
     const unsigned __int128 product = static_cast<unsigned __int128>(rolling + length) * 0x9E3779B97F4A7C15ull;
     return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
   }
-  size_t bit_of(uint64_t key) const { return (key >> 20) & (bits_.size() * 64 - 1); }
+  size_t block_of(uint64_t key) const { return (key >> 24) & (bits_.size() - 1); }
+  static uint64_t mask_of(uint64_t key) {
+    return uint64_t{1} << (key & 63) | uint64_t{1} << (key >> 6 & 63) | uint64_t{1} << (key >> 12 & 63);
+  }
 
   int64_t insert(uint64_t key) {
     size_t at = key & (slots_.size() - 1);
     while (slots_[at].number >= 0 && slots_[at].key != key) at = (at + 1) & (slots_.size() - 1);
     if (slots_[at].number < 0) {
       slots_[at] = {key, num_ngrams_++};
-      bits_[bit_of(key) >> 6] |= uint64_t{1} << (bit_of(key) & 63);
+      bits_[block_of(key)] |= mask_of(key);
     }
     return slots_[at].number;
   }

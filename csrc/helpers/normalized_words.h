@@ -28,7 +28,7 @@ class NormalizedWords {
       : table_(std::move(table)), pool_(std::move(pool)), ignore_numbers_(ignore_numbers) {
     pool_.push_back('\0');
     for (uint32_t code : table_)
-      if (code >= FOLDED && code - FOLDED >= pool_.size()) throw std::invalid_argument("table points behind pool");
+      if (code >= FOLDED && code - FOLDED >= pool_.size()) throw std::invalid_argument("table points beyond pool");
     for (const std::string& name : no_words) no_words_.push_back(hash_of(name));
     for (const std::string& name : fractions) fractions_.push_back(hash_of(name));
   }

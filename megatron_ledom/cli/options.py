@@ -86,7 +86,7 @@ def add_search_options(parser: argparse.ArgumentParser, action: str) -> None:
         "--threshold",
         type=float,
         default=0.5,
-        metavar="X",
+        metavar="N",
         help="share of the words of a question or answer that must be found (default %(default)s)",
     )
     group.add_argument(

@@ -99,10 +99,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
 
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would start a spinning thread per core; nothing here multiplies
     from megatron_ledom.cli.options import search_settings
+    from megatron_ledom.contamination.search import Decontamination, SearchSettings
     from megatron_ledom.data.preprocess.pipeline import preprocess
     from megatron_ledom.data.preprocess.task import PreprocessSettings
     from megatron_ledom.data.readers.text_template import from_command_line
     from megatron_ledom.direction import Direction
+    from megatron_ledom.errors import UsageError
 
     if arguments.text_template is not None:
         arguments.text_template = from_command_line(arguments.text_template)
@@ -111,9 +113,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     del arguments.decontaminate
     given = {**vars(arguments), "direction": Direction(arguments.direction)}
     if paths:
-        from megatron_ledom.contamination.search import Decontamination
         from megatron_ledom.evaluation.known_items import read_known_items
 
         search.check()
         given["decontamination"] = Decontamination(search, read_known_items(paths))
+    elif search != SearchSettings():
+        raise UsageError("the options of the search for evaluation items need --decontaminate PATH")
     preprocess(PreprocessSettings(**given))

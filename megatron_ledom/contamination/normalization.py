@@ -8,7 +8,7 @@ import unicodedata
 
 LETTER, SEPARATOR, IGNORED, WORD, FOLDED = range(5)
 TABLE_SIZE = 0x20000
-"""Code points behind it are Chinese characters, emoji and unassigned: each is a word of its own."""
+"""Code points from here on are Chinese characters, emoji and unassigned: each is a word of its own."""
 NO_WORDS = (
     *(
         "quad",

@@ -8,7 +8,7 @@ Lambert et al. 2024, arXiv 2411.15124 (Tulu 3): 8-grams and a share of the item,
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -30,6 +30,8 @@ SEARCHED: dict[Match, tuple[str, ...]] = {
 }
 """Parts of an item that are searched for each way to match."""
 MOST_NGRAM_WORDS = 64
+MIN_TELLING_WORDS = 4
+"""Different words of two letters or more that a passage must have: rows of numbers and formulas of single letters occur by chance."""
 ANSWER_DISTANCE_WORDS = 50
 """A short answer belongs to a question if it is at most this far from it."""
 
@@ -66,12 +68,16 @@ class Decontamination:
 
     settings: SearchSettings
     items: Sequence[EvaluationItem]
+    items_sha256: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.items_sha256 = items_sha256(self.items)
 
     def request(self) -> dict[str, Any]:
         """Return what determines the result, for the request of a job."""
         return {
             **asdict(self.settings),
-            "items_sha256": items_sha256(self.items),
+            "items_sha256": self.items_sha256,
             "num_items": len(self.items),
             "normalization": normalization_version(),
         }
@@ -192,6 +198,8 @@ class Searcher:
                 if words[hit.word : hit.word + hit.length] == of_part[hit.part_word : hit.part_word + hit.length]
             ]
             for same in self._clusters(part, exact):
+                if not _is_telling(same, of_part):
+                    continue
                 first, last = same[0].word, max(hit.word + hit.length for hit in same) - 1
                 begin, end = int(spans[first][0]), int(spans[last][1])
                 item, kind, _ = self.parts[part]
@@ -253,6 +261,12 @@ class Searcher:
             for side in (before, after)
             for start in range(len(side) - len(answer) + 1)
         )
+
+
+def _is_telling(hits: Sequence[Hit], words: Sequence[str]) -> bool:
+    """Return True if hits cover enough different words that say something. words: of the part."""
+    covered = {word for hit in hits for word in words[hit.part_word : hit.part_word + hit.length]}
+    return sum(not word[0].isdigit() and len(word.encode()) > 1 for word in covered) >= MIN_TELLING_WORDS
 
 
 def _fields(passage: Passage, kind: str) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ import pytest
 from megatron_ledom.contamination.cutting import pieces_without
 from megatron_ledom.contamination.items import EvaluationItem, items_sha256
 from megatron_ledom.contamination.report import ContaminationCounts, report_of
-from megatron_ledom.contamination.search import Decontamination, Searcher, SearchSettings
+from megatron_ledom.contamination.search import MIN_TELLING_WORDS, Decontamination, Searcher, SearchSettings
 from megatron_ledom.errors import UsageError
 
 
@@ -95,6 +95,13 @@ def test_numbers_make_a_difference_unless_they_are_ignored() -> None:
     assert searcher([item], ignore_numbers=True).search([copy])[0][0].score == 1.0
 
 
+@pytest.mark.parametrize(
+    "question", ["1, 2, 3, 4, 5, 6, 7, 8, 9, 10", "x + y = z, a b c d e f g", "sqrt 1 sqrt 2 sin 3 cos 4 sqrt 5"]
+)
+def test_rows_of_numbers_and_letters_are_no_evidence(question: str) -> None:
+    assert searcher([EvaluationItem(set="n", number=0, question=question)]).search([question]) == {}
+
+
 def test_equal_hashes_are_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     found_by = searcher()
     index = found_by._index
@@ -112,7 +119,7 @@ def test_equal_hashes_are_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_ngram_of_random_items_is_found_where_a_plain_search_finds_it() -> None:
     chance = random.Random(7)
-    letters = [words(number, 1) for number in range(6)]
+    letters = [words(number, 1) for number in range(11, 17)]
     items = [
         EvaluationItem(set="r", number=n, question=" ".join(chance.choices(letters, k=chance.randrange(3, 9))))
         for n in range(40)
@@ -120,7 +127,11 @@ def test_every_ngram_of_random_items_is_found_where_a_plain_search_finds_it() ->
     index = searcher(items, ngram=5, min_words=3, threshold=1.0, match="question")
     for _ in range(200):
         text = " ".join(chance.choices(letters, k=40))
-        expected = {n for n, item in enumerate(items) if f" {item.question} " in f" {text} "}
+        expected = {
+            n
+            for n, item in enumerate(items)
+            if f" {item.question} " in f" {text} " and len(set(item.question.split())) >= MIN_TELLING_WORDS
+        }
         assert expected <= {passage.item for passage in index.search([text]).get(0, [])}
 
 

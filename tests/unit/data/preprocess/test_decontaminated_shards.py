@@ -127,3 +127,4 @@ def test_the_command_takes_a_folder_or_lines_of_items(tmp_path: Path, tokenizer:
     command = ["--input", f"{tmp_path}/a.jsonl", "--tokenizer", tokenizer, "--output-prefix", f"{tmp_path}/a", "--workers", 1]
     assert run_tool(monkeypatch, "preprocess_data", *command, "--decontaminate", items, "--match", "question") == 0
     assert load_manifest(f"{tmp_path}/a").skipped == {"contaminated": 1}
+    assert run_tool(monkeypatch, "preprocess_data", *command, "--action", "cut") == 2
