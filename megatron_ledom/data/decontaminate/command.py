@@ -192,14 +192,14 @@ def _search_all(
     """Search the unfinished units. Returns the counts of all units in order, and the numbers of skipped records by reason."""
     counts, skipped = ContaminationCounts(), Counter[str]()
     numbers = range(len(search.units))
-    finished = {number: record for number in numbers if (record := store.finished(_unit(number))) is not None}
+    finished = {number: UnitRecord(**stored) for number in numbers if (stored := store.finished(_unit(number))) is not None}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     unfinished = [number for number in numbers if number not in finished]
     made = ordered_map(
         search, unfinished, settings.workers or cores, lambda number: search.units[number][0].source.path, lambda: None
     )
     for number in tqdm(numbers, unit="unit", desc="decontaminate", disable=None):
-        record = UnitRecord(**finished[number]) if number in finished else next(made)
+        record = finished[number] if number in finished else next(made)
         counts.add(ContaminationCounts(**record.counts))
         skipped.update(record.skipped)
         for message in record.messages:

@@ -1,5 +1,6 @@
 """Join the finished parts to a shard: in order while later ones are made, or shuffled at the end."""
 
+import gc
 import logging
 import time
 from collections import Counter
@@ -35,6 +36,8 @@ def make_shard(
     task: PreprocessTask, store: PartStore, tokenizer: Tokenizer, dtype: np.dtype[Any], digest: str, started: float
 ) -> ShardManifest:
     """Encode the unfinished parts and join all parts to the shard. Returns its manifest."""
+    searcher = None if task.settings.decontamination is None else Searcher(task.settings.decontamination)
+    gc.freeze()  # as in `pipeline`: the items stay, and a scan would copy them into every worker
     encoder = PartEncoder(
         parts=task.parts,
         paths=[store.part_path(number) for number in range(len(task.parts))],
@@ -46,7 +49,7 @@ def make_shard(
         min_tokens=task.settings.min_tokens,
         max_tokens=task.settings.max_tokens,
         keep=task.keep,
-        searcher=None if task.settings.decontamination is None else Searcher(task.settings.decontamination),
+        searcher=searcher,
         is_first=deduplication.documents_to_keep(task) if task.settings.deduplicate else None,
     )
     counts = Counts(
