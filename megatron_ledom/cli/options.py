@@ -90,6 +90,14 @@ def add_search_options(parser: argparse.ArgumentParser, action: str) -> None:
         help="share of the words of a question or answer that must be found (default %(default)s)",
     )
     group.add_argument(
+        "--telling-words",
+        type=int,
+        default=4,
+        metavar="N",
+        help="different words of two letters or more that a passage must have, because rows of numbers occur by chance (default"
+        " %(default)s)",
+    )
+    group.add_argument(
         "--ignore-numbers", action="store_true", help="find copies with other numbers too; more texts match by chance"
     )
 
@@ -98,7 +106,7 @@ def search_settings(arguments: argparse.Namespace) -> "SearchSettings":
     """Remove the options of `add_search_options` from the arguments and return them as settings."""
     from megatron_ledom.contamination.search import SearchSettings
 
-    names = ("action", "match", "ngram", "min_words", "threshold", "ignore_numbers")
+    names = ("action", "match", "ngram", "min_words", "threshold", "telling_words", "ignore_numbers")
     given = {name: getattr(arguments, name) for name in names}
     for name in names:
         delattr(arguments, name)

@@ -30,8 +30,6 @@ SEARCHED: dict[Match, tuple[str, ...]] = {
 }
 """Parts of an item that are searched for each way to match."""
 MOST_NGRAM_WORDS = 64
-MIN_TELLING_WORDS = 4
-"""Different words of two letters or more that a passage must have: rows of numbers and formulas of single letters occur by chance."""
 ANSWER_DISTANCE_WORDS = 50
 """A short answer belongs to a question if it is at most this far from it."""
 
@@ -49,6 +47,8 @@ class SearchSettings:
     """A shorter part is not searched: it occurs by chance. A part shorter than `ngram` must occur as a whole."""
     threshold: float = 0.5
     """Share of the words of a part that a passage must have."""
+    telling_words: int = 4
+    """Different words of two letters or more that a passage must have: rows of numbers and formulas of single letters occur by chance."""
     ignore_numbers: bool = False
     """Numbers are equal to each other, so that a copy with changed numbers is found."""
 
@@ -198,7 +198,7 @@ class Searcher:
                 if words[hit.word : hit.word + hit.length] == of_part[hit.part_word : hit.part_word + hit.length]
             ]
             for same in self._clusters(part, exact):
-                if not _is_telling(same, of_part):
+                if _telling_words(same, of_part) < self.settings.telling_words:
                     continue
                 first, last = same[0].word, max(hit.word + hit.length for hit in same) - 1
                 begin, end = int(spans[first][0]), int(spans[last][1])
@@ -263,10 +263,10 @@ class Searcher:
         )
 
 
-def _is_telling(hits: Sequence[Hit], words: Sequence[str]) -> bool:
-    """Return True if hits cover enough different words that say something. words: of the part."""
+def _telling_words(hits: Sequence[Hit], words: Sequence[str]) -> int:
+    """Return the number of different words of two letters or more that hits cover. words: of the part."""
     covered = {word for hit in hits for word in words[hit.part_word : hit.part_word + hit.length]}
-    return sum(not word[0].isdigit() and len(word.encode()) > 1 for word in covered) >= MIN_TELLING_WORDS
+    return sum(not word[0].isdigit() and len(word.encode()) > 1 for word in covered)
 
 
 def _fields(passage: Passage, kind: str) -> tuple[Any, ...]:

@@ -3,9 +3,10 @@
     python tests/benchmarks/bench_decontaminate.py --sets FOLDER [--corpus F.jsonl] [--of-a-kind 60] [--other-python VENV/bin/python]
         [--megabytes 100] [--rounds 5] [--tokenizer tokenizer.json] [--only recall|speed]
 
-Copies of items, changed by kind, are planted into pages of a clean corpus; --sets is a folder as for `ledom evaluate --data`. A copy counts
-as found if its document is contaminated; a document without a copy that is contaminated is a false positive and is printed. datatrove
-runs in another environment (pip install datatrove spacy regex xxhash==3.5.0), with the same n. Cost: preprocessing alternates with and without the search.
+Copies of items, changed by kind, are planted into pages of a clean corpus; --sets is a folder as for `ledom evaluate --data`. A copy
+counts as found if its document is contaminated; a document without a copy that is contaminated is a false positive and is printed. datatrove
+runs in another environment (pip install datatrove spacy regex xxhash==3.5.0), with
+the same n. Cost: preprocessing alternates with and without the search.
 Without --corpus and --tokenizer small ones are made from this Python installation.
 """
 

@@ -8,7 +8,7 @@ import pytest
 from megatron_ledom.contamination.cutting import pieces_without
 from megatron_ledom.contamination.items import EvaluationItem, items_sha256
 from megatron_ledom.contamination.report import ContaminationCounts, report_of
-from megatron_ledom.contamination.search import MIN_TELLING_WORDS, Decontamination, Searcher, SearchSettings
+from megatron_ledom.contamination.search import Decontamination, Searcher, SearchSettings
 from megatron_ledom.errors import UsageError
 
 
@@ -130,7 +130,7 @@ def test_every_ngram_of_random_items_is_found_where_a_plain_search_finds_it() ->
         expected = {
             n
             for n, item in enumerate(items)
-            if f" {item.question} " in f" {text} " and len(set(item.question.split())) >= MIN_TELLING_WORDS
+            if f" {item.question} " in f" {text} " and len(set(item.question.split())) >= SearchSettings().telling_words
         }
         assert expected <= {passage.item for passage in index.search([text]).get(0, [])}
 

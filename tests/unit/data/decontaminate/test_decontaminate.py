@@ -56,14 +56,14 @@ def replace(*names):
     return rename(*names)
 os.replace = replace
 items = [EvaluationItem(**item) for item in given.pop("items")]
-search = Decontamination(SearchSettings(action=given.pop("action")), items)
+search = Decontamination(SearchSettings(action=given.pop("action"), telling_words=0), items)
 decontaminate(DecontaminateSettings(**given, decontamination=search))
 """
 
 
 def settings(folder: Path, name: str, action: Action = "drop", **changes: Any) -> DecontaminateSettings:
     given = {"input": [f"{folder}/in"], "output": f"{folder}/{name}", "workers": 2}
-    search = Decontamination(SearchSettings(action=action), changes.pop("items", [ITEM]))
+    search = Decontamination(SearchSettings(action=action, telling_words=0), changes.pop("items", [ITEM]))
     return DecontaminateSettings(**{**given, **changes}, decontamination=search)
 
 
@@ -205,7 +205,18 @@ def test_exit_codes_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     write_inputs(tmp_path)
     items = tmp_path / "own.jsonl"
     items.write_text(json.dumps({"question": ITEM.question, "answer": ITEM.answer}) + "\n")
-    command = ["--input", f"{tmp_path}/in", "--items", items, "--output", f"{tmp_path}/out", "--workers", 1]
+    command = [
+        "--input",
+        f"{tmp_path}/in",
+        "--items",
+        items,
+        "--output",
+        f"{tmp_path}/out",
+        "--workers",
+        1,
+        "--telling-words",
+        0,
+    ]
     assert run_tool(monkeypatch, "decontaminate", *command) == 0
     assert "2 of 9 documents are contaminated" in capsys.readouterr().out
     assert run_tool(monkeypatch, "decontaminate", *command, "--check") == 1

@@ -28,7 +28,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 def settings(folder: Path, tokenizer: str, name: str, action: Action = "drop", **changes: Any) -> PreprocessSettings:
     items = changes.pop("items", [ITEM])
     given = {"input": [f"{folder}/*.jsonl"], "tokenizer": tokenizer, "output_prefix": f"{folder}/out/{name}", "workers": 1}
-    search = Decontamination(SearchSettings(action=action), items) if items else None
+    search = Decontamination(SearchSettings(action=action, telling_words=0), items) if items else None
     return PreprocessSettings(**{**given, **changes}, decontamination=search)
 
 
@@ -125,6 +125,11 @@ def test_the_command_takes_a_folder_or_lines_of_items(tmp_path: Path, tokenizer:
     items = tmp_path / "items.json.jsonl"
     items.write_text(json.dumps({"question": PAGES[2]}) + "\n")
     command = ["--input", f"{tmp_path}/a.jsonl", "--tokenizer", tokenizer, "--output-prefix", f"{tmp_path}/a", "--workers", 1]
-    assert run_tool(monkeypatch, "preprocess_data", *command, "--decontaminate", items, "--match", "question") == 0
+    assert (
+        run_tool(
+            monkeypatch, "preprocess_data", *command, "--decontaminate", items, "--match", "question", "--telling-words", 0
+        )
+        == 0
+    )
     assert load_manifest(f"{tmp_path}/a").skipped == {"contaminated": 1}
     assert run_tool(monkeypatch, "preprocess_data", *command, "--action", "cut") == 2
