@@ -36,7 +36,7 @@ ANSWER_DISTANCE_WORDS = 50
 
 @dataclass(kw_only=True, slots=True)
 class SearchSettings:
-    """What counts as contamination, and what happens to a contaminated document."""
+    """Definition of a contaminated document, and the action for one."""
 
     action: Action = "drop"
     match: Match = "either"
