@@ -81,6 +81,7 @@ void define_reverse(py::module_& m) {
 
 void define_piece_encoder(py::module_& m);  // piece_encoder_bindings.cpp
 void define_byte_encoder(py::module_& m);   // byte_encoder_bindings.cpp
+void define_ngram_index(py::module_& m);    // ngram_index_bindings.cpp
 
 PYBIND11_MODULE(_helpers, m) {
   m.doc() = "C++ helpers of the data path; see csrc/helpers";
@@ -92,4 +93,5 @@ PYBIND11_MODULE(_helpers, m) {
   define_reverse<int64_t>(m);
   define_piece_encoder(m);
   define_byte_encoder(m);
+  define_ngram_index(m);
 }

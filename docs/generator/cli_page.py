@@ -10,7 +10,15 @@ from megatron_ledom.cli.main import COMMANDS, GROUPS, load
 
 SUBJECTS = {
     "Data": (
-        *("train-tokenizer", "preprocess-data", "summarize-tasks", "merge-shards", "reverse-shards", "plan-blend"),
+        *(
+            "train-tokenizer",
+            "preprocess-data",
+            "decontaminate",
+            "summarize-tasks",
+            "merge-shards",
+            "reverse-shards",
+            "plan-blend",
+        ),
         *("prepare-pairs", "make-analysis-data"),
     ),
     "Training": ("train", "replay-step", "report-run"),

@@ -1,6 +1,10 @@
 """Options that several commands share, with one name, one default and one help text each."""
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_ledom.contamination.search import SearchSettings
 
 INPUT_HELP = (
     "files, folders, patterns in quotes, addresses such as s3://BUCKET/FILE, or @LIST, a file with one of these per line; formats: JSON"
@@ -51,3 +55,59 @@ def add_bad_records(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="longest record; a longer one is bad (default %(default)s)",
     )
+
+
+def add_search_options(parser: argparse.ArgumentParser, action: str) -> None:
+    """Take the settings of the search for evaluation items. action: the default action."""
+    group = parser.add_argument_group("search for evaluation items", "Sources of the defaults: docs/how_to/decontaminate.md.")
+    group.add_argument(
+        "--action",
+        choices=["report", "drop", "cut"],
+        default=action,
+        help="for a contaminated document: only report it, drop it, or cut the passage with 200 characters on each side, so that the"
+        " pieces become documents (default %(default)s)",
+    )
+    group.add_argument(
+        "--match",
+        choices=["either", "question", "answer", "both", "any"],
+        default="either",
+        help="what must be found of an item: its question or answer, the question, the answer, both, or any of question, answer and"
+        " choices (default %(default)s)",
+    )
+    group.add_argument("--ngram", type=int, default=8, metavar="N", help="words equal in a row (default %(default)s)")
+    group.add_argument(
+        "--min-words",
+        type=int,
+        default=8,
+        metavar="N",
+        help="do not look for shorter texts, which occur by chance (default %(default)s)",
+    )
+    group.add_argument(
+        "--threshold",
+        type=float,
+        default=0.5,
+        metavar="N",
+        help="share of the words of a question or answer that must be found (default %(default)s)",
+    )
+    group.add_argument(
+        "--telling-words",
+        type=int,
+        default=4,
+        metavar="N",
+        help="different words of two letters or more that a passage must have, because rows of numbers occur by chance (default"
+        " %(default)s)",
+    )
+    group.add_argument(
+        "--ignore-numbers", action="store_true", help="find copies with other numbers too; more texts match by chance"
+    )
+
+
+def search_settings(arguments: argparse.Namespace) -> "SearchSettings":
+    """Remove the options of `add_search_options` from the arguments and return them as settings."""
+    from megatron_ledom.contamination.search import SearchSettings
+
+    names = ("action", "match", "ngram", "min_words", "threshold", "telling_words", "ignore_numbers")
+    given = {name: getattr(arguments, name) for name in names}
+    for name in names:
+        delattr(arguments, name)
+    return SearchSettings(**given)

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from megatron_ledom.cli.options import INPUT_HELP, add_bad_records, add_overwrite, add_text_template
+from megatron_ledom.cli.options import INPUT_HELP, add_bad_records, add_overwrite, add_search_options, add_text_template
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -75,11 +75,20 @@ def _add_groups(parser: argparse.ArgumentParser) -> None:
     )
     quality.add_argument("--hash-only", action="store_true", help="first pass of --deduplicate in an array: write only hashes")
     quality.add_argument(
+        "--decontaminate",
+        nargs="+",
+        metavar="PATH",
+        help="look for evaluation items in the kept documents: a folder of sets as for ledom evaluate --data, or JSON lines; the report is"
+        " in P.contamination",
+    )
+    quality.add_argument(
         "--shuffle-seed",
         type=int,
         metavar="N",
         help="shuffle the documents of each task's shard with this seed (default: keep their order)",
     )
+
+    add_search_options(parser, action="drop")
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -89,12 +98,25 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     import os
 
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would start a spinning thread per core; nothing here multiplies
+    from megatron_ledom.cli.options import search_settings
+    from megatron_ledom.contamination.search import Decontamination, SearchSettings
     from megatron_ledom.data.preprocess.pipeline import preprocess
     from megatron_ledom.data.preprocess.task import PreprocessSettings
     from megatron_ledom.data.readers.text_template import from_command_line
     from megatron_ledom.direction import Direction
+    from megatron_ledom.errors import UsageError
 
     if arguments.text_template is not None:
         arguments.text_template = from_command_line(arguments.text_template)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    preprocess(PreprocessSettings(**{**vars(arguments), "direction": Direction(arguments.direction)}))
+    search, paths = search_settings(arguments), arguments.decontaminate
+    del arguments.decontaminate
+    given = {**vars(arguments), "direction": Direction(arguments.direction)}
+    if paths:
+        from megatron_ledom.evaluation.known_items import read_known_items
+
+        search.check()
+        given["decontamination"] = Decontamination(search, read_known_items(paths))
+    elif search != SearchSettings():
+        raise UsageError("the options of the search for evaluation items need --decontaminate PATH")
+    preprocess(PreprocessSettings(**given))

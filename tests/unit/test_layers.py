@@ -22,6 +22,7 @@ errors:
 lazy:
 provenance: direction errors
 storage: errors
+contamination: _helpers errors
 markdown: errors storage
 tables:
 tokenizers: _helpers direction errors lazy provenance storage
@@ -34,7 +35,7 @@ planning: config errors tables model
 planning.calibration: config parallel platform storage
 planning.dry_run: config data
 planning.verdicts: checkpoint config errors
-data: config direction errors lazy parallel platform provenance storage tables tokenizers
+data: config contamination direction errors lazy parallel platform provenance storage tables tokenizers
 checkpoint: config errors parallel platform provenance storage
 training: checkpoint config data direction errors lazy model ops parallel platform provenance storage tokenizers
 callbacks: config data direction errors evaluation inference model parallel platform storage training
@@ -44,11 +45,11 @@ convert: checkpoint config direction errors inference lazy tables model parallel
 serving: direction errors inference tokenizers
 rewards: direction errors inference lazy storage
 finetune: data direction errors inference lazy storage tokenizers
-evaluation: direction errors inference lazy storage tables tokenizers
+evaluation: contamination direction errors inference lazy storage tables tokenizers
 reports: config direction errors evaluation inference tables planning storage training
 hardware_check: checkpoint config convert data direction errors inference model ops parallel planning platform pretrain\
  storage tables training
-cli: checkpoint config convert data direction errors evaluation finetune hardware_check inference markdown ops planning\
+cli: checkpoint config contamination convert data direction errors evaluation finetune hardware_check inference markdown ops planning\
  platform reports rewards serving training
 """
 MAY_IMPORT = {room: set(names.split()) for room, _, names in (line.partition(":") for line in LAYERS.split("\n") if line)}

@@ -5,13 +5,16 @@ import traceback
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_ledom.contamination.report import ContaminationCounts
+from megatron_ledom.contamination.search import Searcher
+from megatron_ledom.data.decontaminate.batches import decontaminated
 from megatron_ledom.data.preprocess.part_store import PartFile, PartRecord
 from megatron_ledom.data.readers.byte_ranges import Part
 from megatron_ledom.data.readers.records import MAX_MESSAGES, ReadSettings, RecordReader, TextBatch
@@ -72,6 +75,8 @@ class PartEncoder(PartWork):
     min_tokens: int = 1
     max_tokens: int | None = None
     keep: Filter | None = None
+    searcher: Searcher | None = None
+    """Search for the items of evaluation sets, after all other choices of documents."""
     is_first: Sequence[npt.NDArray[np.bool_]] | None = None
     """Mask [documents] for each part: True for documents that are not duplicates."""
 
@@ -81,16 +86,20 @@ class PartEncoder(PartWork):
         file = PartFile(self.paths[number])
         record = PartRecord()
         skipped: Counter[str] = Counter()
+        contamination = ContaminationCounts()
         seen = 0
         for batch in _gathered(self.batches(number, record, skipped), self.read.batch_bytes):
             is_first = None if self.is_first is None else self.is_first[number][seen : seen + len(batch.texts)]
             seen += len(batch.texts)
             batch = self._chosen(batch, is_first, skipped)
+            if self.searcher is not None:
+                batch = decontaminated(batch, self.searcher, contamination, skipped)
             stored_ids, lengths, text_bytes = self._encoded(batch, skipped, record.messages)
             file.append(stored_ids, lengths)
             record.text_bytes += text_bytes
         record.num_documents, record.num_tokens = file.num_documents, file.num_tokens
         record.skipped = dict(sorted(skipped.items()))
+        record.contamination = asdict(contamination) if self.searcher is not None else {}
         record.seconds = round(time.monotonic() - started, 3)
         return file.finish(record)
 

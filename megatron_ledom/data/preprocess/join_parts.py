@@ -1,5 +1,6 @@
 """Join the finished parts to a shard: in order while later ones are made, or shuffled at the end."""
 
+import gc
 import logging
 import time
 from collections import Counter
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_ledom.contamination.report import ContaminationCounts, describe, report_of
+from megatron_ledom.contamination.search import Searcher
 from megatron_ledom.data.preprocess import deduplication
 from megatron_ledom.data.preprocess.encode_parts import PartEncoder
 from megatron_ledom.data.preprocess.part_store import PartRecord, PartStore
@@ -18,9 +21,12 @@ from megatron_ledom.data.preprocess.task import PreprocessTask
 from megatron_ledom.data.readers.records import MAX_MESSAGES, option_to_check
 from megatron_ledom.data.shards.shard import Counts, ShardManifest, ShardWriter, existing_files, printable
 from megatron_ledom.errors import DataError, visible
+from megatron_ledom.storage.files import withdraw, write_json
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+CONTAMINATION_SUFFIX = ".contamination"
+"""Ending of the report on evaluation items, a JSON file."""
 GATHERED_TOKENS = 1 << 22
 """Limit on the tokens of shuffled documents that are written at a time. A longer document is written alone."""
 GATHERED_DOCUMENTS = 1 << 16
@@ -30,6 +36,8 @@ def make_shard(
     task: PreprocessTask, store: PartStore, tokenizer: Tokenizer, dtype: np.dtype[Any], digest: str, started: float
 ) -> ShardManifest:
     """Encode the unfinished parts and join all parts to the shard. Returns its manifest."""
+    searcher = None if task.settings.decontamination is None else Searcher(task.settings.decontamination)
+    gc.freeze()  # as in `pipeline`: the items stay, and a scan would copy them into every worker
     encoder = PartEncoder(
         parts=task.parts,
         paths=[store.part_path(number) for number in range(len(task.parts))],
@@ -41,6 +49,7 @@ def make_shard(
         min_tokens=task.settings.min_tokens,
         max_tokens=task.settings.max_tokens,
         keep=task.keep,
+        searcher=searcher,
         is_first=deduplication.documents_to_keep(task) if task.settings.deduplicate else None,
     )
     counts = Counts(
@@ -54,10 +63,12 @@ def make_shard(
     )
     seed, provenance = task.settings.shuffle_seed, tokenizer.provenance(task.settings.direction)
     messages: list[str] = []
+    contamination = ContaminationCounts()
     earlier_seconds = 0.0  # worker time of the parts from an earlier run
     with ShardWriter(task.prefix, provenance, dtype, overwrite=bool(existing_files(task.prefix))) as writer:
         for number, record in enumerate(_records(encoder, task, store)):
             _add(record, counts, messages)
+            contamination.add(ContaminationCounts(**record.contamination))
             earlier_seconds += record.seconds
             if seed is None:
                 store.append_to(writer, number, record)
@@ -72,8 +83,23 @@ def make_shard(
             raise DataError(
                 f"found no document with a token in {len(task.sources)} input files (skipped: {counts.skipped}); {advice}"
             )
+        _report_contamination(task, encoder.searcher, contamination, counts)
         counts.elapsed_seconds = round(time.monotonic() - started + earlier_seconds / task.workers, 3)
         return writer.finalize(counts)
+
+
+def _report_contamination(
+    task: PreprocessTask, searcher: Searcher | None, contamination: ContaminationCounts, counts: Counts
+) -> None:
+    """Write PREFIX.contamination, before the manifest; without a search remove that of an earlier shard."""
+    path = f"{task.prefix}{CONTAMINATION_SUFFIX}"
+    if searcher is None or task.settings.decontamination is None:
+        withdraw(path)
+        return
+    report = report_of(contamination, searcher, task.settings.decontamination)
+    write_json(path, report)
+    counts.decontamination = {name: report[name] for name in ("settings", "documents", "sets")}
+    logger.info("%s: %s\n%s", task.prefix, "evaluation items in the text:", describe(report))
 
 
 def _add(record: PartRecord, counts: Counts, messages: list[str]) -> None:

@@ -29,6 +29,8 @@ class PartRecord:
     messages: list[str] = field(default_factory=list)
     """Descriptions of the first bad records."""
     input_files: list[InputFile] = field(default_factory=list)
+    contamination: dict[str, Any] = field(default_factory=dict)
+    """`ContaminationCounts` of the part; empty without a search."""
     xxh3: str = ""
     """Hash of the ids, then of the lengths. Parts are not forced to the disk, because that would write every shard twice. When the
     work resumes, this hash shows a part that a power failure destroyed, and the part is made again."""

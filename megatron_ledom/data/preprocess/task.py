@@ -15,6 +15,7 @@ import numpy as np
 import orjson
 from tqdm import tqdm
 
+from megatron_ledom.contamination.search import Decontamination
 from megatron_ledom.data.preprocess.encode_parts import Filter, PartWork
 from megatron_ledom.data.readers.byte_ranges import Part, byte_ranges_of_task, parts_of
 from megatron_ledom.data.readers.input_files import find_inputs
@@ -63,6 +64,8 @@ class PreprocessSettings:
     deduplicate: bool = False
     hash_only: bool = False
     """Only write the hashes that `deduplicate` needs in an array of tasks."""
+    decontamination: Decontamination | None = None
+    """Evaluation items to look for in the texts that the other options keep, and what happens to a document that has one."""
     shuffle_seed: int | None = None
     task_id: int | None = None
     num_tasks: int | None = None
@@ -88,6 +91,8 @@ class PreprocessTask:
         self.workers = settings.workers or (
             len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         )
+        if settings.decontamination is not None:
+            settings.decontamination.settings.check()
         self.keep = load_filter(settings.filter) if settings.filter else None
         self.read = ReadSettings(
             text_key=settings.text_key,
@@ -171,6 +176,8 @@ class PreprocessTask:
             "eod_token": tokenizer.eod_token,
             "dtype": dtype.name,
         }
+        if settings.decontamination is not None:
+            request["decontamination"] = settings.decontamination.request()
         if tokenizer.is_eod_forced_to_text:  # earlier versions ended documents at such an eod: their work cannot be resumed
             request["is_eod_made_text"] = True
         return dict(orjson.loads(orjson.dumps(request)))

@@ -44,6 +44,8 @@ class ReadSettings:
     """A longer record counts as bad, and is never in memory as a whole."""
     keep_records: bool = False
     """If true, batches contain the whole records too, for a filter."""
+    keep_lines: bool = False
+    """If true, batches of JSON lines contain the lines too."""
 
 
 @dataclass(slots=True)
@@ -55,17 +57,22 @@ class TextBatch:
     """The whole record of each text, if `keep_records` is set; {text_key: text} in formats without other fields."""
     origins: list[tuple["RecordReader", int | str]] = field(default_factory=list)
     """Position of each text, see `RecordReader.name`. A later step may find that the record is bad, and then reports it."""
+    lines: list[bytes] = field(default_factory=list)
+    """The line of each text without line end, if `keep_lines` is set."""
     position: int = 0
     """Bytes of the byte range read so far."""
 
     def of(self, indices: Sequence[int]) -> "TextBatch":
         """Return a batch of the texts at `indices`."""
-        if len(indices) == len(self.texts):
-            return self
+        return self if len(indices) == len(self.texts) else self.at(indices)
+
+    def at(self, indices: Sequence[int]) -> "TextBatch":
+        """Return a new batch of the texts at `indices`, which may repeat."""
         return TextBatch(
             texts=[self.texts[index] for index in indices],
             records=[self.records[index] for index in indices] if self.records else [],
             origins=[self.origins[index] for index in indices],
+            lines=[self.lines[index] for index in indices] if self.lines else [],
             position=self.position,
         )
 
@@ -140,15 +147,18 @@ class RecordReader:
                     if len(line) > self.settings.max_record_bytes:
                         raise too_large(len(line), self.settings.max_record_bytes)
                     self._add(batch, *_text_of_line(line, self.settings), number)
+                    if self.settings.keep_lines:
+                        batch.lines.append(line)
                 except BadRecordError as bad:
                     self._reject(bad, number)
             yield batch
 
-    def name(self, origin: int | str) -> str:
-        """Return the position of a record for messages: FILE:LINE for a line. It is exact if a bad record ends the run."""
+    def name(self, origin: int | str, *, exactly: bool | None = None) -> str:
+        """Return the position of a record for messages: FILE:LINE for a line. By default it is exact if a bad record ends the run."""
         if isinstance(origin, str) or self._line_reader is None:
             return str(origin)
-        return self._line_reader.name_line(origin, exactly=self.settings.on_error == "fail")
+        exactly = self.settings.on_error == "fail" if exactly is None else exactly
+        return self._line_reader.name_line(origin, exactly=exactly)
 
     def _add(self, batch: TextBatch, text: str, record: Mapping[str, Any], origin: int | str) -> None:
         batch.texts.append(text)

@@ -327,7 +327,24 @@ def _joined_counts(manifests: Sequence[ShardManifest]) -> Counts:
         bos_token=manifests[0].bos_token,
         text_template=" | ".join(dict.fromkeys(manifest.text_template for manifest in manifests if manifest.text_template)),
         skipped_inputs=[*distinct.values()],
+        decontamination=_joined_decontamination(manifests),
     )
+
+
+def _joined_decontamination(manifests: Sequence[ShardManifest]) -> dict[str, Any]:
+    """Return settings and numbers of documents if all shards were searched in the same way, else an empty object.
+
+    The touched items do not add up, because two shards may have the same item; PREFIX.contamination of each has them.
+    """
+    all_found = [manifest.decontamination for manifest in manifests]
+    if len(all_found) == 1:
+        return all_found[0]
+    if not all(found and found["settings"] == all_found[0]["settings"] for found in all_found):
+        return {}
+    documents: Counter[str] = Counter()
+    for found in all_found:
+        documents.update(found["documents"])
+    return {"settings": all_found[0]["settings"], "documents": dict(documents)}
 
 
 def _log_result(prefix: str, manifest: ShardManifest, num_inputs: int, seconds: float) -> None:

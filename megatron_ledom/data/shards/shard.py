@@ -92,6 +92,8 @@ class ShardManifest:
     """For a shard of packed pairs: seq_length of the packs, number of pairs, and numbers of their tokens; else empty."""
     targets_sha256: str = ""
     """Hash of PREFIX.targets of a shard of pairs."""
+    decontamination: dict[str, Any] = field(default_factory=dict)
+    """For a shard that was searched for evaluation items: settings, numbers of documents, and touched items by set; else empty."""
     package_version: str = __version__
     created_at: str = ""
     """UTC, ISO 8601."""
@@ -109,7 +111,10 @@ class ShardManifest:
 
     def to_json(self) -> bytes:
         """Return the content of the manifest file."""
-        return orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+        stored = asdict(self)
+        if not self.decontamination:  # as manifests were before there was a search
+            del stored["decontamination"]
+        return orjson.dumps(stored, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any], where: str) -> "ShardManifest":
@@ -189,6 +194,7 @@ class Counts:
     inputs_sha256: str = ""
     pairs: dict[str, int] = field(default_factory=dict)
     targets_sha256: str = ""
+    decontamination: dict[str, Any] = field(default_factory=dict)
 
 
 class Hash(Protocol):

@@ -113,6 +113,10 @@ RUN_BY_TESTS = {
     "torchrun --nproc-per-node 8 --no-python ledom replay-step --run runs/ledom_7b --iteration 1234": (
         "tests/distributed/test_anomalies.py"
     ),
+    "ledom decontaminate --input corpus/*.jsonl --items evaluation_sets own_items.jsonl --output contamination": RUN_HERE,
+    "ledom decontaminate --input corpus/*.jsonl --items evaluation_sets --output clean --action drop": RUN_HERE,
+    "ledom preprocess-data --input corpus/*.jsonl --tokenizer data/tokenizer --output-prefix data/web"
+    " --decontaminate evaluation_sets --action cut": "tests/unit/data/preprocess/test_decontaminated_shards.py",
     "ledom evaluate --list --data evaluation_sets": RUN_HERE,
     "ledom evaluate --model quickstart/models/reverse --tasks gsm8k,svamp --data evaluation_sets --num-fewshot 4 --show 2": RUN_HERE,
     "ledom evaluate --model quickstart/models/reverse --tasks gsm8k,hellaswag --data evaluation_sets --limit 200 --num-fewshot 4"
@@ -422,6 +426,9 @@ def test_quick_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     for name, rows in shots.items():
         (sets / f"{name}_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     random_model_folder(tmp_path / "quickstart/models/reverse", "byte_level", "reverse")
+    (tmp_path / "corpus").mkdir()
+    for name, key in (("corpus/pages", "text"), ("own_items", "question")):
+        Path(f"{name}.jsonl").write_text(json.dumps({key: "A text of more than eight words that is on both sides."}) + "\n")
     quick = [
         command
         for command, test in RUN_BY_TESTS.items()

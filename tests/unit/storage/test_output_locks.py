@@ -27,6 +27,7 @@ FOLDERS: dict[str, Arguments] = {
         *(made["forward"], made["reverse"], "--data", made["text"], "--output", str(at)),
     ],
     "make_analysis_data": lambda at, made: ["--task", "reversal", "--num", "64", "--output", str(at)],
+    "decontaminate": lambda at, made: ["--input", made["text"], "--items", made["pairs"], "--output", str(at)],
     "report_rerank": lambda at, made: [made["ranked"], "--gold-key", "gold", "--output", str(at)],
     "report_run": lambda at, made: [made["run"], "--output", str(at)],
     "plan_run": lambda at, made: [

@@ -1,0 +1,91 @@
+// Python bindings of the search for n-grams. Texts are read in place, as by the encoders; the interpreter's lock is released.
+#include <pybind11/stl.h>
+
+#include "encoder_bindings.h"
+#include "ngram_index.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Numbers = py::array_t<int64_t>;
+
+Numbers array_of(const std::vector<int64_t>& values, py::ssize_t columns) {
+  Numbers array({static_cast<py::ssize_t>(values.size()) / columns, columns});
+  std::copy(values.begin(), values.end(), array.mutable_data());
+  return array;
+}
+
+// A word as a str: its letters may be in capitals in the text.
+py::str folded(std::string_view word) {
+  std::string text(word);
+  for (char& c : text)
+    if (c >= 'A' && c <= 'Z') c = static_cast<char>(c | 0x20);
+  return py::str(text);
+}
+
+class Index {
+ public:
+  Index(std::vector<uint32_t> table, std::string pool, bool ignore_numbers, const std::vector<std::string>& no_words,
+        const std::vector<std::string>& fractions, size_t length, size_t shortest)
+      : words_(std::move(table), std::move(pool), ignore_numbers, no_words, fractions), index_(words_, length, shortest) {}
+
+  py::tuple build(const py::sequence& sequence) {
+    if (index_.num_ngrams()) throw std::invalid_argument("the index is built already");
+    const py::tuple parts = ledom::as_tuple(sequence);
+    Numbers num_words(static_cast<py::ssize_t>(parts.size()));
+    std::vector<int64_t> flat;
+    for (const ledom::NgramPlace& place : index_.build(ledom::views_of(parts), num_words.mutable_data()))
+      flat.insert(flat.end(), {place.part, place.word, place.ngram});
+    return py::make_tuple(array_of(flat, 3), num_words);
+  }
+
+  // Rows (text, first word, number of the n-gram, its words), in order.
+  Numbers search(const py::sequence& sequence) const {
+    const py::tuple texts = ledom::as_tuple(sequence);
+    const std::vector<std::string_view> views = ledom::views_of(texts);
+    std::vector<int64_t> rows;
+    {
+      py::gil_scoped_release release;
+      for (size_t text = 0; text < views.size(); text++) {
+        index_.search(views[text], [&](size_t word, int64_t ngram, size_t length) {
+          rows.insert(rows.end(), {static_cast<int64_t>(text), static_cast<int64_t>(word), ngram, static_cast<int64_t>(length)});
+        });
+      }
+    }
+    return array_of(rows, 4);
+  }
+
+  // (words, their bytes in the text [words, 2])
+  py::tuple words(const py::str& text) const {
+    py::list found;
+    std::vector<int64_t> spans;
+    words_.each(ledom::views_of(py::make_tuple(text))[0], [&](uint64_t, std::string_view word, size_t begin, size_t end) {
+      found.append(folded(word));
+      spans.insert(spans.end(), {static_cast<int64_t>(begin), static_cast<int64_t>(end)});
+    });
+    return py::make_tuple(found, array_of(spans, 2));
+  }
+
+  size_t num_ngrams() const { return index_.num_ngrams(); }
+  size_t bytes() const { return index_.bytes(); }
+
+ private:
+  ledom::NormalizedWords words_;
+  ledom::NgramIndex index_;
+};
+
+}  // namespace
+
+void define_ngram_index(py::module_& m) {
+  py::class_<Index>(m, "NgramIndex")
+      .def(py::init<std::vector<uint32_t>, std::string, bool, const std::vector<std::string>&, const std::vector<std::string>&, size_t,
+                    size_t>(),
+           py::arg("table"), py::arg("pool"), py::arg("ignore_numbers"), py::arg("no_words"), py::arg("fractions"), py::arg("length"),
+           py::arg("shortest"))
+      .def("build", &Index::build, py::arg("parts"))
+      .def("search", &Index::search, py::arg("texts"))
+      .def("words", &Index::words, py::arg("text"))
+      .def_property_readonly("num_ngrams", &Index::num_ngrams)
+      .def_property_readonly("bytes", &Index::bytes);
+}

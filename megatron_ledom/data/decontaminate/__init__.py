@@ -1,0 +1,1 @@
+"""`ledom decontaminate`: search a corpus for evaluation items, and write it again without them."""

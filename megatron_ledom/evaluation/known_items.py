@@ -1,0 +1,82 @@
+"""The items of all evaluation sets in a folder, and of JSON lines of the user, as a search for contamination needs them."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_ledom.contamination.items import EvaluationItem
+from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.evaluation.tasks.benchmarks import TASKS
+from megatron_ledom.evaluation.tasks.loading import ENDINGS, parse_row, read_rows
+from megatron_ledom.evaluation.tasks.task import Item, Row, Task
+
+BY_FILE = {task.file: task for task in TASKS}
+"""Name of the file of a set, without ending -> the set."""
+
+
+def read_known_items(paths: Sequence[str]) -> list[EvaluationItem]:
+    """Return the items of each path: a folder with files of known sets, a file of a known set, or JSON lines of the user.
+
+    Raises UsageError for a path without a set, and DataError for a damaged file.
+    """
+    files: list[Path] = []
+    for name in paths:
+        path = Path(name)
+        if path.is_dir():
+            found = [file for stem in BY_FILE for ending in ENDINGS if (file := path / f"{stem}{ending}").is_file()]
+            if not found:
+                raise UsageError(
+                    f"{path} has no file of a known set; expected {', '.join(list(BY_FILE)[:4])}, ... with one of the endings"
+                    f" {' '.join(ENDINGS)} (`ledom evaluate --list`); give your own sets as JSON lines, by file"
+                )
+            files += found
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UsageError(
+                f"{path} does not exist; give a folder as for `ledom evaluate --data`, or JSON lines with `question`"
+            )
+    items = [item for file in dict.fromkeys(files) for item in _items_of(file)]
+    if not items:
+        raise DataError(f"{', '.join(paths)} have no items; give files with questions")
+    return items
+
+
+def _items_of(path: Path) -> Iterator[EvaluationItem]:
+    ending = next((ending for ending in ENDINGS if path.name.endswith(ending)), path.suffix)
+    stem = path.name.removesuffix(ending)
+    task = BY_FILE.get(stem)
+    for number, (where, row) in enumerate(read_rows(path)):
+        yield _own_item(stem, number, row, where) if task is None else _item_of(task, number, parse_row(task, row, where))
+
+
+def _item_of(task: Task, number: int, item: Item) -> EvaluationItem:
+    """Return an item of a known set. The passage of BoolQ is no part of it: it is a text of Wikipedia, the question is not."""
+    values = item.values
+    gold = item.gold if isinstance(item.gold, int) else None
+    if "option" in values:  # WinoGrande: the sentence with the right word
+        question, answer = f"{values['before']}{values['option']}{values['after']}", values["option"]
+    else:
+        question = next((values[key] for key in ("question", "context", "prompt") if key in values), "")
+        answer = next((values[key] for key in ("answer", "ending", "code") if key in values), "")
+        answer = f"{values['chain']} {answer}" if "chain" in values else answer
+    others = tuple(choice for index, choice in enumerate(item.choices) if index != gold)
+    return EvaluationItem(set=task.name, number=number, question=question, answer=answer, choices=others)
+
+
+def _own_item(name: str, number: int, row: Row, where: str) -> EvaluationItem:
+    """Return an item of the user's own lines: `question`, and perhaps `answer` and `choices`."""
+    question, answer, choices = (row.get(key, empty) for key, empty in (("question", None), ("answer", ""), ("choices", [])))
+    if not isinstance(question, str):
+        raise DataError(f"{where} has no text `question`; expected {{question: text, answer: text, choices: list of texts}}")
+    answer = str(answer) if isinstance(answer, int | float) else answer
+    if not isinstance(answer, str) or not _are_texts(choices):
+        raise DataError(
+            f"{where}: expected {{question: text, answer: text, choices: list of texts}}, the last two may be missing"
+        )
+    others = tuple(choice for choice in choices if choice != answer)
+    return EvaluationItem(set=name, number=number, question=question, answer=answer, choices=others)
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)

@@ -1,0 +1,135 @@
+"""Preprocessing with a search for evaluation items: the shard, its manifest and report, whatever the workers and kills."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ledom.contamination.items import EvaluationItem
+from megatron_ledom.contamination.search import Action, Decontamination, SearchSettings
+from megatron_ledom.data.preprocess.pipeline import preprocess
+from megatron_ledom.data.preprocess.task import PreprocessSettings
+from megatron_ledom.data.shards.rewriting import MergeSettings, merge_shards
+from megatron_ledom.data.shards.shard import load_manifest
+from megatron_ledom.errors import DataError, UsageError
+from tests.support.legible import legible_documents, legible_tokenizer, write_jsonl
+from tests.support.tool_runs import run_tool
+
+PAGES = legible_documents(9, 99)
+ITEM = EvaluationItem(set="own", number=0, question=PAGES[4], answer=PAGES[7])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(legible_tokenizer(tmp_path_factory.mktemp("tokenizer") / "legible"))
+
+
+def settings(folder: Path, tokenizer: str, name: str, action: Action = "drop", **changes: Any) -> PreprocessSettings:
+    items = changes.pop("items", [ITEM])
+    given = {"input": [f"{folder}/*.jsonl"], "tokenizer": tokenizer, "output_prefix": f"{folder}/out/{name}", "workers": 1}
+    search = Decontamination(SearchSettings(action=action, telling_words=0), items) if items else None
+    return PreprocessSettings(**{**given, **changes}, decontamination=search)
+
+
+def shard(prefix: str) -> tuple[bytes, bytes]:
+    return Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()
+
+
+def test_a_shard_without_contaminated_documents_equals_that_of_the_others(tmp_path: Path, tokenizer: str) -> None:
+    write_jsonl(tmp_path / "a.jsonl", PAGES)
+    manifest = preprocess(settings(tmp_path, tokenizer, "all"))
+    clean = tmp_path / "clean"
+    clean.mkdir()
+    write_jsonl(clean / "a.jsonl", [page for number, page in enumerate(PAGES) if number not in (4, 7)])
+    preprocess(settings(clean, tokenizer, "clean", items=[]))
+    assert shard(f"{tmp_path}/out/all") == shard(f"{clean}/out/clean")
+    assert manifest is not None
+    assert manifest.skipped == {"contaminated": 2}
+    assert manifest.decontamination["documents"] == {"searched": 9, "contaminated": 2, "pieces_of_cut_documents": 0}
+    assert manifest.decontamination["sets"]["own"]["touched"] == 1
+    assert load_manifest(f"{tmp_path}/out/all").decontamination == manifest.decontamination
+    report = json.loads(Path(f"{tmp_path}/out/all.contamination").read_text())
+    assert [example["where"] for example in report["items"][0]["examples"]] == [
+        f"{tmp_path}/a.jsonl:5",
+        f"{tmp_path}/a.jsonl:8",
+    ]
+    assert "decontamination" not in json.loads(Path(f"{clean}/out/clean.json").read_text())
+
+
+def test_a_report_keeps_all_documents_and_a_cut_keeps_pieces(tmp_path: Path, tokenizer: str) -> None:
+    text = " ".join((*PAGES[:4], PAGES[4], PAGES[5], PAGES[6]))
+    write_jsonl(tmp_path / "a.jsonl", [PAGES[8], text])
+    reported = preprocess(settings(tmp_path, tokenizer, "reported", "report"))
+    plain = preprocess(settings(tmp_path, tokenizer, "plain", items=[]))
+    cut = preprocess(settings(tmp_path, tokenizer, "cut", "cut"))
+    assert reported is not None
+    assert plain is not None
+    assert cut is not None
+    assert reported.bin_sha256 == plain.bin_sha256
+    assert reported.decontamination["documents"]["contaminated"] == 1
+    assert (cut.num_documents, cut.skipped, cut.decontamination["documents"]["pieces_of_cut_documents"]) == (3, {}, 2)
+
+
+def test_shard_and_report_do_not_depend_on_the_workers(tmp_path: Path, tokenizer: str) -> None:
+    for number in range(3):
+        write_jsonl(tmp_path / f"{number}.jsonl", PAGES * 3)
+    for name, workers in (("one", 1), ("three", 3)):
+        preprocess(settings(tmp_path, tokenizer, name, "cut", workers=workers, part_bytes=3000))
+    assert shard(f"{tmp_path}/out/one") == shard(f"{tmp_path}/out/three")
+    assert Path(f"{tmp_path}/out/one.contamination").read_bytes() == Path(f"{tmp_path}/out/three.contamination").read_bytes()
+
+
+def test_stopped_work_resumes_with_its_counts_and_refuses_other_items(tmp_path: Path, tokenizer: str) -> None:
+    write_jsonl(tmp_path / "a.jsonl", PAGES * 4)
+    quiet = preprocess(settings(tmp_path, tokenizer, "quiet", part_bytes=3000))
+    good = (tmp_path / "a.jsonl").read_bytes()
+    (tmp_path / "a.jsonl").write_bytes(good + b"{\n")
+    with pytest.raises(DataError, match=r"a\.jsonl:37: malformed JSON"):
+        preprocess(settings(tmp_path, tokenizer, "a", part_bytes=3000))
+    assert list((tmp_path / "out/a.work").glob("part-*.json"))
+    other = [EvaluationItem(set="own", number=0, question=PAGES[3])]
+    for changes in ({"items": other}, {"items": []}):
+        with pytest.raises(UsageError, match=r"was made with different settings \(decontamination"):
+            preprocess(settings(tmp_path, tokenizer, "a", part_bytes=3000, **changes))
+    with pytest.raises(UsageError, match=r"decontamination\.action was 'drop' and is 'cut'"):
+        preprocess(settings(tmp_path, tokenizer, "a", "cut", part_bytes=3000))
+    resumed = preprocess(settings(tmp_path, tokenizer, "a", part_bytes=3000, on_error="skip"))
+    assert quiet is not None
+    assert resumed is not None
+    assert resumed.bin_sha256 == quiet.bin_sha256
+    assert resumed.decontamination == quiet.decontamination
+
+
+def test_a_finished_shard_of_other_items_is_refused_and_a_new_one_has_no_old_report(tmp_path: Path, tokenizer: str) -> None:
+    write_jsonl(tmp_path / "a.jsonl", PAGES)
+    preprocess(settings(tmp_path, tokenizer, "a"))
+    preprocess(settings(tmp_path, tokenizer, "a"))
+    with pytest.raises(UsageError, match="--overwrite"):
+        preprocess(settings(tmp_path, tokenizer, "a", items=[]))
+    preprocess(settings(tmp_path, tokenizer, "a", items=[], overwrite=True))
+    assert not Path(f"{tmp_path}/out/a.contamination").exists()
+
+
+def test_merged_shards_keep_the_settings_if_all_have_the_same(tmp_path: Path, tokenizer: str) -> None:
+    write_jsonl(tmp_path / "a.jsonl", PAGES * 2)
+    for task in range(2):
+        preprocess(settings(tmp_path, tokenizer, "a", num_tasks=2, task_id=task))
+    merged = merge_shards(MergeSettings(input=[f"{tmp_path}/out/a-*"], output_prefix=f"{tmp_path}/merged"))
+    assert merged.decontamination["documents"] == {"searched": 18, "contaminated": 4, "pieces_of_cut_documents": 0}
+    assert merged.decontamination["settings"]["action"] == "drop"
+
+
+def test_the_command_takes_a_folder_or_lines_of_items(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_jsonl(tmp_path / "a.jsonl", PAGES)
+    items = tmp_path / "items.json.jsonl"
+    items.write_text(json.dumps({"question": PAGES[2]}) + "\n")
+    command = ["--input", f"{tmp_path}/a.jsonl", "--tokenizer", tokenizer, "--output-prefix", f"{tmp_path}/a", "--workers", 1]
+    assert (
+        run_tool(
+            monkeypatch, "preprocess_data", *command, "--decontaminate", items, "--match", "question", "--telling-words", 0
+        )
+        == 0
+    )
+    assert load_manifest(f"{tmp_path}/a").skipped == {"contaminated": 1}
+    assert run_tool(monkeypatch, "preprocess_data", *command, "--action", "cut") == 2
