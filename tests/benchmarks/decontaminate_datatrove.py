@@ -19,8 +19,8 @@ def main() -> None:
     planted, items, ngram = sys.argv[1], sys.argv[2], int(sys.argv[3])
     config = NGramsDecontConfig(n_grams=ngram, find_query_ngrams=True)
     NGramsDecontIndexer._requires_dependencies = []  # lighteval, which only `run` uses
-    indexer = NGramsDecontIndexer("/tmp/unused_index", config=config)
-    keep = NGramsDecontFilter("/tmp/unused_index", config=config)
+    indexer = NGramsDecontIndexer("unused_index", config=config)
+    keep = NGramsDecontFilter("unused_index", config=config)
     keep._index_hashes = {}
     with open(items, encoding="utf-8") as file:
         for name, question, answer in json.load(file):

@@ -17,7 +17,7 @@ def rewards(served: Served) -> list[float]:
     return found
 
 
-def check(answer: "cohere.V2RerankResponse | cohere.RerankResponse", rewards: list[float], num: int) -> None:
+def check_ranking(answer: "cohere.V2RerankResponse | cohere.RerankResponse", rewards: list[float], num: int) -> None:
     """Check the order and the relevance of the results, and that the client parsed the response."""
     order = sorted(range(len(rewards)), key=lambda index: -rewards[index])
     assert [result.index for result in answer.results] == order[:num]
@@ -28,8 +28,8 @@ def check(answer: "cohere.V2RerankResponse | cohere.RerankResponse", rewards: li
 
 def test_coheres_client_ranks_documents(served: Served, rewards: list[float]) -> None:
     client = cohere.ClientV2(api_key="unused", base_url=served.url, timeout=60)
-    check(client.rerank(model="any", query=QUERY, documents=DOCUMENTS), rewards, 3)
-    check(client.rerank(model="any", query=QUERY, documents=DOCUMENTS, top_n=2, max_tokens_per_doc=4096), rewards, 2)
+    check_ranking(client.rerank(model="any", query=QUERY, documents=DOCUMENTS), rewards, 3)
+    check_ranking(client.rerank(model="any", query=QUERY, documents=DOCUMENTS, top_n=2, max_tokens_per_doc=4096), rewards, 2)
 
 
 def test_coheres_asynchronous_client_ranks_documents(served: Served, rewards: list[float]) -> None:
@@ -37,14 +37,14 @@ def test_coheres_asynchronous_client_ranks_documents(served: Served, rewards: li
         async with cohere.AsyncClientV2(api_key="unused", base_url=served.url, timeout=60) as client:
             return await client.rerank(model="any", query=QUERY, documents=DOCUMENTS, top_n=1)
 
-    check(asyncio.run(ranked()), rewards, 1)
+    check_ranking(asyncio.run(ranked()), rewards, 1)
 
 
 def test_coheres_first_client_ranks_objects_and_returns_them(served: Served, rewards: list[float]) -> None:
     client = cohere.Client(api_key="unused", base_url=served.url, timeout=60)
     documents = [{"text": text} for text in DOCUMENTS]
     answer = client.rerank(model="any", query=QUERY, documents=documents, return_documents=True, rank_fields=["text"])
-    check(answer, rewards, 3)
+    check_ranking(answer, rewards, 3)
     assert [result.document.text for result in answer.results if result.document] == [
         DOCUMENTS[result.index] for result in answer.results
     ]
