@@ -17,7 +17,6 @@ start a process of their own that can use them.
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,7 +30,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from tests.support.paths import ROOT  # noqa: E402
 from tests.support.tiny_runs import TinyData, write_tiny_data  # noqa: E402
-from tests.support.warm_python import warm_python  # noqa: E402
+from tests.support.warm_python import shared_python  # noqa: E402
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background commands and their children ignore it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -74,10 +73,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
 
 
 @pytest.fixture(scope="session")
-def python() -> Iterator[Path]:
+def python() -> Path:
     """A Python that starts in a tenth of a second, for programs that start many others."""
-    with warm_python() as path:
-        yield path
+    return shared_python()
 
 
 @pytest.fixture(scope="session")

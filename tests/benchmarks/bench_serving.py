@@ -109,7 +109,9 @@ def main() -> None:
     engines = [TransformersEngine(lm, args.batch_size) for lm in (ForwardLM.from_pretrained(args.forward), reverse_lm)]
     rates = library(engines[0], engines[1], reverse_lm, args.requests)
     found: dict[str, Any] = {"requests": args.requests, "library": rates, "server": {}}
-    with serving("--forward", args.forward, "--reverse", args.reverse, "--batch-size", args.batch_size) as server:
+    with serving(
+        "--forward", args.forward, "--reverse", args.reverse, "--batch-size", args.batch_size, python=sys.executable
+    ) as server:
         for path, bodies in (("/v1/reward", questions(args.requests)), ("/v1/completions", completions(args.requests))):
             loaded(server, path, bodies[:16], 4)  # warm
             for num in args.clients:

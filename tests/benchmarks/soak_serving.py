@@ -231,7 +231,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     limits = ("--max-queue", PLACES, "--batch-size", ROWS, "--timeout", 60)
-    with serving("--forward", args.forward, "--reverse", args.reverse, *limits) as server:
+    with serving("--forward", args.forward, "--reverse", args.reverse, *limits, python=sys.executable) as server:
         found = soak_it(server, 60 * args.minutes, args.seed)
         found["exit_code"] = server.end()
         found["tracebacks"] = server.log.count("Traceback")

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 import httpx
 
 from tests.support.paths import ROOT
+from tests.support.warm_python import shared_python
 
 START_SECONDS = 120
 
@@ -63,9 +63,9 @@ class Served:
 
 
 @contextmanager
-def serving(*arguments: object, **environment: str) -> Iterator[Served]:
-    """Run `tools/serve.py` with a free port for the block."""
-    command = [sys.executable, str(ROOT / "tools/serve.py"), "--port", "0", *map(str, arguments)]
+def serving(*arguments: object, python: str | None = None, **environment: str) -> Iterator[Served]:
+    """Run `tools/serve.py` with a free port for the block, by default in a Python that starts quickly."""
+    command = [python or str(shared_python()), str(ROOT / "tools/serve.py"), "--port", "0", *map(str, arguments)]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=variables)
     try:

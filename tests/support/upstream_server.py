@@ -11,7 +11,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -22,6 +21,7 @@ from typing import Any
 import httpx
 
 from tests.support.paths import ROOT
+from tests.support.warm_python import shared_python
 
 
 class Model:
@@ -230,7 +230,7 @@ class Upstream:
 @contextmanager
 def upstream_of(folder: Path, **environment: str) -> Iterator[Upstream]:
     """Run an upstream of a folder for the block."""
-    command = [sys.executable, "-m", "tests.support.upstream_server", "--folder", str(folder)]
+    command = [str(shared_python()), "-m", "tests.support.upstream_server", "--folder", str(folder)]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=variables)
     try:

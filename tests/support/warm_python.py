@@ -19,14 +19,16 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tests.support.forked import IMPORTED, run_words
 from tests.support.paths import ROOT
 
+SERVING = ["megatron_ledom.serving.app", "uvicorn"]
 MOST_FILES = 64
 FIRST_SAFE_FILE = 500
 """Received files move to numbers from here, before each gets the number that it has in the client."""
@@ -71,6 +73,14 @@ def warm_python() -> Iterator[Path]:
         finally:
             server.stdin.close()  # it ends
             server.wait()
+
+
+@cache
+def shared_python() -> Path:
+    """Return the executable of a server that ends with this process."""
+    stack = ExitStack()
+    atexit.register(stack.close)
+    return stack.enter_context(warm_python())
 
 
 @dataclass(slots=True)
@@ -216,7 +226,7 @@ def _end(code: int) -> None:
 
 def main() -> None:
     """Serve at the address of the command line."""
-    for name in IMPORTED:
+    for name in [*IMPORTED, *SERVING]:
         importlib.import_module(name)
     server = Server(sys.argv[1])
     print("ready", flush=True)
