@@ -47,12 +47,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
 
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as in preprocess_data.py
     from megatron_ledom.cli.options import search_settings
-    from megatron_ledom.contamination.search import Decontamination
+    from megatron_ledom.contamination.search import Decontamination, SearchSettings
     from megatron_ledom.data.decontaminate.command import DecontaminateSettings, decontaminate
     from megatron_ledom.evaluation.known_items import read_known_items
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    settings = search_settings(arguments)
+    settings = search_settings(arguments, "report") or SearchSettings(action="report")
     settings.check()
     decontaminate(
         DecontaminateSettings(

@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_ledom.contamination.search import SearchSettings
+    from megatron_ledom.contamination.search import Action, SearchSettings
 
 INPUT_HELP = (
     "files, folders, patterns in quotes, addresses such as s3://BUCKET/FILE, or @LIST, a file with one of these per line; formats: JSON"
@@ -58,56 +58,55 @@ def add_bad_records(parser: argparse.ArgumentParser) -> None:
 
 
 def add_search_options(parser: argparse.ArgumentParser, action: str) -> None:
-    """Take the settings of the search for evaluation items. action: the default action."""
-    group = parser.add_argument_group("search for evaluation items", "Sources of the defaults: docs/how_to/decontaminate.md.")
+    """Take the settings of the search for evaluation items. action: the default action. Options that are not given are absent."""
+    text = "Sources of the defaults: docs/how_to/decontaminate.md."
+    group = parser.add_argument_group("search for evaluation items", text, argument_default=argparse.SUPPRESS)
     group.add_argument(
         "--action",
         choices=["report", "drop", "cut"],
-        default=action,
         help="for a contaminated document: only report it, drop it, or cut the passage with 200 characters on each side, so that the"
-        " pieces become documents (default %(default)s)",
+        f" pieces become documents (default {action})",
     )
     group.add_argument(
         "--match",
         choices=["either", "question", "answer", "both", "any"],
-        default="either",
         help="what must be found of an item: its question or answer, the question, the answer, both, or any of question, answer and"
-        " choices (default %(default)s)",
+        " choices (default either)",
     )
-    group.add_argument("--ngram", type=int, default=8, metavar="N", help="words equal in a row (default %(default)s)")
+    group.add_argument("--ngram", type=int, metavar="N", help="words equal in a row (default 8)")
     group.add_argument(
         "--min-words",
         type=int,
-        default=8,
         metavar="N",
-        help="do not look for shorter texts, which occur by chance (default %(default)s)",
+        help="do not look for shorter texts, which occur by chance (default 8)",
     )
     group.add_argument(
         "--threshold",
         type=float,
-        default=0.5,
         metavar="N",
-        help="share of the words of a question or answer that must be found (default %(default)s)",
+        help="share of the words of a question or answer that must be found (default 0.5)",
     )
     group.add_argument(
         "--telling-words",
         type=int,
-        default=4,
         metavar="N",
         help="different words of two letters or more that a passage must have, because rows of numbers occur by chance (default"
-        " %(default)s)",
+        " 4)",
     )
     group.add_argument(
-        "--ignore-numbers", action="store_true", help="find copies with other numbers too; more texts match by chance"
+        "--ignore-numbers",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="find copies with other numbers too; more texts match by chance",
     )
 
 
-def search_settings(arguments: argparse.Namespace) -> "SearchSettings":
-    """Remove the options of `add_search_options` from the arguments and return them as settings."""
+def search_settings(arguments: argparse.Namespace, action: "Action") -> "SearchSettings | None":
+    """Remove the options of `add_search_options` from the arguments and return them as settings; None if none is given."""
     from megatron_ledom.contamination.search import SearchSettings
 
     names = ("action", "match", "ngram", "min_words", "threshold", "telling_words", "ignore_numbers")
-    given = {name: getattr(arguments, name) for name in names}
-    for name in names:
+    given = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    for name in given:
         delattr(arguments, name)
-    return SearchSettings(**given)
+    return SearchSettings(**{"action": action, **given}) if given else None

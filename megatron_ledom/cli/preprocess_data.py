@@ -109,14 +109,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     if arguments.text_template is not None:
         arguments.text_template = from_command_line(arguments.text_template)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    search, paths = search_settings(arguments), arguments.decontaminate
+    search, paths = search_settings(arguments, "drop"), arguments.decontaminate
     del arguments.decontaminate
     given = {**vars(arguments), "direction": Direction(arguments.direction)}
     if paths:
         from megatron_ledom.evaluation.known_items import read_known_items
 
+        search = search or SearchSettings()
         search.check()
         given["decontamination"] = Decontamination(search, read_known_items(paths))
-    elif search != SearchSettings():
+    elif search is not None:
         raise UsageError("the options of the search for evaluation items need --decontaminate PATH")
     preprocess(PreprocessSettings(**given))

@@ -15,10 +15,10 @@ MOST_PIECES = 10
 
 def pieces_without(text: str, passages: Sequence[Passage]) -> list[str]:
     """Return the pieces of a text without the passages and what surrounds them, cut at white space. passages: in text order."""
-    utf8 = text.encode()
+    place = _characters(text.encode(), [offset for passage in passages for offset in (passage.begin, passage.end)])
     kept, position = [], 0
     for passage in passages:
-        begin, end = (len(utf8[:offset].decode()) for offset in (passage.begin, passage.end))
+        begin, end = place[passage.begin], place[passage.end]
         begin, end = _at_space(text, max(0, begin - WINDOW_CHARACTERS), -1), _at_space(text, end + WINDOW_CHARACTERS, 1)
         if begin > position:
             kept.append(text[position:begin])
@@ -27,6 +27,15 @@ def pieces_without(text: str, passages: Sequence[Passage]) -> list[str]:
     pieces = [piece.strip() for piece in kept]
     pieces = [piece for piece in pieces if len(piece) >= SHORTEST_CHARACTERS]
     return pieces if len(pieces) <= MOST_PIECES else []
+
+
+def _characters(utf8: bytes, offsets: Sequence[int]) -> dict[int, int]:
+    """Return the number of characters before each offset of a text in UTF-8."""
+    found, last, count = {}, 0, 0
+    for offset in sorted(set(offsets)):
+        count += len(utf8[last:offset].decode())
+        found[offset], last = count, offset
+    return found
 
 
 def _at_space(text: str, position: int, step: int) -> int:

@@ -28,12 +28,14 @@ class ContaminationCounts:
         self.contaminated += 1
         utf8 = text.encode()
         seen: set[tuple[int, str]] = set()
+        touched: set[int] = set()
         for passage in passages:
             entry = self.items.setdefault(str(passage.item), {"documents": 0, "kinds": {}, "examples": []})
             if (passage.item, passage.kind) not in seen:
                 entry["kinds"][passage.kind] = entry["kinds"].get(passage.kind, 0) + 1
-            if passage.item not in {item for item, _ in seen}:
+            if passage.item not in touched:
                 entry["documents"] += 1
+            touched.add(passage.item)
             seen.add((passage.item, passage.kind))
             if len(entry["examples"]) < MOST_EXAMPLES:
                 found = utf8[passage.begin : passage.end].decode()[:LONGEST_CHARACTERS]

@@ -165,7 +165,17 @@ class Searcher:
     def searched_items(self) -> set[int]:
         """Return the numbers of the items that have enough words for the chosen way to match."""
         kinds = self._searched_kinds
-        return {item for item in kinds if self.settings.match != BOTH or QUESTION in kinds[item]}
+        if self.settings.match != BOTH:
+            return set(kinds)
+        return {item for item in kinds if QUESTION in kinds[item] and self.words(self.items[item].answer)}
+
+    def check_items(self) -> None:
+        """Raise UsageError if no item is long enough, so that nothing would be found."""
+        if not self.num_ngrams:
+            raise UsageError(
+                f"none of the {len(self.items):,} items has {self.settings.min_words} words to search for; give other items, or"
+                " lower --min-words"
+            )
 
     def words(self, text: str) -> list[str]:
         """Return the normalized words of a text."""
@@ -181,10 +191,7 @@ class Searcher:
         return found
 
     def _passages(self, text: str, rows: Any) -> list[Passage]:
-        by_part: dict[int, list[Hit]] = defaultdict(list)
-        for _, word, ngram, length in rows.tolist():
-            for part, part_word in self._places[self._starts[ngram] : self._starts[ngram + 1]].tolist():
-                by_part[part].append(Hit(word, part_word, length))
+        by_part = self._hits_by_part(rows)
         near = [(part, cluster) for part, hits in by_part.items() for cluster in self._clusters(part, hits)]
         if not near:
             return []
@@ -207,6 +214,23 @@ class Searcher:
         return self._matching(
             sorted(found, key=lambda passage: (passage.begin, passage.end, passage.item, passage.kind)), words
         )
+
+    def _hits_by_part(self, rows: Any) -> dict[int, list[Hit]]:
+        """Return the hits of each part that can reach the threshold. A phrase of many items is in many parts, which need more."""
+        in_part: dict[int, list[tuple[int, Hit]]] = defaultdict(list)
+        for ngram, length in np.unique(rows[:, 2:], axis=0).tolist():
+            for part, part_word in self._places[self._starts[ngram] : self._starts[ngram + 1]].tolist():
+                in_part[part].append((ngram, Hit(0, part_word, length)))
+        places: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for part, found in in_part.items():
+            if self._share(part, [hit for _, hit in found]) >= self.settings.threshold:
+                for ngram, hit in found:
+                    places[ngram].append((part, hit.part_word))
+        by_part: dict[int, list[Hit]] = defaultdict(list)
+        for _, word, ngram, length in rows.tolist() if places else ():
+            for part, part_word in places.get(ngram, ()):
+                by_part[part].append(Hit(word, part_word, length))
+        return by_part
 
     def _clusters(self, part: int, hits: list[Hit]) -> Iterator[list[Hit]]:
         """Yield the groups of near hits of a part that have enough of its words. A gap has at most as many words as the part."""

@@ -1,5 +1,6 @@
 """The items of all evaluation sets in a folder, and of JSON lines of the user, as a search for contamination needs them."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from megatron_ledom.evaluation.tasks.benchmarks import TASKS
 from megatron_ledom.evaluation.tasks.loading import ENDINGS, parse_row, read_rows
 from megatron_ledom.evaluation.tasks.task import Item, Row, Task
 
+logger = logging.getLogger(__name__)
 BY_FILE = {task.file: task for task in TASKS}
 """Name of the file of a set, without ending -> the set."""
 
@@ -23,13 +25,14 @@ def read_known_items(paths: Sequence[str]) -> list[EvaluationItem]:
     for name in paths:
         path = Path(name)
         if path.is_dir():
-            found = [file for stem in BY_FILE for ending in ENDINGS if (file := path / f"{stem}{ending}").is_file()]
+            found = [file for stem in BY_FILE if (file := _file_of(path, stem)) is not None]
             if not found:
                 raise UsageError(
                     f"{path} has no file of a known set; expected {', '.join(list(BY_FILE)[:4])}, ... with one of the endings"
                     f" {' '.join(ENDINGS)} (`ledom evaluate --list`); give your own sets as JSON lines, by file"
                 )
             files += found
+            _log_others(path, found)
         elif path.is_file():
             files.append(path)
         else:
@@ -40,6 +43,26 @@ def read_known_items(paths: Sequence[str]) -> list[EvaluationItem]:
     if not items:
         raise DataError(f"{', '.join(paths)} have no items; give files with questions")
     return items
+
+
+def _file_of(folder: Path, stem: str) -> Path | None:
+    """Return the file of a known set, as `ledom evaluate` chooses it. Raises UsageError for a link to nothing."""
+    for file in (folder / f"{stem}{ending}" for ending in ENDINGS):
+        if file.is_file():
+            return file
+        if file.is_symlink():
+            raise UsageError(
+                f"{file} is a link to {file.readlink()}, which is not a file; bring the set back, or remove the link"
+            )
+    return None
+
+
+def _log_others(folder: Path, found: Sequence[Path]) -> None:
+    """Name the files that could be sets and are not searched."""
+    exemplars = {f"{task.exemplars_file}{ending}" for task in TASKS for ending in ENDINGS if task.exemplars_file}
+    others = sorted(file.name for file in folder.iterdir() if file.name.endswith(ENDINGS) and file not in found)
+    if others := [name for name in others if name not in exemplars]:
+        logger.warning("%s: not searched, because no known set has the name: %s; give them by file", folder, ", ".join(others))
 
 
 def _items_of(path: Path) -> Iterator[EvaluationItem]:

@@ -22,7 +22,7 @@ from megatron_ledom.data.decontaminate.batches import remains
 from megatron_ledom.data.decontaminate.rewriting import check_writable, rewrite
 from megatron_ledom.data.readers.byte_ranges import ByteRange, InputPath, Part, byte_ranges_of_task, parts_of
 from megatron_ledom.data.readers.input_files import find_inputs, log_skipped_inputs
-from megatron_ledom.data.readers.records import MAX_MESSAGES, OnError, ReadSettings, RecordReader
+from megatron_ledom.data.readers.records import MAX_MESSAGES, OnError, ReadSettings, RecordReader, option_to_check
 from megatron_ledom.data.readers.streams import MAX_RECORD_BYTES
 from megatron_ledom.errors import DataError, LedomError, UsageError, VerificationError, cannot_write, visible
 from megatron_ledom.platform.processes import ordered_map
@@ -63,6 +63,8 @@ class UnitRecord:
     """`ContaminationCounts`."""
     skipped: dict[str, int] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
+    num_bytes: int | None = None
+    """Size of the new file; None for a mere report."""
 
 
 @dataclass(slots=True)
@@ -93,24 +95,33 @@ class UnitSearch:
         for reader in readers:
             skipped += reader.skipped
             messages += reader.messages[: MAX_MESSAGES - len(messages)]
-        record = UnitRecord(asdict(counts), dict(skipped), messages)
+        size = os.path.getsize(self.targets[number]) if self.targets else None
+        record = UnitRecord(asdict(counts), dict(skipped), messages, size)
         finish_unit(self.paths[number], asdict(record))
         return record
+
+    def is_whole(self, number: int, record: UnitRecord) -> bool:
+        """Return True if the new file of a finished unit is there, as long as it was written."""
+        return not self.targets or _size(self.targets[number]) == record.num_bytes
 
 
 def decontaminate(settings: DecontaminateSettings) -> dict[str, Any]:
     """Write the report, and the new files if the action asks for them; return the report and print its counts."""
     if settings.workers is not None and settings.workers < 1:
         raise UsageError(f"--workers {settings.workers} is not possible; use 1 or more")
+    if settings.max_record_bytes < 1:
+        raise UsageError(f"--max-record-bytes {settings.max_record_bytes} leaves no record; use 1 or more")
     sources, skipped_inputs = find_inputs(settings.input)
     request = _request(settings, sources)
     digest = hashlib.sha256(orjson.dumps(request)).hexdigest()
+    is_writing = settings.decontamination.settings.action != "report"
+    targets = _targets(settings, sources) if is_writing else []
     with output_folder_lock(settings.output), sigterm_as_interrupt():
-        report = _finished_report(settings, digest)
+        report = _finished_report(settings, digest, targets)
         if report is None:
             log_skipped_inputs(skipped_inputs)
             try:
-                report = _made_report(settings, sources, request, digest)
+                report = _made_report(settings, sources, targets, request, digest)
             except OSError as error:
                 raise cannot_write(error, str(error.filename or settings.output)) from error
     print(describe(report))
@@ -130,7 +141,7 @@ def _request(settings: DecontaminateSettings, sources: Sequence[InputPath]) -> d
     return dict(orjson.loads(orjson.dumps(request)))
 
 
-def _finished_report(settings: DecontaminateSettings, digest: str) -> dict[str, Any] | None:
+def _finished_report(settings: DecontaminateSettings, digest: str, targets: Sequence[str]) -> dict[str, Any] | None:
     """Return the report if the same request has made it, else None. Raises UsageError if another request has."""
     path = Path(settings.output, REPORT)
     if settings.overwrite or not path.exists():
@@ -143,24 +154,31 @@ def _finished_report(settings: DecontaminateSettings, digest: str) -> dict[str, 
         raise UsageError(
             f"{path} was made from other inputs, items or options; name another --output, or replace it with --overwrite"
         )
+    if missing := [target for target in targets if not os.path.exists(target)]:
+        raise UsageError(f"{path} names {missing[0]}, which is missing; bring it back, or make all again with --overwrite")
     logger.info("%s: the same request has made it before; nothing to do", path)
     return report
 
 
 def _made_report(
-    settings: DecontaminateSettings, sources: Sequence[InputPath], request: dict[str, Any], digest: str
+    settings: DecontaminateSettings,
+    sources: Sequence[InputPath],
+    targets: Sequence[str],
+    request: dict[str, Any],
+    digest: str,
 ) -> dict[str, Any]:
-    is_writing = settings.decontamination.settings.action != "report"
-    units, targets = (
-        _units(settings, sources) if is_writing else (parts_of(byte_ranges_of_task(sources, 0, 1), settings.part_bytes), [])
-    )
+    if targets:
+        units: list[Part] = [(ByteRange(source, 0, source.num_bytes),) for source in sources]
+    else:
+        units = parts_of(byte_ranges_of_task(sources, 0, 1), settings.part_bytes)
     folder = Path(settings.output)
     is_begun = (folder / "contamination.work" / "plan.json").exists()
     if not settings.overwrite and not is_begun and (there := [target for target in targets if os.path.exists(target)]):
         raise UsageError(f"{there[0]} exists; name another --output, or replace it with --overwrite")
+    searcher = Searcher(settings.decontamination)
+    searcher.check_items()
     if settings.overwrite:
         (folder / REPORT).unlink(missing_ok=True)
-    searcher = Searcher(settings.decontamination)
     logger.info(
         "%d files, %d units, %d items, %s n-grams, index of %.1f MB",
         *(len(sources), len(units), len(searcher.items), f"{searcher.num_ngrams:,}", searcher.num_bytes / 1e6),
@@ -169,13 +187,15 @@ def _made_report(
         text_key=settings.text_key,
         on_error=settings.on_error,
         max_record_bytes=settings.max_record_bytes,
-        keep_records=is_writing and settings.decontamination.settings.action == "cut",
-        keep_lines=is_writing,
+        keep_lines=bool(targets),
     )
     with WorkFolder(str(folder / "contamination"), request, start_over=settings.overwrite, option="--output") as store:
         search = UnitSearch(units, [store.path(_unit(number)) for number in range(len(units))], targets, searcher, read)
         try:
             counts, skipped = _search_all(search, store, settings)
+            if not counts.documents:
+                advice = option_to_check(None, settings.text_key, skipped)
+                raise DataError(f"found no document in {len(sources)} input files (skipped: {skipped}); {advice}")
         except (LedomError, KeyboardInterrupt):
             if finished := store.num_finished():
                 logger.info("%d of %d units are kept in %s: the same command resumes", finished, len(units), store.folder)
@@ -192,7 +212,8 @@ def _search_all(
     """Search the unfinished units. Returns the counts of all units in order, and the numbers of skipped records by reason."""
     counts, skipped = ContaminationCounts(), Counter[str]()
     numbers = range(len(search.units))
-    finished = {number: UnitRecord(**stored) for number in numbers if (stored := store.finished(_unit(number))) is not None}
+    stored = {number: UnitRecord(**found) for number in numbers if (found := store.finished(_unit(number))) is not None}
+    finished = {number: record for number, record in stored.items() if search.is_whole(number, record)}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     unfinished = [number for number in numbers if number not in finished]
     made = ordered_map(
@@ -209,18 +230,32 @@ def _search_all(
     return counts, dict(sorted(skipped.items()))
 
 
+def _size(path: str) -> int | None:
+    try:
+        return os.path.getsize(path)
+    except FileNotFoundError:
+        return None
+
+
 def _unit(number: int) -> str:
     return f"unit-{number:06d}"
 
 
-def _units(settings: DecontaminateSettings, sources: Sequence[InputPath]) -> tuple[list[Part], list[str]]:
-    """Return each file as a unit, and its new path: below the output folder as the file is below the folder that all share."""
+def _targets(settings: DecontaminateSettings, sources: Sequence[InputPath]) -> list[str]:
+    """Return the new path of each file: below the output folder as the file is below the folder that all share.
+
+    Raises UsageError if a new file would replace an input, the report, or another new file.
+    """
     for source in sources:
         check_writable(source, settings.text_key)
-    paths = [os.path.realpath(source.path) for source in sources]
+    paths = [os.path.abspath(source.path) for source in sources]  # links keep their names
     shared = os.path.commonpath([os.path.dirname(path) for path in paths])
     targets = [os.path.join(settings.output, os.path.relpath(path, shared)) for path in paths]
+    taken = {os.path.realpath(path): f"the input {path}" for path in paths}
+    taken[os.path.realpath(os.path.join(settings.output, REPORT))] = "the report"
     for path, target in zip(paths, targets, strict=True):
-        if os.path.realpath(target) == path:
-            raise UsageError(f"--output {settings.output} is the folder of the input {path}; name another folder")
-    return [(ByteRange(source, 0, source.num_bytes),) for source in sources], targets
+        real = os.path.realpath(target)
+        if real in taken:
+            raise UsageError(f"the new file of {path} would replace {taken[real]}; name another folder as --output")
+        taken[real] = f"the new file of {path}"
+    return targets

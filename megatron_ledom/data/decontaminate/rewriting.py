@@ -5,24 +5,27 @@ import contextlib
 import gzip
 import json
 import lzma
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
-import orjson
 import zstandard
 
 from megatron_ledom.contamination.report import ContaminationCounts
 from megatron_ledom.contamination.search import Searcher
 from megatron_ledom.data.decontaminate.batches import remains
 from megatron_ledom.data.readers.byte_ranges import ByteRange, Compression, InputPath
+from megatron_ledom.data.readers.json_lines import parse_exactly
 from megatron_ledom.data.readers.records import ReadSettings, RecordReader, TextBatch
+from megatron_ledom.data.readers.streams import BadRecordError
+from megatron_ledom.data.readers.table_sizes import rows_at_once
 from megatron_ledom.errors import UsageError
 from megatron_ledom.storage.files import new_file
 
 WRITABLE = ("lines", "parquet")
 """Kinds of files that can be written again."""
-ROWS_AT_ONCE = 1000
+GROUP_BYTES = 64 << 20
+"""Size in memory of the rows that become a row group."""
 
 
 def check_writable(source: InputPath, text_key: str) -> None:
@@ -54,8 +57,20 @@ def _write_lines(batch: TextBatch, stream: Any, kept: dict[int, list[str]], text
         if number not in kept:
             stream.write(line + b"\n")
             continue
-        for piece in kept[number]:
-            stream.write(_json(_with_text(batch.records[number], text_key, piece)) + b"\n")
+        if not kept[number]:
+            continue
+        reader, origin = batch.origins[number]
+        try:
+            record = parse_exactly(line)
+            pieces = [_json(_with_text(record, text_key, piece)) for piece in kept[number]]
+        except (RecursionError, TypeError):
+            bad = BadRecordError(
+                "malformed_json", "it nests too deep, or has a number with too many digits, to be written again"
+            )
+            reader.reject(bad, origin, reader.skipped, reader.messages)
+            continue
+        for piece in pieces:
+            stream.write(piece + b"\n")
 
 
 def _with_text(record: Any, text_key: str, text: str) -> dict[str, Any]:
@@ -68,9 +83,9 @@ def _with_text(record: Any, text_key: str, text: str) -> dict[str, Any]:
 
 def _json(record: dict[str, Any]) -> bytes:
     try:
-        return orjson.dumps(record)
-    except TypeError:  # a huge number, which only the standard library reads
-        return json.dumps(record, ensure_ascii=False, default=str).encode()
+        return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair in another field
+        return json.dumps(record, separators=(",", ":")).encode()
 
 
 @contextmanager
@@ -102,15 +117,17 @@ def _rewrite_table(reader: RecordReader, target: str, searcher: Searcher, counts
             texts = _numbered_texts(reader)
             held = next(texts, None)
             first = 0
-            for rows in table.iter_batches(batch_size=ROWS_AT_ONCE):
+            group = _Rows(writer)
+            for rows in table.iter_batches(batch_size=_rows_at_once(table.metadata), use_threads=False):
                 batch, numbers = TextBatch(), []
                 while held is not None and held[0] < first + rows.num_rows:
                     batch.texts.append(held[1])
                     batch.origins.append((reader, f"{path}: row {held[0] + 1}"))
                     numbers.append(held[0] - first)
                     held = next(texts, None)
-                _write_rows(writer, rows, numbers, batch, remains(batch, searcher, counts), reader.settings.text_key)
+                group.add(_remaining(rows, numbers, batch, remains(batch, searcher, counts), reader.settings.text_key))
                 first += rows.num_rows
+            group.write()
 
 
 def _numbered_texts(reader: RecordReader) -> Iterator[tuple[int, str]]:
@@ -120,20 +137,59 @@ def _numbered_texts(reader: RecordReader) -> Iterator[tuple[int, str]]:
             yield int(str(origin).rpartition(" ")[2]) - 1, text
 
 
-def _write_rows(
-    writer: Any, rows: Any, numbers: list[int], batch: TextBatch, kept: dict[int, list[str]], text_key: str
-) -> None:
+class _Rows:
+    """Collects rows of a table until they are a row group."""
+
+    def __init__(self, writer: Any) -> None:
+        self._writer, self._num_bytes = writer, 0
+        self._tables: list[Any] = []
+
+    def add(self, table: Any) -> None:
+        """Add rows, and write those that are enough for a row group."""
+        self._tables.append(table)
+        self._num_bytes += table.nbytes
+        if self._num_bytes >= GROUP_BYTES:
+            self.write()
+
+    def write(self) -> None:
+        """Write the collected rows."""
+        import pyarrow as pa
+
+        if any(table.num_rows for table in self._tables):
+            self._writer.write_table(pa.concat_tables(self._tables))
+        self._tables, self._num_bytes = [], 0
+
+
+def _rows_at_once(metadata: Any) -> int:
+    """Return the number of rows to read at a time, by the mean size of the rows of the widest row group."""
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    return rows_at_once(max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=1))
+
+
+def _remaining(rows: Any, numbers: list[int], batch: TextBatch, kept: dict[int, list[str]], text_key: str) -> Any:
+    """Return the rows whose texts remain, as a table. numbers: the rows of the texts of the batch."""
     import pyarrow as pa
 
     chosen: list[tuple[int, int, str | None]] = []
     for number, row in enumerate(numbers):
         chosen += [(row, number, piece) for piece in kept[number]] if number in kept else [(row, number, None)]
-    table = pa.Table.from_batches([rows]).take(pa.array([row for row, _, _ in chosen], pa.int64()))
+    whole = pa.Table.from_batches([rows])
+    table = pa.concat_tables([whole.slice(0, 0), *(whole.slice(first, last + 1 - first) for first, last in _runs(chosen))])
     if any(piece is not None for _, _, piece in chosen):
         texts = [batch.texts[number] if piece is None else piece for _, number, piece in chosen]
         place = table.schema.get_field_index(text_key)
         table = table.set_column(
             place, table.schema.field(place), pa.array(texts, pa.string()).cast(table.schema.field(place).type)
         )
-    if table.num_rows:
-        writer.write_table(table)
+    return table
+
+
+def _runs(chosen: Sequence[tuple[int, int, str | None]]) -> list[tuple[int, int]]:
+    """Return (first, last) of the runs of consecutive rows; a row of several pieces is a run for each."""
+    runs: list[tuple[int, int]] = []
+    for row, _, _ in chosen:
+        if runs and row == runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], row)
+        else:
+            runs.append((row, row))
+    return runs

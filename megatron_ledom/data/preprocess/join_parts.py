@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from megatron_ledom.contamination.report import ContaminationCounts, describe, report_of
 from megatron_ledom.contamination.search import Searcher
+from megatron_ledom.data.decontaminate.batches import CONTAMINATED
 from megatron_ledom.data.preprocess import deduplication
 from megatron_ledom.data.preprocess.encode_parts import PartEncoder
 from megatron_ledom.data.preprocess.part_store import PartRecord, PartStore
@@ -37,6 +38,8 @@ def make_shard(
 ) -> ShardManifest:
     """Encode the unfinished parts and join all parts to the shard. Returns its manifest."""
     searcher = None if task.settings.decontamination is None else Searcher(task.settings.decontamination)
+    if searcher is not None:
+        searcher.check_items()
     gc.freeze()  # as in `pipeline`: the items stay, and a scan would copy them into every worker
     encoder = PartEncoder(
         parts=task.parts,
@@ -80,6 +83,8 @@ def make_shard(
         if not writer.num_documents and task.num_tasks == 1:
             store.remove()
             advice = option_to_check(task.read.template, task.read.text_key, counts.skipped)
+            if CONTAMINATED in counts.skipped:
+                advice = f"{counts.skipped[CONTAMINATED]:,} of them have evaluation items: `ledom decontaminate` reports which"
             raise DataError(
                 f"found no document with a token in {len(task.sources)} input files (skipped: {counts.skipped}); {advice}"
             )

@@ -48,6 +48,11 @@ def loads_leniently(line: bytes, refusal: orjson.JSONDecodeError) -> Any:
         sys.setrecursionlimit(limit)
 
 
+def parse_exactly(line: bytes) -> Any:
+    """Parse a good line with the standard library, which keeps huge integers, NaN and Infinity, as orjson does not."""
+    return loads_leniently(line, orjson.JSONDecodeError("malformed", "", 0))
+
+
 class _PythonDecoder(json.JSONDecoder):
     """The standard library's parser in Python."""
 

@@ -52,3 +52,21 @@ def test_a_path_without_items_is_refused(tmp_path: Path) -> None:
     (tmp_path / "own.jsonl").write_text("\n")
     with pytest.raises(DataError, match="have no items"):
         read_known_items([str(tmp_path / "own.jsonl")])
+
+
+def test_a_set_is_read_once_a_lost_one_is_refused_and_an_unknown_one_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_sets(tmp_path / "sets")
+    num_items = len(read_known_items([str(folder)]))
+    assert not caplog.messages
+    again = next(folder.glob("gsm8k_test.jsonl*"))
+    (folder / "gsm8k_test.parquet").write_bytes(again.read_bytes())
+    (folder / "mmlu.jsonl").write_text("")
+    assert len(read_known_items([str(folder)])) == num_items
+    assert "not searched, because no known set has the name: gsm8k_test.parquet, mmlu.jsonl" in caplog.text
+    (folder / "gsm8k_test.parquet").unlink()
+    again.rename(tmp_path / "gone")
+    (folder / "gsm8k_test.jsonl").symlink_to("nowhere")
+    with pytest.raises(UsageError, match=r"gsm8k_test\.jsonl is a link to nowhere"):
+        read_known_items([str(folder)])

@@ -185,9 +185,88 @@ def test_files_of_others_and_inputs_are_never_overwritten(tmp_path: Path) -> Non
     (tmp_path / "out/0.jsonl").write_text("mine")
     with pytest.raises(UsageError, match=r"out/0\.jsonl exists; name another --output"):
         decontaminate(settings(tmp_path, "out"))
-    with pytest.raises(UsageError, match=r"is the folder of the input .*0\.jsonl"):
+    with pytest.raises(UsageError, match=r"would replace the input .*0\.jsonl; name another folder"):
         decontaminate(settings(tmp_path, "in", overwrite=True))
     assert (tmp_path / "out/0.jsonl").read_text() == "mine"
+
+
+def test_no_new_file_replaces_an_input_the_report_or_another_new_file(tmp_path: Path) -> None:
+    write_inputs(tmp_path, files=2)  # in/0.jsonl, in/sub/1.jsonl
+    (tmp_path / "in/1.jsonl").write_bytes(line(0) + b"\n")
+    before = tree(tmp_path / "in")
+    with pytest.raises(UsageError, match=r"new file of .*in/1\.jsonl would replace the input .*in/sub/1\.jsonl"):
+        decontaminate(settings(tmp_path, "in/sub", overwrite=True))
+    assert tree(tmp_path / "in") == before
+    (tmp_path / "in/contamination.json").write_bytes(line(0) + b"\n")
+    with pytest.raises(UsageError, match="would replace the report"):
+        decontaminate(settings(tmp_path, "out", input=[f"{tmp_path}/in/contamination.json"]))
+
+
+def test_a_link_keeps_its_own_name(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "in/0.jsonl").rename(tmp_path / "in/4f2a")
+    (tmp_path / "links/train.jsonl").symlink_to("../in/4f2a")
+    decontaminate(settings(tmp_path, "out", input=[f"{tmp_path}/links"]))
+    assert set(tree(tmp_path / "out")) == {"train.jsonl", "contamination.json"}
+
+
+def test_a_new_file_that_is_lost_is_written_again_or_named(tmp_path: Path) -> None:
+    write_inputs(tmp_path, files=2)
+    (tmp_path / "in/z.jsonl").write_bytes(line(0) + b"\n{\n")
+    with pytest.raises(DataError, match="malformed JSON"):
+        decontaminate(settings(tmp_path, "out", workers=1))
+    (tmp_path / "out/0.jsonl").unlink()
+    (tmp_path / "out/sub/1.jsonl").write_bytes(b"")
+    with pytest.raises(DataError, match="malformed JSON"):
+        decontaminate(settings(tmp_path, "out", workers=1))
+    assert {len(tree(tmp_path / "out")[name].splitlines()) for name in ("0.jsonl", "sub/1.jsonl")} == {7}
+    (tmp_path / "in/z.jsonl").unlink()
+    decontaminate(settings(tmp_path, "out", overwrite=True))
+    (tmp_path / "out/0.jsonl").unlink()
+    with pytest.raises(UsageError, match=r"0\.jsonl, which is missing; bring it back"):
+        decontaminate(settings(tmp_path, "out"))
+
+
+def test_a_search_of_nothing_is_an_error(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    with pytest.raises(DataError, match=r"found no document in 1 input files .*check --text-key txt"):
+        decontaminate(settings(tmp_path, "out", text_key="txt", on_error="skip", check=True))
+    assert not (tmp_path / "out/contamination.json").exists()
+    short = [EvaluationItem(set="own", number=0, question="Two words")]
+    with pytest.raises(UsageError, match="none of the 1 items has 8 words"):
+        decontaminate(settings(tmp_path, "new", items=short))
+
+
+def test_other_fields_of_a_cut_line_keep_their_values(tmp_path: Path) -> None:
+    text = f"{PAGES[1]} {PAGES[2]} {PAGES[4]} {PAGES[5]} {PAGES[6]}"
+    fields = [
+        b'"id": 123456789012345678901234567890',
+        b'"x": NaN',
+        b'"x": "\\ud800"',
+        b'"x": "\xff"',
+        b'"x": ' + b"[" * 1500 + b"]" * 1500,
+    ]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/0.jsonl").write_bytes(b"".join(b'{"text": "%s", %s}\n' % (text.encode(), other) for other in fields))
+    with pytest.raises(DataError, match=r"0\.jsonl:5: it nests too deep"):
+        decontaminate(settings(tmp_path, "out", "cut"))
+    report = decontaminate(settings(tmp_path, "skipped", "cut", on_error="skip"))
+    assert report["skipped"] == {"malformed_json": 1}
+    written = (tmp_path / "skipped/0.jsonl").read_bytes().splitlines()
+    assert len(written) == 8
+    for one, value in zip(written[::2], (b"123456789012345678901234567890", b"NaN", b'"\\ud800"', b'"\\udcff"'), strict=True):
+        assert one.endswith(b":" + value + b"}")
+
+
+def test_many_items_with_one_phrase_do_not_slow_the_search(tmp_path: Path) -> None:
+    phrase = "Answer the following multiple choice question by giving the letter of the right answer. "
+    items = [EvaluationItem(set="own", number=n, question=f"{phrase} {PAGES[n % 9]} {n}") for n in range(300)]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/0.jsonl").write_text(json.dumps({"text": phrase * 3000 + PAGES[8]}) + "\n")
+    report = decontaminate(settings(tmp_path, "out", "report", items=items))
+    assert report["documents"]["contaminated"] == 1
+    assert {item["item"] % 9 for item in report["items"]} == {8}
 
 
 def test_bad_records_are_named_or_counted(tmp_path: Path) -> None:

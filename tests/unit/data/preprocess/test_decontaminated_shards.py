@@ -133,3 +133,19 @@ def test_the_command_takes_a_folder_or_lines_of_items(tmp_path: Path, tokenizer:
     )
     assert load_manifest(f"{tmp_path}/a").skipped == {"contaminated": 1}
     assert run_tool(monkeypatch, "preprocess_data", *command, "--action", "cut") == 2
+
+
+def test_a_corpus_of_nothing_but_items_and_a_search_for_nothing_are_errors(tmp_path: Path, tokenizer: str) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [PAGES[7]])
+    with pytest.raises(DataError, match=r"found no document .*; 1 of them have evaluation items"):
+        preprocess(settings(tmp_path, tokenizer, "all"))
+    short = [EvaluationItem(set="own", number=0, question="Two words")]
+    with pytest.raises(UsageError, match="none of the 1 items has 8 words"):
+        preprocess(settings(tmp_path, tokenizer, "other", items=short))
+
+
+def test_options_of_the_search_need_items(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_jsonl(tmp_path / "a.jsonl", PAGES)
+    command = ["--input", f"{tmp_path}/a.jsonl", "--tokenizer", tokenizer, "--output-prefix", f"{tmp_path}/out/a"]
+    assert run_tool(monkeypatch, "preprocess_data", *command, "--action", "drop") == 2
+    assert not (tmp_path / "out").exists()
