@@ -2,7 +2,8 @@
 
 It runs a stock transformers model on ids as they come, and knows nothing of directions. Requests of all clients are computed at the same
 time, a token at a time. `GET /test/state` tells how many requests run, ended and were left by their client; `POST /test/next` sets what
-the next requests meet: a status, a stream that breaks or reports an error after some events, or a wait before each token.
+the next requests meet: a status, a stream that breaks, is garbled or reports an error after some events, or a wait before each token,
+before the end of a stream or before a score.
 """
 
 import argparse
@@ -123,6 +124,7 @@ class Application:
         return self.change({**fields, "choices": [{"index": 0, **choice}], **more})
 
     def scored(self, body: dict[str, Any]) -> Any:
+        time.sleep(self.following.get("score_seconds", 0))
         prompt, model = body["prompt"], self.model
         values = model.logprobs(model.logits(prompt))
         by_id = bool(body.get("return_tokens_as_token_ids"))
@@ -146,6 +148,7 @@ class Application:
         try:
             async for event in self.events(body):
                 yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
+            await asyncio.sleep(self.following.get("end_seconds", 0))
             yield "data: [DONE]\n\n"
             is_whole = True
         finally:
@@ -160,7 +163,8 @@ class Application:
             if len(ids) == self.following.get("break_after", -1):
                 raise RuntimeError("the connection breaks, for a test")
             if len(ids) == self.following.get("error_after", -1):
-                yield {"error": {"message": "engine died", "type": "InternalServerError", "param": None, "code": 500}}
+                code = self.following.get("code", 500)
+                yield {"error": {"message": "engine died", "type": "InternalServerError", "param": None, "code": code}}
                 return
             logits = (await asyncio.to_thread(self.model.logits, [*body["prompt"], *ids]))[-1]
             ids.append(self.model.chosen(logits, body, len(ids)))
@@ -200,7 +204,8 @@ def build_app(model: Model, *, tokenizes: bool = True, **options: Any) -> Any:
             return JSONResponse({"error": error}, status_code=refused[0])
         if body.get("echo"):
             return own.scored(body)
-        return StreamingResponse(own.counted(body), media_type="text/event-stream")
+        headers = {"Content-Encoding": "gzip"} if own.following.get("garbled") else {}
+        return StreamingResponse(own.counted(body), media_type="text/event-stream", headers=headers)
 
     app = FastAPI(dependencies=[Depends(check_key)])
     app.get("/v1/models")(own.models)

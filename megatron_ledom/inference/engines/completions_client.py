@@ -76,7 +76,7 @@ class CompletionsClient:
     def request(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Return the response to one request; repeat it if the server is busy or the connection breaks.
 
-        Raises TransientError after ATTEMPTS, RemoteAnswerError for a refusal or a response that is not a JSON object, RedirectError
+        Raises TransientError after ATTEMPTS or if the server does not answer in time, RemoteAnswerError for a refusal or a response that is not a JSON object, RedirectError
         for a redirect.
         """
         return self._content(self._answer("POST", self.url, fields))
@@ -113,13 +113,24 @@ class CompletionsClient:
         """Return the error for a server that did not answer any attempt."""
         return TransientError(f"{url} did not answer {ATTEMPTS} times ({reason}); check that it runs, then try again")
 
+    def too_slow(self, url: object) -> TransientError:
+        """Return the error for a server that took a request and did not answer in time.
+
+        Such a request is not repeated: the server may still compute it, and would compute it again.
+        """
+        return TransientError(
+            f"{url} did not answer within {self._options['timeout'].read:g} seconds; send less at once, or try again when it is less busy"
+        )
+
     def _answer(self, method: str, url: str, fields: dict[str, Any] | None = None) -> httpx.Response:
-        """Return the first response that is not transient."""
+        """Return the first response that is not transient; raise TransientError at once if the server takes too long."""
         body = None if fields is None else json.dumps(fields, allow_nan=False).encode()
         reason = ""
         for attempt in range(ATTEMPTS):
             try:
                 response = self._http.request(method, url, content=body)
+            except httpx.ReadTimeout:
+                raise self.too_slow(url) from None
             except httpx.TransportError as error:
                 reason = self.shown(f"{type(error).__name__}: {error}")
             except (httpx.HTTPError, httpx.InvalidURL) as error:

@@ -181,6 +181,18 @@ def test_failures_of_the_upstream_are_502_and_503(thin: Served, upstreams: tuple
     assert thin.post("/v1/completions", body).json()["choices"] == expected
 
 
+def test_tokens_count_once_if_the_upstream_ends_its_answer_late(thin: Served, upstreams: tuple[Upstream, Upstream]) -> None:
+    before = thin.metric("ledom_tokens_total")
+    body = {"suffix": " is nice", "max_tokens": 3, "temperature": 0}
+    used = thin.post("/v1/completions", body).json()["usage"]["total_tokens"]
+    assert thin.metric("ledom_tokens_total") == before + used
+    upstreams[1].meet(end_seconds=60)
+    assert thin.post("/v1/completions", body).status_code == 200
+    until(lambda: upstreams[1].state["running"] == 0)
+    assert thin.metric("ledom_tokens_total") == before + 2 * used
+    upstreams[1].meet()
+
+
 def test_no_text_and_no_key_is_in_the_log(thin: Served, upstreams: tuple[Upstream, Upstream]) -> None:
     upstreams[1].meet(status=400, times=1)
     assert thin.post("/v1/completions", {"suffix": SECRET, "max_tokens": 2}).status_code == 502
