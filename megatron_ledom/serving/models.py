@@ -10,7 +10,6 @@ from typing import Any
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import UsageError
-from megatron_ledom.inference.engines.completions_rows import CompletionsRows
 from megatron_ledom.inference.engines.engine import Engine
 from megatron_ledom.inference.engines.transformers_engine import TransformersEngine
 from megatron_ledom.inference.language_model import LanguageModel
@@ -197,7 +196,7 @@ def _loaded(settings: ServeSettings, direction: Direction, name: str, folder: Pa
 def _connected(settings: ServeSettings, direction: Direction, name: str, folder: Path) -> ServedModel:
     """Connect with the upstream of a model."""
     engine = connect(settings, direction, folder)
-    return _served(name, folder, CompletionsRows(engine, settings.upstream_requests), engine, ONE_REQUEST)
+    return _served(name, folder, engine.rows, engine, ONE_REQUEST)
 
 
 def _served(name: str, folder: Path, rows: RowWriter, engine: Engine, shared_rows: int) -> ServedModel:

@@ -35,7 +35,7 @@ from megatron_ledom.inference.row_generation import (
     RowResult,
     healed_rows,
 )
-from megatron_ledom.inference.scoring import no_room
+from megatron_ledom.inference.scoring import Span, no_room
 
 POLL_SECONDS = 0.1
 """Time between two questions if a row is still wanted, while the server gives no token."""
@@ -101,6 +101,13 @@ class CompletionsRows:
         """See `RowWriter.write_rows`. An error of one row ends all."""
         rows, observer = healed_rows(self, requests), RowObserver(self, on_step, on_end)
         return asyncio.run_coroutine_threadsafe(self._write_all(rows, observer, is_wanted), self._loop).result()
+
+    def written_span(self, request: RowRequest) -> tuple[Span, list[float]]:
+        """Write one row; return its ids, of which those of the new text are to be scored, and their log-probabilities."""
+        (row,), written = healed_rows(self, [request]), WrittenIds()
+        asyncio.run_coroutine_threadsafe(self._write(row, written, RowObserver(self, None, None)), self._loop).result()
+        tokens = [*self.leading_ids, *row.healed.tokens, *written.ids]
+        return Span(tokens, len(tokens) - len(written.logprobs)), written.logprobs
 
     async def _write_all(self, rows: list[Row], observer: RowObserver, is_wanted: IsWanted) -> list[RowResult]:
         tasks = [asyncio.create_task(self._write_while_wanted(row, observer, is_wanted)) for row in rows]

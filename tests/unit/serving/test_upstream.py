@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastapi.responses import HTMLResponse, JSONResponse
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
@@ -259,6 +260,36 @@ def test_a_name_that_the_upstream_has_not_is_refused(lone_upstream: Upstream, fo
         settings(folders[1], lone_upstream, forward_upstream="http://localhost:1")
 
 
+def test_an_adapter_has_the_context_of_its_model(lone_upstream: Upstream, folders: tuple[Path, Path]) -> None:
+    for name in ("served", "an-adapter"):
+        assert (
+            connect(settings(folders[1], lone_upstream, upstream_model=name), Direction.REVERSE, folders[1]).num_positions == 64
+        )
+
+
+@pytest.mark.parametrize(
+    "tokenized",
+    [
+        JSONResponse({"detail": "no"}, 401),
+        JSONResponse({"detail": "no"}, 403),
+        JSONResponse({"detail": "broken"}, 500),
+        HTMLResponse("<p>a proxy's page</p>"),
+        {"tokens": []},
+        {"ids": [1]},
+        [{"id": 1}],
+    ],
+    ids=lambda one: str(getattr(one, "status_code", one)),
+)
+def test_without_a_usable_tokenize_the_names_of_tokens_are_compared(
+    tmp_path: Path, folders: tuple[Path, Path], tokenized: Any
+) -> None:
+    other = random_model_folder(tmp_path / "other", "byte_level", "reverse", num_extra_rows=200)
+    with upstream_in_thread(other, tokenized=tokenized) as upstream:
+        with pytest.raises(MismatchError, match="or has another tokenizer"):
+            connect(settings(folders[1], upstream), Direction.REVERSE, folders[1])
+        connect(settings(other, upstream), Direction.REVERSE, other)
+
+
 @pytest.mark.parametrize("tokenizes", [True, False], ids=["tokenize", "names"])
 def test_an_upstream_with_another_tokenizer_is_refused(tmp_path: Path, folders: tuple[Path, Path], tokenizes: bool) -> None:
     other = random_model_folder(tmp_path / "other", "byte_level", "reverse", num_extra_rows=200)
@@ -287,6 +318,18 @@ def test_an_upstream_with_other_weights_is_refused(tmp_path: Path, folders: tupl
         with pytest.raises(MismatchError, match="has other weights than"):
             connect(settings(folders[1], upstream), Direction.REVERSE, folders[1])
         connect(settings(other, upstream), Direction.REVERSE, other)
+
+
+def test_an_upstream_that_does_not_write_as_it_should_is_refused(folders: tuple[Path, Path]) -> None:
+    for field in ("allowed_token_ids", "return_token_ids"):
+        says = f"refuses the request: 400 .*{field}: Extra inputs"
+        with upstream_in_thread(folders[1], refused=field) as upstream, pytest.raises(RemoteAnswerError, match=says):
+            connect(settings(folders[1], upstream), Direction.REVERSE, folders[1])
+    with (
+        upstream_in_thread(folders[1], processed=True) as upstream,
+        pytest.raises(MismatchError, match="without --logprobs-mode"),
+    ):
+        connect(settings(folders[1], upstream), Direction.REVERSE, folders[1])
 
 
 def order_model(direction: Direction) -> LlamaForCausalLM:
