@@ -90,12 +90,15 @@ def completion_job(models: ServedModels, model: ServedModel, rows: list[RowReque
     cancelled = Event()
     growing = [_growing(model, row) for row in rows] if on_piece else []
     work = CompletionWork(rows, cancelled, on_piece, growing)
+    lane, lane_calls = models.lane("write", [model])
     return Job(
         ("write", model.name),
         lambda works, settle: _Writing(models, model, works, settle).run(),
         work,
         len(rows),
         model.shared_rows,
+        lane,
+        lane_calls,
         cancelled=cancelled,
     )
 
