@@ -13,6 +13,7 @@ request:
 """
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import httpx
 
 from megatron_ledom.direction import Direction, to_model_order
 from megatron_ledom.errors import MismatchError, RemoteAnswerError, UsageError
-from megatron_ledom.inference.engines.completions_client import CompletionsClient
+from megatron_ledom.inference.engines.completions_client import CompletionsClient, is_loopback
 from megatron_ledom.inference.engines.completions_engine import CallerNames, CompletionsEngine
 from megatron_ledom.inference.engines.completions_rows import CompletionsRows
 from megatron_ledom.inference.engines.remote_engine import RECORDED, UnrecordedReverse
@@ -34,7 +35,9 @@ from megatron_ledom.serving.settings import ServeSettings
 
 log = logging.getLogger(__name__)
 KEY_VARIABLE = "LEDOM_UPSTREAM_API_KEY"
-NAMES = CallerNames(KEY_VARIABLE, "--upstream-model or --forward-upstream-model", trust_advice="")
+FORWARD_KEY_VARIABLE = "LEDOM_FORWARD_UPSTREAM_API_KEY"
+"""Holds the key of the forward model's upstream, if it is not that of the reverse model's."""
+MODEL_OPTIONS = "--upstream-model or --forward-upstream-model"
 PROBES = (
     "The capital of France is Paris, and the capital of Germany is Berlin. Many people visit both cities every year.",
     "In 1969 the first people walked on the Moon. They came back to the Earth after eight days, with stones and photographs.",
@@ -99,9 +102,9 @@ class UpstreamEngine(CompletionsEngine):
 
 def connect(settings: ServeSettings, direction: Direction, folder: Path) -> UpstreamEngine:
     """Return the engine of a model on its upstream, after all checks."""
-    option = _option(settings, direction)
+    option, variable = _option(settings, direction), key_variable(settings, direction)
     client = CompletionsClient(
-        option.url, timeout=settings.timeout_seconds, key_over_http=settings.key_over_http, key_variable=KEY_VARIABLE
+        option.url, timeout=settings.timeout_seconds, key_over_http=settings.key_over_http, key_variable=variable
     )
     listed = _listed_model(client, option)
     unrecorded = RECORDED
@@ -116,7 +119,7 @@ def connect(settings: ServeSettings, direction: Direction, folder: Path) -> Upst
         timeout=settings.timeout_seconds,
         key_over_http=settings.key_over_http,
         unrecorded=unrecorded,
-        names=NAMES,
+        names=CallerNames(variable, MODEL_OPTIONS, trust_advice=""),
     )
     context = listed["max_model_len"]
     if type(context) is int and context > 0:
@@ -127,6 +130,30 @@ def connect(settings: ServeSettings, direction: Direction, folder: Path) -> Upst
     check_writing(engine)
     log.info("the %s model runs on an upstream, as %s, with %s positions", direction, listed["id"], engine.num_positions)
     return engine
+
+
+def key_variable(settings: ServeSettings, direction: Direction) -> str:
+    """Return the environment variable of the key of a model's upstream; without a key of its own, the forward one gets the other's.
+
+    Raises UsageError if the upstreams are on two hosts and only one key is set: it may be a secret of one of them.
+    """
+    hosts = {_host(url) for url in (settings.upstream, settings.forward_upstream) if url}
+    missing = [variable for variable in (KEY_VARIABLE, FORWARD_KEY_VARIABLE) if variable not in os.environ]
+    if len(hosts) == 2 and len(missing) == 1:
+        raise UsageError(
+            f"the upstreams are on two hosts, {' and '.join(sorted(hosts))}, and only one key is set; set {missing[0]}, too, to"
+            " an empty text if that upstream needs no key"
+        )
+    shares = FORWARD_KEY_VARIABLE in missing and KEY_VARIABLE not in missing
+    return KEY_VARIABLE if direction is Direction.REVERSE or shares else FORWARD_KEY_VARIABLE
+
+
+def _host(url: str) -> str:
+    try:
+        host = httpx.URL(url).host
+    except httpx.InvalidURL:
+        return url  # CompletionsClient refuses it
+    return "this machine" if is_loopback(host) else host
 
 
 def _option(settings: ServeSettings, direction: Direction) -> _Option:

@@ -20,7 +20,7 @@ from megatron_ledom.errors import MismatchError, RemoteAnswerError, TransientErr
 from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 from megatron_ledom.inference.scoring import Span
 from megatron_ledom.serving.settings import ServeSettings
-from megatron_ledom.serving.upstream import PROBES, connect
+from megatron_ledom.serving.upstream import PROBES, connect, key_variable
 from tests.support.closeness import close
 from tests.support.served import Served, events_of, serving, until
 from tests.support.tiny_models import (
@@ -250,6 +250,26 @@ def test_a_server_that_does_not_answer_is_named(folders: tuple[Path, Path], monk
 def test_a_missing_key_is_named(folders: tuple[Path, Path], upstreams: tuple[Upstream, Upstream]) -> None:
     with pytest.raises(RemoteAnswerError, match=r"401 .*LEDOM_UPSTREAM_API_KEY"):
         connect(settings(folders[1], upstreams[1]), Direction.REVERSE, folders[1])
+
+
+def test_no_key_goes_to_two_hosts(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def variables(reverse_url: str, forward_url: str) -> list[str]:
+        made = settings(folders[1], reverse_url, forward=folders[0], forward_upstream=forward_url)
+        return [key_variable(made, direction) for direction in (Direction.REVERSE, Direction.FORWARD)]
+
+    reverse, forward = "LEDOM_UPSTREAM_API_KEY", "LEDOM_FORWARD_UPSTREAM_API_KEY"
+    one, two = ("https://a.example/v1", "https://a.example:81/v1"), ("https://a.example/v1", "https://b.example/v1")
+    assert variables(*two) == [reverse, forward]
+    monkeypatch.setenv(reverse, KEY)
+    assert variables(*one) == variables("http://localhost:1", "http://127.0.0.1:2/v1") == [reverse, reverse]
+    made = settings(folders[1], two[0], forward=folders[0], forward_upstream=two[1])
+    with pytest.raises(UsageError, match=f"two hosts, a.example and b.example, and only one key is set; set {forward}"):
+        connect(made, Direction.REVERSE, folders[1])
+    monkeypatch.setenv(forward, "")
+    assert variables(*two) == variables(*one) == [reverse, forward]
+    monkeypatch.delenv(reverse)
+    with pytest.raises(UsageError, match=f"set {reverse}"):
+        variables(*two)
 
 
 def test_a_name_that_the_upstream_has_not_is_refused(lone_upstream: Upstream, folders: tuple[Path, Path]) -> None:
