@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_ledom.cli.options import add_batch_size, add_unrecorded_direction
 
 KEY_VARIABLE = "LEDOM_API_KEY"
-UPSTREAM_KEY_VARIABLE = "LEDOM_UPSTREAM_API_KEY"
+UPSTREAM_KEY_VARIABLES = "LEDOM_UPSTREAM_API_KEY and LEDOM_FORWARD_UPSTREAM_API_KEY"
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -82,7 +82,7 @@ def _add_upstream(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--key-over-http",
         action="store_true",
-        help=f"send {UPSTREAM_KEY_VARIABLE} by plain http to an upstream on another machine, where others can read it",
+        help=f"send {UPSTREAM_KEY_VARIABLES} by plain http to an upstream on another machine, where others can read it",
     )
 
 

@@ -90,12 +90,15 @@ def completion_job(models: ServedModels, model: ServedModel, rows: list[RowReque
     cancelled = Event()
     growing = [_growing(model, row) for row in rows] if on_piece else []
     work = CompletionWork(rows, cancelled, on_piece, growing)
+    lane, lane_calls = models.lane("write", [model])
     return Job(
         ("write", model.name),
         lambda works, settle: _Writing(models, model, works, settle).run(),
         work,
         len(rows),
         model.shared_rows,
+        lane,
+        lane_calls,
         cancelled=cancelled,
     )
 
@@ -144,9 +147,14 @@ class _Writing:
         return not work.cancelled.is_set()
 
     def _end(self, number: int, place: int, result: RowResult) -> None:
-        """Keep the result of a row, and settle its work after the last one."""
-        self._models.count_written(self._model.direction, [result.num_given], [result.num_new])
+        """Keep the first result of a row, and settle its work after the last one.
+
+        A row may end twice: at its last token, and if its work is settled while the rest of an upstream's answer is read.
+        """
         work, results = self._works[number], self._results[number]
+        if results[place] is not None:
+            return
+        self._models.count_written(self._model.direction, [result.num_given], [result.num_new])
         if work.on_piece is not None and not work.cancelled.is_set():
             self._give_piece(number, place, work.growing[place].finish, result.generation)
         results[place] = result

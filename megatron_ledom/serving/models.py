@@ -1,7 +1,7 @@
 """The models of a server: in this process, or on an upstream."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Any
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import UsageError
-from megatron_ledom.inference.engines.completions_rows import CompletionsRows
 from megatron_ledom.inference.engines.engine import Engine
 from megatron_ledom.inference.engines.transformers_engine import TransformersEngine
 from megatron_ledom.inference.language_model import LanguageModel
@@ -26,6 +25,10 @@ from megatron_ledom.tokenizers.reader import read_tokenizer
 SCORED_BATCHES = 8
 ONE_REQUEST = 1
 """`shared_rows` of an upstream: requests share no call, because the upstream makes the batches, and an error stays with its request."""
+
+
+LOCAL_LANE = "models"
+"""The lane of all jobs that use only models of this process."""
 
 
 class UnknownModel(UsageError):
@@ -107,15 +110,21 @@ class ServedModels:
         """The most sequences of one request to score in one call: several batches, so that rows of similar length share one."""
         return SCORED_BATCHES * self._settings.batch_size
 
-    @property
-    def shared_rows(self) -> int:
-        """The most sequences of several requests to score in one call."""
-        return ONE_REQUEST if any(model.is_upstream for model in self.all) else self.score_rows
+    def shared_rows(self, used: Sequence[ServedModel]) -> int:
+        """Return the most sequences of several requests to score in one call with some models."""
+        return ONE_REQUEST if any(model.is_upstream for model in used) else self.score_rows
+
+    def lane(self, kind: str, used: Sequence[ServedModel]) -> tuple[Hashable, int]:
+        """Return the lane of jobs that use some models, and its most calls at once: one for all models of this process."""
+        if any(model.is_upstream for model in used):
+            return (kind, *(model.name for model in used)), self._settings.upstream_requests
+        return LOCAL_LANE, 1
 
     @property
     def num_threads(self) -> int:
-        """The threads that the server needs: one owns the models of this process, many wait for upstreams."""
-        return self._settings.upstream_requests if any(model.is_upstream for model in self.all) else 1
+        """The threads that the server needs: as many as all lanes may have calls at once."""
+        users = [(kind, [model]) for kind in ("write", "score") for model in self.all]
+        return sum(dict(self.lane(kind, used) for kind, used in [*users, ("score", self.all)]).values())
 
     @property
     def all(self) -> list[ServedModel]:
@@ -197,7 +206,7 @@ def _loaded(settings: ServeSettings, direction: Direction, name: str, folder: Pa
 def _connected(settings: ServeSettings, direction: Direction, name: str, folder: Path) -> ServedModel:
     """Connect with the upstream of a model."""
     engine = connect(settings, direction, folder)
-    return _served(name, folder, CompletionsRows(engine, settings.upstream_requests), engine, ONE_REQUEST)
+    return _served(name, folder, engine.rows, engine, ONE_REQUEST)
 
 
 def _served(name: str, folder: Path, rows: RowWriter, engine: Engine, shared_rows: int) -> ServedModel:

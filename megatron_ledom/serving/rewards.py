@@ -73,11 +73,13 @@ def reward_jobs(models: ServedModels, questions: list[Question], settings: Rewar
     if lacks_forward and settings.weight < 1:
         models.forward_or_refuse(NEEDS_FORWARD)
 
+    lane, shared_rows = models.lane("score", models.all), models.shared_rows(models.all)
+
     def _job(parts: list[Part]) -> Job:
         num_rows = sum(len(part.candidates) for part in parts)
         work = RewardWork(parts, long_texts)
         key = ("reward", settings)
-        return Job(key, lambda works, settle: _score(models, works, settings, settle), work, num_rows, models.shared_rows)
+        return Job(key, lambda works, settle: _score(models, works, settings, settle), work, num_rows, shared_rows, *lane)
 
     return [_job(parts) for parts in divide(questions, models.score_rows)]
 
@@ -187,7 +189,8 @@ def score_jobs(
     most = models.score_rows
     works = [ScoreWork(first, pairs[first : first + most], token_values) for first in range(0, len(pairs), most)]
     key = ("score", model.name, include_ends)
-    return [Job(key, _compute, work, len(work.pairs), models.shared_rows) for work in works]
+    lane, shared_rows = models.lane("score", [model]), models.shared_rows([model])
+    return [Job(key, _compute, work, len(work.pairs), shared_rows, *lane) for work in works]
 
 
 def _check_pair(model: ServedModel, number: int, pair: TextPair, include_ends: bool) -> None:

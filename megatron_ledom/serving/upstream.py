@@ -8,10 +8,12 @@ request:
 - its tokenizer must give the ids of ours (`/tokenize`; without it, the names of the tokens of a scored text);
 - its log-probabilities of a few texts must be those of the folder's weights, computed here on the CPU, if these are below 2 GiB or the
   user asks for it; otherwise these texts must be likelier in the order of the folder's direction than in the other. That finds the twin
-  of the other direction, but not another model of the same direction and tokenizer.
+  of the other direction, but not another model of the same direction and tokenizer;
+- it must write a few tokens as requests will ask for them, and give them the log-probabilities that it gives when it scores them.
 """
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,17 +22,22 @@ import httpx
 
 from megatron_ledom.direction import Direction, to_model_order
 from megatron_ledom.errors import MismatchError, RemoteAnswerError, UsageError
-from megatron_ledom.inference.engines.completions_client import CompletionsClient
+from megatron_ledom.inference.engines.completions_client import CompletionsClient, is_loopback
 from megatron_ledom.inference.engines.completions_engine import CallerNames, CompletionsEngine
+from megatron_ledom.inference.engines.completions_rows import CompletionsRows
 from megatron_ledom.inference.engines.remote_engine import RECORDED, UnrecordedReverse
+from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.model_folder import COMMAND_OPTIONS
+from megatron_ledom.inference.row_generation import RowRequest
 from megatron_ledom.inference.scoring import Span, score_spans, too_long
 from megatron_ledom.serving.loading import load_model
 from megatron_ledom.serving.settings import ServeSettings
 
 log = logging.getLogger(__name__)
 KEY_VARIABLE = "LEDOM_UPSTREAM_API_KEY"
-NAMES = CallerNames(KEY_VARIABLE, "--upstream-model or --forward-upstream-model", trust_advice="")
+FORWARD_KEY_VARIABLE = "LEDOM_FORWARD_UPSTREAM_API_KEY"
+"""Holds the key of the forward model's upstream, if it is not that of the reverse model's."""
+MODEL_OPTIONS = "--upstream-model or --forward-upstream-model"
 PROBES = (
     "The capital of France is Paris, and the capital of Germany is Berlin. Many people visit both cities every year.",
     "In 1969 the first people walked on the Moon. They came back to the Earth after eight days, with stones and photographs.",
@@ -46,6 +53,10 @@ LOWEST = -100.0
 REMEDY = "Start the upstream with this folder, or pass the folder of the model that it serves"
 MOST_DIFFERENCE = 0.15
 """Largest mean difference per token from the folder's weights: bf16 and 8-bit weights stay below it, other models do not."""
+BESIDE = ("The cat sat", " is nice")
+"""Texts that a model continues at the start, short because a context may be."""
+HOT = Sampling(max_new_tokens=8, temperature=2.0)
+"""At this temperature, log-probabilities after the temperature differ clearly from those before it."""
 SMALL_BYTES = 2 << 30
 """Size of weights that are compared without being asked for."""
 
@@ -60,7 +71,12 @@ class _Option:
 
 
 class UpstreamEngine(CompletionsEngine):
-    """Scores on an upstream. A text may have one token less than the model has positions, because vLLM also writes one."""
+    """Scores on an upstream. A text may have one token less than the model has positions, because vLLM also writes one.
+
+    rows: writes there; `connect` sets it.
+    """
+
+    rows: CompletionsRows
 
     def score_problem(self, pair: tuple[str, str], *, include_end: bool = False) -> str | None:
         """See `Engine.score_problem`."""
@@ -86,9 +102,9 @@ class UpstreamEngine(CompletionsEngine):
 
 def connect(settings: ServeSettings, direction: Direction, folder: Path) -> UpstreamEngine:
     """Return the engine of a model on its upstream, after all checks."""
-    option = _option(settings, direction)
+    option, variable = _option(settings, direction), key_variable(settings, direction)
     client = CompletionsClient(
-        option.url, timeout=settings.timeout_seconds, key_over_http=settings.key_over_http, key_variable=KEY_VARIABLE
+        option.url, timeout=settings.timeout_seconds, key_over_http=settings.key_over_http, key_variable=variable
     )
     listed = _listed_model(client, option)
     unrecorded = RECORDED
@@ -103,15 +119,41 @@ def connect(settings: ServeSettings, direction: Direction, folder: Path) -> Upst
         timeout=settings.timeout_seconds,
         key_over_http=settings.key_over_http,
         unrecorded=unrecorded,
-        names=NAMES,
+        names=CallerNames(variable, MODEL_OPTIONS, trust_advice=""),
     )
-    context = listed.get("max_model_len")
+    context = listed["max_model_len"]
     if type(context) is int and context > 0:
         engine.num_positions = min(context, engine.num_positions or context)
     _check_tokenizer(engine, folder)
     _check_model(engine, folder, settings)
+    engine.rows = CompletionsRows(engine, settings.upstream_requests)
+    check_writing(engine)
     log.info("the %s model runs on an upstream, as %s, with %s positions", direction, listed["id"], engine.num_positions)
     return engine
+
+
+def key_variable(settings: ServeSettings, direction: Direction) -> str:
+    """Return the environment variable of the key of a model's upstream; without a key of its own, the forward one gets the other's.
+
+    Raises UsageError if the upstreams are on two hosts and only one key is set: it may be a secret of one of them.
+    """
+    hosts = {_host(url) for url in (settings.upstream, settings.forward_upstream) if url}
+    missing = [variable for variable in (KEY_VARIABLE, FORWARD_KEY_VARIABLE) if variable not in os.environ]
+    if len(hosts) == 2 and len(missing) == 1:
+        raise UsageError(
+            f"the upstreams are on two hosts, {' and '.join(sorted(hosts))}, and only one key is set; set {missing[0]}, too, to"
+            " an empty text if that upstream needs no key"
+        )
+    shares = FORWARD_KEY_VARIABLE in missing and KEY_VARIABLE not in missing
+    return KEY_VARIABLE if direction is Direction.REVERSE or shares else FORWARD_KEY_VARIABLE
+
+
+def _host(url: str) -> str:
+    try:
+        host = httpx.URL(url).host
+    except httpx.InvalidURL:
+        return url  # CompletionsClient refuses it
+    return "this machine" if is_loopback(host) else host
 
 
 def _option(settings: ServeSettings, direction: Direction) -> _Option:
@@ -128,14 +170,19 @@ def _option(settings: ServeSettings, direction: Direction) -> _Option:
 
 
 def _listed_model(client: CompletionsClient, option: _Option) -> dict[str, Any]:
-    """Return the entry of the model in `/v1/models`; without a name the only one that is no adapter of another."""
+    """Return the entry of the model in `/v1/models`; without a name the only one that is no adapter of another.
+
+    Its `max_model_len` is that of the model to which an adapter belongs, if vLLM lists the adapter without one; None if neither has one.
+    """
     data = client.get("models").get("data")
     entries = (
         [one for one in data if isinstance(one, dict) and isinstance(one.get("id"), str)] if isinstance(data, list) else []
     )
     chosen = [one for one in entries if (one["id"] == option.model if option.model else not one.get("parent"))]
     if len(chosen) == 1:
-        return chosen[0]
+        parents = [one for one in entries if one["id"] == chosen[0].get("parent")]
+        lengths = [one["max_model_len"] for one in (*chosen, *parents) if one.get("max_model_len") is not None]
+        return {**chosen[0], "max_model_len": lengths[0] if lengths else None}
     names = client.shown(", ".join(one["id"] for one in entries)) or "none"
     found = f"has no model {option.model!r}" if option.model else f"has {len(chosen)} models, expected 1"
     raise UsageError(f"{option.url} {found}; pass {option.name_option} NAME with one of its names: {names}")
@@ -146,9 +193,9 @@ def _check_tokenizer(engine: UpstreamEngine, folder: Path) -> None:
     for text in (*PROBES, RARE):
         fields = {"model": engine.served_as, "prompt": text, "add_special_tokens": False}
         answer = engine.client.request_if_offered("/tokenize", fields)
-        if answer is None:
-            break
-        ours, theirs = engine.tokenizer.encode(text), answer.get("tokens")
+        ours, theirs = engine.tokenizer.encode(text), (answer or {}).get("tokens")
+        if not theirs or not isinstance(theirs, list) or not all(type(id_) is int for id_ in theirs):
+            break  # no such endpoint, or one with another schema
         if theirs != ours:
             shown = engine.client.shown(str(theirs), 60)
             raise MismatchError(
@@ -189,6 +236,21 @@ def _check_model(engine: UpstreamEngine, folder: Path, settings: ServeSettings) 
     elif own - opposite < ORDER_MARGIN:
         log.warning(
             "the direction of the upstream is unclear: %s; --check-upstream-weights compares it with the weights", order
+        )
+
+
+def check_writing(engine: UpstreamEngine) -> None:
+    """Raise MismatchError if the upstream gives written tokens other log-probabilities than the same tokens when it scores them.
+
+    An upstream that does not write as asked for raises RemoteAnswerError.
+    """
+    written = [engine.rows.written_span(RowRequest(text, HOT, text, num_likeliest=1)) for text in BESIDE]
+    difference = _mean_difference([values for _, values in written], engine.logprobs([span for span, _ in written]))
+    if difference > MOST_DIFFERENCE:
+        raise MismatchError(
+            f"{engine.client.url} gives the tokens that it writes other log-probabilities than the same tokens when it scores them: they"
+            f" differ by {difference:.2f} on average at temperature {HOT.temperature:g}, expected at most {MOST_DIFFERENCE}; let it return"
+            " them as before the temperature (vLLM: start it without --logprobs-mode, or with raw_logprobs)"
         )
 
 

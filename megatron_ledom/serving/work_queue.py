@@ -2,12 +2,14 @@
 
 The thread takes the first waiting job, waits a few milliseconds for others, and computes all jobs with the same key at once. A job
 gets its result, or its own error, as soon as it is known. After an error of the whole call each job without a result is computed alone.
-Models of an upstream need no owner and no batches of ours: then several threads wait for the upstream's answers.
+Models of an upstream need no owner and no batches of ours: then several threads wait for the upstream's answers. Each job has a lane,
+of which only some calls run at once, so that jobs of one model do not take the threads of another: a thread takes the first job
+whose lane has a free call.
 """
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -35,8 +37,8 @@ class Job:
     """A request for the thread.
 
     key: its kind and settings; jobs with equal keys may share a call of `compute`. num_rows: its sequences; max_rows: the most
-    sequences of one call, unless a single job has more. cancelled: set if nobody
-    waits for the result any more.
+    sequences of one call, unless a single job has more. lane, lane_calls: jobs with one lane run in at most `lane_calls` calls at once; jobs
+    with equal keys have one lane. cancelled: set if nobody waits for the result any more.
     """
 
     key: tuple[Hashable, ...]
@@ -44,6 +46,8 @@ class Job:
     payload: Any
     num_rows: int
     max_rows: int
+    lane: Hashable = "models"
+    lane_calls: int = 1
     future: "Future[Any]" = field(default_factory=Future)
     cancelled: threading.Event = field(default_factory=threading.Event)
     arrived_seconds: float = field(default_factory=time.monotonic)
@@ -56,6 +60,7 @@ class WorkQueue:
         self._max_jobs, self._window = max_jobs, window_seconds
         self._metrics = metrics
         self._waiting: deque[Job] = deque()
+        self._running: Counter[Hashable] = Counter()
         self._changed = threading.Condition()
         self._is_ended = False
         self._threads = [
@@ -93,7 +98,7 @@ class WorkQueue:
                 raise QueueFull(f"{self._max_jobs} requests wait already; send this one again later")
             self._waiting.append(job)
             self._metrics.waiting.set(len(self._waiting))
-            self._changed.notify_all()
+            self._changed.notify()
 
     def cancel(self, job: Job) -> None:
         """Free the place of a job that nobody waits for; a job that is computed now ends at its next step."""
@@ -105,38 +110,54 @@ class WorkQueue:
 
     def _run(self) -> None:
         while jobs := self._take():
-            self._compute(jobs)
+            try:
+                self._compute(jobs)
+            finally:
+                with self._changed:
+                    self._running[jobs[0].lane] -= 1  # this thread looks for the next job at once
 
     def _take(self) -> list[Job]:
         """Return the next jobs of one key; none if the queue ends."""
         with self._changed:
-            while not self._is_ended and not self._is_batch_due():
+            while not self._is_ended and (first := self._first_due()) is None:
                 self._changed.wait(self._rest_of_window())
-            chosen = self._first_of_one_key()
+            if self._is_ended or first is None:
+                return []
+            chosen = self._of_one_key(first)
+            self._running[first.lane] += 1
             for job in chosen:
                 self._waiting.remove(job)
             self._metrics.waiting.set(len(self._waiting))
+            self._changed.notify()  # another thread looks after the rest
         return chosen
 
-    def _is_batch_due(self) -> bool:
-        """Return True if a job waits, and its batch is full or has waited long enough."""
-        return bool(self._waiting) and (self._num_rows() >= self._waiting[0].max_rows or self._rest_of_window() == 0)
+    def _first_of_each_lane(self) -> list[Job]:
+        """Return the first waiting job of each lane that has a free call."""
+        first: dict[Hashable, Job] = {}
+        for job in self._waiting:
+            first.setdefault(job.lane, job)
+        return [job for job in first.values() if self._running[job.lane] < job.lane_calls]
+
+    def _first_due(self) -> Job | None:
+        """Return the first job that may start: its batch is full or has waited long enough."""
+        return next((job for job in self._first_of_each_lane() if self._is_due(job)), None)
+
+    def _is_due(self, first: Job) -> bool:
+        return self._rest(first) == 0 or sum(job.num_rows for job in self._waiting if job.key == first.key) >= first.max_rows
+
+    def _rest(self, job: Job) -> float:
+        """Return the seconds for which a job still waits for others of its batch."""
+        return max(0.0, job.arrived_seconds + self._window - time.monotonic())
 
     def _rest_of_window(self) -> float | None:
-        """Return the seconds for which the first job still waits for others; None without a job."""
-        if not self._waiting:
-            return None
-        return max(0.0, self._waiting[0].arrived_seconds + self._window - time.monotonic())
+        """Return the seconds until a waiting job is due; None if none may start."""
+        return min(map(self._rest, self._first_of_each_lane()), default=None)
 
-    def _num_rows(self) -> int:
-        """Return the sequences of all waiting jobs with the key of the first."""
-        return sum(job.num_rows for job in self._waiting if job.key == self._waiting[0].key)
-
-    def _first_of_one_key(self) -> list[Job]:
+    def _of_one_key(self, first: Job) -> list[Job]:
         chosen: list[Job] = []
         num_rows = 0
         for job in self._waiting:
-            if job.key != self._waiting[0].key:
+            if job.key != first.key:
                 continue
             if chosen and num_rows + job.num_rows > job.max_rows:
                 break

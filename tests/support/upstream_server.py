@@ -2,7 +2,8 @@
 
 It runs a stock transformers model on ids as they come, and knows nothing of directions. Requests of all clients are computed at the same
 time, a token at a time. `GET /test/state` tells how many requests run, ended and were left by their client; `POST /test/next` sets what
-the next requests meet: a status, a stream that breaks or reports an error after some events, or a wait before each token.
+the next requests meet: a status, a stream that breaks, is garbled or reports an error after some events, or a wait before each token,
+before the end of a stream or before a score.
 """
 
 import argparse
@@ -73,7 +74,10 @@ class Model:
 
 
 class Application:
-    """The endpoints; change: makes an answer, or the event of a stream, wrong."""
+    """The endpoints; change: makes an answer, or the event of a stream, wrong.
+
+    refused: a field that is refused. processed: written tokens have log-probabilities after the temperature.
+    """
 
     def __init__(
         self,
@@ -82,9 +86,12 @@ class Application:
         max_model_len: int | None = None,
         *,
         key: str | None = None,
+        refused: str = "",
+        processed: bool = False,
         change: Callable[[dict[str, Any]], dict[str, Any]] = lambda answer: answer,
     ) -> None:
         self.model, self.name, self.key, self.change = model, name, key, change
+        self.refused, self.processed = refused, processed
         self.max_model_len = max_model_len or model.num_positions
         self.state: dict[str, Any] = {"running": 0, "ended": 0, "left": 0, "most": 0, "requests": []}
         self.following: dict[str, Any] = {}
@@ -110,7 +117,9 @@ class Application:
             self.following["times"] -= 1
             return self.following["status"], "made for a test"
         prompt, most = body["prompt"], body["max_tokens"]
-        if body["model"] != self.name:
+        if self.refused in body:
+            return 400, f"{self.refused}: Extra inputs are not permitted"
+        if body["model"] not in (self.name, "an-adapter"):
             return 404, f"The model `{body['model']}` does not exist."
         if max(prompt) >= self.model.vocab_size:
             return 400, f"Token id {max(prompt)} is out of vocabulary"
@@ -118,11 +127,12 @@ class Application:
             return 400, f"This model's maximum context length is {self.max_model_len} tokens."
         return None
 
-    def answer(self, choice: dict[str, Any], **more: Any) -> dict[str, Any]:
-        fields = {"id": "cmpl-1", "object": "text_completion", "created": 0, "model": self.name}
+    def answer(self, body: dict[str, Any], choice: dict[str, Any], **more: Any) -> dict[str, Any]:
+        fields = {"id": "cmpl-1", "object": "text_completion", "created": 0, "model": body["model"]}
         return self.change({**fields, "choices": [{"index": 0, **choice}], **more})
 
     def scored(self, body: dict[str, Any]) -> Any:
+        time.sleep(self.following.get("score_seconds", 0))
         prompt, model = body["prompt"], self.model
         values = model.logprobs(model.logits(prompt))
         by_id = bool(body.get("return_tokens_as_token_ids"))
@@ -136,7 +146,7 @@ class Application:
         }
         usage = {"prompt_tokens": len(prompt), "completion_tokens": 1, "total_tokens": len(prompt) + 1}
         choice = {"text": model.tokenizer.decode(prompt), "logprobs": logprobs, "finish_reason": "length"}
-        return self.answer(choice, usage=usage)
+        return self.answer(body, choice, usage=usage)
 
     async def counted(self, body: dict[str, Any]) -> AsyncIterator[str]:
         """Yield the events of a stream, and count if its client reads all of them."""
@@ -146,6 +156,7 @@ class Application:
         try:
             async for event in self.events(body):
                 yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
+            await asyncio.sleep(self.following.get("end_seconds", 0))
             yield "data: [DONE]\n\n"
             is_whole = True
         finally:
@@ -160,7 +171,8 @@ class Application:
             if len(ids) == self.following.get("break_after", -1):
                 raise RuntimeError("the connection breaks, for a test")
             if len(ids) == self.following.get("error_after", -1):
-                yield {"error": {"message": "engine died", "type": "InternalServerError", "param": None, "code": 500}}
+                code = self.following.get("code", 500)
+                yield {"error": {"message": "engine died", "type": "InternalServerError", "param": None, "code": code}}
                 return
             logits = (await asyncio.to_thread(self.model.logits, [*body["prompt"], *ids]))[-1]
             ids.append(self.model.chosen(logits, body, len(ids)))
@@ -168,7 +180,8 @@ class Application:
                 reason = "stop"
             elif len(ids) == body["max_tokens"]:
                 reason = "length"
-            values, by_id = self.model.logprobs(logits), body["return_tokens_as_token_ids"]
+            values = self.model.logprobs(logits / (body["temperature"] or 1.0) if self.processed else logits)
+            by_id = body["return_tokens_as_token_ids"]
             token, value, likeliest = self.model.fields(ids[-1], values, body["logprobs"], by_id=by_id)
             logprobs = {"tokens": [token], "token_logprobs": [value], "top_logprobs": [likeliest], "text_offset": [0]}
             choice = {
@@ -178,11 +191,11 @@ class Application:
                 "token_ids": ids[-1:],
                 "prompt_token_ids": body["prompt"] if len(ids) == 1 else None,
             }
-            yield self.answer(choice)
+            yield self.answer(body, choice)
 
 
-def build_app(model: Model, *, tokenizes: bool = True, **options: Any) -> Any:
-    """Return the application; options: those of `Application`."""
+def build_app(model: Model, *, tokenizes: bool = True, tokenized: Any = None, **options: Any) -> Any:
+    """Return the application; tokenized: the response to every text at `/tokenize`; options: those of `Application`."""
     from fastapi import Depends, FastAPI, HTTPException, Request
     from fastapi.responses import JSONResponse, StreamingResponse
 
@@ -200,7 +213,8 @@ def build_app(model: Model, *, tokenizes: bool = True, **options: Any) -> Any:
             return JSONResponse({"error": error}, status_code=refused[0])
         if body.get("echo"):
             return own.scored(body)
-        return StreamingResponse(own.counted(body), media_type="text/event-stream")
+        headers = {"Content-Encoding": "gzip"} if own.following.get("garbled") else {}
+        return StreamingResponse(own.counted(body), media_type="text/event-stream", headers=headers)
 
     app = FastAPI(dependencies=[Depends(check_key)])
     app.get("/v1/models")(own.models)
@@ -208,7 +222,7 @@ def build_app(model: Model, *, tokenizes: bool = True, **options: Any) -> Any:
     app.post("/test/next")(own.meet)
     app.post("/v1/completions")(completions)
     if tokenizes:
-        app.post("/tokenize")(own.tokenize)
+        app.post("/tokenize")(own.tokenize if tokenized is None else lambda: tokenized)
     return app
 
 

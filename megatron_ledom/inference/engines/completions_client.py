@@ -25,8 +25,6 @@ ATTEMPTS = 4
 CONNECT_SECONDS = 30.0
 SHOWN_CHARACTERS = 300
 KEY = "OPENAI_API_KEY"
-NOT_OFFERED = (400, 404, 405, 501)
-"""Statuses of a server without an optional endpoint."""
 
 
 class CompletionsClient:
@@ -76,8 +74,8 @@ class CompletionsClient:
     def request(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Return the response to one request; repeat it if the server is busy or the connection breaks.
 
-        Raises TransientError after ATTEMPTS, RemoteAnswerError for a refusal or a response that is not a JSON object, RedirectError
-        for a redirect.
+        Raises TransientError after ATTEMPTS or if the server does not answer in time, RemoteAnswerError for a refusal or a response that is
+        not a JSON object, RedirectError for a redirect.
         """
         return self._content(self._answer("POST", self.url, fields))
 
@@ -86,9 +84,11 @@ class CompletionsClient:
         return self._content(self._answer("GET", self._beside(path)))
 
     def request_if_offered(self, path: str, fields: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the response of another path to JSON; None if the server does not offer it."""
-        response = self._answer("POST", self._beside(path), fields)
-        return None if response.status_code in NOT_OFFERED else self._content(response)
+        """Return the response of another path to JSON; None if the server, or a proxy before it, gives no JSON object there."""
+        try:
+            return self._content(self._answer("POST", self._beside(path), fields, attempts=1))
+        except (RemoteAnswerError, TransientError):
+            return None
 
     def open_async(self) -> httpx.AsyncClient:
         """Return an asynchronous client with the same key, time limits and rules."""
@@ -113,13 +113,24 @@ class CompletionsClient:
         """Return the error for a server that did not answer any attempt."""
         return TransientError(f"{url} did not answer {ATTEMPTS} times ({reason}); check that it runs, then try again")
 
-    def _answer(self, method: str, url: str, fields: dict[str, Any] | None = None) -> httpx.Response:
-        """Return the first response that is not transient."""
+    def too_slow(self, url: object) -> TransientError:
+        """Return the error for a server that took a request and did not answer in time.
+
+        Such a request is not repeated: the server may still compute it, and would compute it again.
+        """
+        return TransientError(
+            f"{url} did not answer within {self._options['timeout'].read:g} seconds; send less at once, or try again when it is less busy"
+        )
+
+    def _answer(self, method: str, url: str, fields: dict[str, Any] | None = None, attempts: int = ATTEMPTS) -> httpx.Response:
+        """Return the first response that is not transient; raise TransientError at once if the server takes too long."""
         body = None if fields is None else json.dumps(fields, allow_nan=False).encode()
         reason = ""
-        for attempt in range(ATTEMPTS):
+        for attempt in range(attempts):
             try:
                 response = self._http.request(method, url, content=body)
+            except httpx.ReadTimeout:
+                raise self.too_slow(url) from None
             except httpx.TransportError as error:
                 reason = self.shown(f"{type(error).__name__}: {error}")
             except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -130,7 +141,7 @@ class CompletionsClient:
                 if not is_transient(response.status_code):
                     return response
                 reason = f"{response.status_code} {self.shown(response.content.decode('utf-8', 'replace'))}"
-            if attempt + 1 < ATTEMPTS:
+            if attempt + 1 < attempts:
                 time.sleep(2**attempt)
         raise self.away(url, reason)
 

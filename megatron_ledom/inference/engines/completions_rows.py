@@ -21,8 +21,8 @@ from typing import Any
 import httpx
 
 from megatron_ledom.errors import RemoteAnswerError, TransientError
-from megatron_ledom.inference.engines.completions_client import ATTEMPTS
-from megatron_ledom.inference.engines.completions_engine import IDS_AS_TOKENS, CompletionsEngine
+from megatron_ledom.inference.engines.completions_client import ATTEMPTS, is_transient
+from megatron_ledom.inference.engines.completions_engine import FAILED, IDS_AS_TOKENS, CompletionsEngine
 from megatron_ledom.inference.generation import TextJoiner
 from megatron_ledom.inference.row_choice import WrittenIds, uniform_draw
 from megatron_ledom.inference.row_generation import (
@@ -35,7 +35,7 @@ from megatron_ledom.inference.row_generation import (
     RowResult,
     healed_rows,
 )
-from megatron_ledom.inference.scoring import no_room
+from megatron_ledom.inference.scoring import Span, no_room
 
 POLL_SECONDS = 0.1
 """Time between two questions if a row is still wanted, while the server gives no token."""
@@ -60,9 +60,10 @@ class _Token:
 
 @dataclass(slots=True)
 class _Progress:
-    """The tokens that a request may still write; is_over: it wrote its last one."""
+    """The tokens that a request may still write; has_begun: it wrote one; is_over: it wrote its last one."""
 
     num_left: int
+    has_begun: bool = False
     is_over: bool = False
 
 
@@ -100,6 +101,13 @@ class CompletionsRows:
         """See `RowWriter.write_rows`. An error of one row ends all."""
         rows, observer = healed_rows(self, requests), RowObserver(self, on_step, on_end)
         return asyncio.run_coroutine_threadsafe(self._write_all(rows, observer, is_wanted), self._loop).result()
+
+    def written_span(self, request: RowRequest) -> tuple[Span, list[float]]:
+        """Write one row; return its ids, of which those of the new text are to be scored, and their log-probabilities."""
+        (row,), written = healed_rows(self, [request]), WrittenIds()
+        asyncio.run_coroutine_threadsafe(self._write(row, written, RowObserver(self, None, None)), self._loop).result()
+        tokens = [*self.leading_ids, *row.healed.tokens, *written.ids]
+        return Span(tokens, len(tokens) - len(written.logprobs)), written.logprobs
 
     async def _write_all(self, rows: list[Row], observer: RowObserver, is_wanted: IsWanted) -> list[RowResult]:
         tasks = [asyncio.create_task(self._write_while_wanted(row, observer, is_wanted)) for row in rows]
@@ -183,11 +191,14 @@ class CompletionsRows:
                     if progress.is_over:
                         raise self._checks.refusal("with a token after the last one", "use another server")
                     progress.num_left -= 1
+                    progress.has_begun = True
                     progress.is_over = progress.num_left == 0 or token.id in self.writer.stop_ids
                     yield token, progress.is_over
                 reason = choice.get("finish_reason") or reason
         if not progress.is_over and reason is None:
             raise self._broken("the stream ended early")
+        if not progress.is_over and reason in FAILED:
+            raise self._broken(f"it ended by {reason}")
         if not progress.is_over:
             raise self._checks.refusal(
                 f"that ended by {self._client.shown(str(reason), 40)} without an end token, {progress.num_left} tokens before the limit",
@@ -200,10 +211,12 @@ class CompletionsRows:
         try:
             async for line in _lines(response):
                 if line.startswith(b"data:") and (data := line[5:].strip()) != b"[DONE]":
-                    yield self._read(data)
+                    yield self._read(data, progress)
         except httpx.TransportError as error:
             if not progress.is_over:
                 raise self._broken(f"{type(error).__name__}: {error}") from None
+        except httpx.HTTPError as error:
+            raise self._unreadable(error) from None
         finally:
             await response.aclose()
 
@@ -224,14 +237,21 @@ class CompletionsRows:
                 if not isinstance(error, TransientError):
                     raise error
                 reason = self._client.shown(f"{response.status_code}")
+            except httpx.ReadTimeout:
+                raise self._client.too_slow(self._client.url) from None
             except httpx.TransportError as error:
                 reason = self._client.shown(f"{type(error).__name__}: {error}")
+            except httpx.HTTPError as error:
+                raise self._unreadable(error) from None
             if attempt + 1 < ATTEMPTS:
                 await asyncio.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
         raise self._client.away(self._client.url, reason)
 
-    def _read(self, data: bytes) -> dict[str, Any]:
-        """Return an event; raise the error that it reports."""
+    def _read(self, data: bytes, progress: _Progress) -> dict[str, Any]:
+        """Return an event; raise the error that it reports.
+
+        vLLM reports every error of a stream with the code 400. After the first token it is no refusal: the request was accepted.
+        """
         try:
             event = json.loads(data)
         except (ValueError, RecursionError):
@@ -242,9 +262,13 @@ class CompletionsRows:
             return event
         said = self._client.shown(str(error))
         code = error.get("code") if isinstance(error, dict) else None
-        if type(code) is int and code < 500:
+        if type(code) is int and code < 500 and not is_transient(code) and not progress.has_begun:
             raise RemoteAnswerError(f"{self._client.url} refuses the request: {said}")
         raise self._broken(said)
+
+    def _unreadable(self, error: httpx.HTTPError) -> RemoteAnswerError:
+        said = self._client.shown(f"{type(error).__name__}: {error}")
+        return self._checks.refusal(f"that cannot be read ({said})", "check the server, and any proxy before it")
 
     def _broken(self, reason: str) -> TransientError:
         return TransientError(f"{self._client.url} broke its answer off ({self._client.shown(reason)}); send the request again")
@@ -262,11 +286,13 @@ class CompletionsRows:
 
     def _tokens_of(self, choice: dict[str, Any], fields: dict[str, Any]) -> Iterator[_Token]:
         """Yield the tokens of an event, checked against what was asked for."""
-        found = choice.get("logprobs") or {}
-        names = found.get("tokens") or []
-        ids = choice.get("token_ids")
-        ids = [_id_of(name) for name in names] if ids is None else ids
-        values, likeliest = found.get("token_logprobs") or [], found.get("top_logprobs") or [{}] * len(ids)
+        found = _dict_or_empty(choice.get("logprobs"))
+        names, ids = _list_or_empty(found.get("tokens")), choice.get("token_ids")
+        ids = [_id_of(name) for name in names] if ids is None else _list_or_empty(ids)
+        values, likeliest = (
+            _list_or_empty(found.get("token_logprobs")),
+            _list_or_empty(found.get("top_logprobs")) or [{}] * len(ids),
+        )
         if not len(ids) == len(values) == len(likeliest):
             raise self._checks.refusal(
                 f"with {len(ids)} ids and {len(values)} log-probabilities in an event",
@@ -279,16 +305,24 @@ class CompletionsRows:
                     f"with the id {self._client.shown(str(id_), 40)}, which was not allowed",
                     "use a server that names ids and obeys allowed_token_ids, such as vLLM",
                 )
-            ordered = sorted(
-                ((_id_of(name), float(number)) for name, number in (others or {}).items()), key=lambda one: -one[1]
-            )
-            yield _Token(id_, self._checks.logprob(value, "a written token"), [one for one in ordered if one[0] is not None])
+            named = [(_id_of(name), number) for name, number in _dict_or_empty(others).items()]
+            ordered = [(other, self._checks.logprob(number, "a likely token")) for other, number in named if other is not None]
+            ordered.sort(key=lambda one: -one[1])
+            yield _Token(id_, self._checks.logprob(value, "a written token"), ordered)
 
 
 def _id_of(name: Any) -> Any:
     """Return the id in the name of a token; None if it is named otherwise."""
     number = name.removeprefix(NAMED_ID) if isinstance(name, str) and name.startswith(NAMED_ID) else ""
     return int(number) if number.isdecimal() else None
+
+
+def _dict_or_empty(value: Any) -> dict[Any, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list_or_empty(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:

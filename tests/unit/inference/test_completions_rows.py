@@ -115,7 +115,7 @@ def change_choice(**fields: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda event: {**event, "choices": [{**event["choices"][0], **fields}]}
 
 
-FIVE = {"tokens": ["token_id:5"] * 5, "token_logprobs": [-1.0] * 5, "top_logprobs": [None] * 5}
+FIVE: dict[str, list[Any]] = {"tokens": ["token_id:5"] * 5, "token_logprobs": [-1.0] * 5, "top_logprobs": [None] * 5}
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "other prompt": (change_choice(prompt_token_ids=[1, 2]), "for the prompt ids"),
     "other model": (lambda event: {**event, "model": "gpt"}, "for the model 'gpt', expected 'served'"),
@@ -128,6 +128,12 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "positive": (
         change_choice(logprobs={"tokens": ["token_id:5"], "token_logprobs": [3.5], "top_logprobs": [None]}),
         "the log-probability 3.5 for a written token",
+    ),
+    "log-probabilities as a list": (change_choice(logprobs=[-1.0]), "1 ids and 0 log-probabilities"),
+    "a number for the ids": (change_choice(token_ids=5), "0 ids and 1 log-probabilities"),
+    "a likely token without a number": (
+        change_choice(logprobs={**{name: FIVE[name][:1] for name in FIVE}, "top_logprobs": [{"token_id:5": None}]}),
+        "the log-probability None for a likely token",
     ),
     "a refusal": (lambda _: {"error": {"message": "no", "code": 400}}, "refuses the request"),
 }
@@ -146,6 +152,25 @@ def test_a_wrong_answer_is_refused(one: tuple[Path, Upstream, dict[str, Any]], k
     finally:
         changes.clear()
     assert rows.write_rows([request])[0].num_new == 4
+
+
+def test_a_text_that_the_server_aborts_may_be_sent_again(one: tuple[Path, Upstream, dict[str, Any]]) -> None:
+    folder, upstream, changes = one
+    changes["event"] = change_choice(token_ids=[], logprobs=None, finish_reason="abort")
+    with pytest.raises(TransientError, match=r"broke its answer off \(it ended by abort\)"):
+        rows_of(folder, upstream, ReverseLM.direction).write_rows([RowRequest(" is nice", Sampling(max_new_tokens=4), "1")])
+    changes.clear()
+
+
+def test_a_request_that_takes_too_long_is_not_repeated(one: tuple[Path, Upstream, dict[str, Any]]) -> None:
+    folder, upstream, _ = one
+    engine = CompletionsEngine(f"{upstream.url}/v1", "served", folder, ReverseLM.direction, timeout=0.5)
+    upstream.meet(score_seconds=2)
+    num_requests = len(upstream.state["requests"])
+    with pytest.raises(TransientError, match=r"did not answer within 0\.5 seconds"):
+        engine.score([("The cat", " sat")])
+    assert len(upstream.state["requests"]) == num_requests + 1
+    upstream.meet()
 
 
 def test_a_server_that_names_ids_only_by_their_log_probabilities_suffices(
@@ -176,6 +201,10 @@ def test_requests_are_repeated_until_the_first_event_and_not_later(
         ({"status": 400, "times": 1}, RemoteAnswerError, "refuses the request: 400 .*made for a test"),
         ({"break_after": 2}, TransientError, "broke its answer off"),
         ({"error_after": 2}, TransientError, "engine died"),
+        ({"error_after": 2, "code": 400}, TransientError, "engine died"),  # the code of vLLM's streams for every error
+        ({"error_after": 0, "code": 400}, RemoteAnswerError, "refuses the request: .*engine died"),
+        ({"error_after": 0, "code": 429}, TransientError, "engine died"),
+        ({"garbled": True}, RemoteAnswerError, "that cannot be read \\(DecodingError"),
     ):
         upstream.meet(**following)
         num_requests = len(upstream.state["requests"])

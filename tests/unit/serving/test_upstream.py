@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastapi.responses import HTMLResponse, JSONResponse
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
@@ -19,7 +20,7 @@ from megatron_ledom.errors import MismatchError, RemoteAnswerError, TransientErr
 from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 from megatron_ledom.inference.scoring import Span
 from megatron_ledom.serving.settings import ServeSettings
-from megatron_ledom.serving.upstream import PROBES, connect
+from megatron_ledom.serving.upstream import PROBES, connect, key_variable
 from tests.support.closeness import close
 from tests.support.served import Served, events_of, serving, until
 from tests.support.tiny_models import (
@@ -181,6 +182,18 @@ def test_failures_of_the_upstream_are_502_and_503(thin: Served, upstreams: tuple
     assert thin.post("/v1/completions", body).json()["choices"] == expected
 
 
+def test_tokens_count_once_if_the_upstream_ends_its_answer_late(thin: Served, upstreams: tuple[Upstream, Upstream]) -> None:
+    before = thin.metric("ledom_tokens_total")
+    body = {"suffix": " is nice", "max_tokens": 3, "temperature": 0}
+    used = thin.post("/v1/completions", body).json()["usage"]["total_tokens"]
+    assert thin.metric("ledom_tokens_total") == before + used
+    upstreams[1].meet(end_seconds=60)
+    assert thin.post("/v1/completions", body).status_code == 200
+    until(lambda: upstreams[1].state["running"] == 0)
+    assert thin.metric("ledom_tokens_total") == before + 2 * used
+    upstreams[1].meet()
+
+
 def test_no_text_and_no_key_is_in_the_log(thin: Served, upstreams: tuple[Upstream, Upstream]) -> None:
     upstreams[1].meet(status=400, times=1)
     assert thin.post("/v1/completions", {"suffix": SECRET, "max_tokens": 2}).status_code == 502
@@ -239,12 +252,62 @@ def test_a_missing_key_is_named(folders: tuple[Path, Path], upstreams: tuple[Ups
         connect(settings(folders[1], upstreams[1]), Direction.REVERSE, folders[1])
 
 
+def test_no_key_goes_to_two_hosts(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def variables(reverse_url: str, forward_url: str) -> list[str]:
+        made = settings(folders[1], reverse_url, forward=folders[0], forward_upstream=forward_url)
+        return [key_variable(made, direction) for direction in (Direction.REVERSE, Direction.FORWARD)]
+
+    reverse, forward = "LEDOM_UPSTREAM_API_KEY", "LEDOM_FORWARD_UPSTREAM_API_KEY"
+    one, two = ("https://a.example/v1", "https://a.example:81/v1"), ("https://a.example/v1", "https://b.example/v1")
+    assert variables(*two) == [reverse, forward]
+    monkeypatch.setenv(reverse, KEY)
+    assert variables(*one) == variables("http://localhost:1", "http://127.0.0.1:2/v1") == [reverse, reverse]
+    made = settings(folders[1], two[0], forward=folders[0], forward_upstream=two[1])
+    with pytest.raises(UsageError, match=f"two hosts, a.example and b.example, and only one key is set; set {forward}"):
+        connect(made, Direction.REVERSE, folders[1])
+    monkeypatch.setenv(forward, "")
+    assert variables(*two) == variables(*one) == [reverse, forward]
+    monkeypatch.delenv(reverse)
+    with pytest.raises(UsageError, match=f"set {reverse}"):
+        variables(*two)
+
+
 def test_a_name_that_the_upstream_has_not_is_refused(lone_upstream: Upstream, folders: tuple[Path, Path]) -> None:
     with pytest.raises(UsageError, match=r"has no model 'other'; pass --upstream-model NAME .*: served, an-adapter"):
         connect(settings(folders[1], lone_upstream, upstream_model="other"), Direction.REVERSE, folders[1])
     connect(settings(folders[1], lone_upstream, upstream_model="served"), Direction.REVERSE, folders[1])
     with pytest.raises(UsageError, match="--forward-upstream needs --forward"):
         settings(folders[1], lone_upstream, forward_upstream="http://localhost:1")
+
+
+def test_an_adapter_has_the_context_of_its_model(lone_upstream: Upstream, folders: tuple[Path, Path]) -> None:
+    for name in ("served", "an-adapter"):
+        assert (
+            connect(settings(folders[1], lone_upstream, upstream_model=name), Direction.REVERSE, folders[1]).num_positions == 64
+        )
+
+
+@pytest.mark.parametrize(
+    "tokenized",
+    [
+        JSONResponse({"detail": "no"}, 401),
+        JSONResponse({"detail": "no"}, 403),
+        JSONResponse({"detail": "broken"}, 500),
+        HTMLResponse("<p>a proxy's page</p>"),
+        {"tokens": []},
+        {"ids": [1]},
+        [{"id": 1}],
+    ],
+    ids=lambda one: str(getattr(one, "status_code", one)),
+)
+def test_without_a_usable_tokenize_the_names_of_tokens_are_compared(
+    tmp_path: Path, folders: tuple[Path, Path], tokenized: Any
+) -> None:
+    other = random_model_folder(tmp_path / "other", "byte_level", "reverse", num_extra_rows=200)
+    with upstream_in_thread(other, tokenized=tokenized) as upstream:
+        with pytest.raises(MismatchError, match="or has another tokenizer"):
+            connect(settings(folders[1], upstream), Direction.REVERSE, folders[1])
+        connect(settings(other, upstream), Direction.REVERSE, other)
 
 
 @pytest.mark.parametrize("tokenizes", [True, False], ids=["tokenize", "names"])
@@ -275,6 +338,18 @@ def test_an_upstream_with_other_weights_is_refused(tmp_path: Path, folders: tupl
         with pytest.raises(MismatchError, match="has other weights than"):
             connect(settings(folders[1], upstream), Direction.REVERSE, folders[1])
         connect(settings(other, upstream), Direction.REVERSE, other)
+
+
+def test_an_upstream_that_does_not_write_as_it_should_is_refused(folders: tuple[Path, Path]) -> None:
+    for field in ("allowed_token_ids", "return_token_ids"):
+        says = f"refuses the request: 400 .*{field}: Extra inputs"
+        with upstream_in_thread(folders[1], refused=field) as upstream, pytest.raises(RemoteAnswerError, match=says):
+            connect(settings(folders[1], upstream), Direction.REVERSE, folders[1])
+    with (
+        upstream_in_thread(folders[1], processed=True) as upstream,
+        pytest.raises(MismatchError, match="without --logprobs-mode"),
+    ):
+        connect(settings(folders[1], upstream), Direction.REVERSE, folders[1])
 
 
 def order_model(direction: Direction) -> LlamaForCausalLM:

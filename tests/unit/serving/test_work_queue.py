@@ -32,8 +32,8 @@ class Recorder:
         for number, payload in enumerate(payloads):
             settle(number, payload)
 
-    def job(self, payload: Any, key: str = "a", num_rows: int = 1) -> Job:
-        return Job((key,), self.compute, payload, num_rows, 4)
+    def job(self, payload: Any, key: str = "a", num_rows: int = 1, lane: str = "models", lane_calls: int = 1) -> Job:
+        return Job((key,), self.compute, payload, num_rows, 4, lane, lane_calls)
 
 
 @pytest.fixture
@@ -109,6 +109,33 @@ def test_a_full_queue_refuses_and_a_cancelled_job_frees_its_place(queue: WorkQue
     assert late.future.result(30) == "late"
     assert waiting[0].cancelled.is_set()
     assert not any(0 in call for call in recorder.calls)
+
+
+def test_a_busy_lane_batches_what_arrives_meanwhile_and_leaves_the_threads_to_others() -> None:
+    queue = WorkQueue(max_jobs=20, window_seconds=0, metrics=Metrics(), num_threads=3)
+    queue.start()
+    local, upstream = Recorder(), Recorder()
+    jobs = [local.job(0)]
+    queue.submit(jobs[0])
+    while not local.calls:
+        time.sleep(0.01)
+    for number in range(1, 5):
+        jobs.append(local.job(number))
+        queue.submit(jobs[-1])
+    others = [upstream.job(number, "b", 9, "upstream", 2) for number in range(3)]
+    for job in others:
+        queue.submit(job)
+    while len(upstream.calls) < 2:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert (local.calls, sorted(upstream.calls)) == ([[0]], [[0], [1]])
+    upstream.latch.set()
+    assert [job.future.result(30) for job in others] == [0, 1, 2]
+    assert local.calls == [[0]]
+    local.latch.set()
+    assert [job.future.result(30) for job in jobs] == [0, 1, 2, 3, 4]
+    assert local.calls == [[0], [1, 2, 3, 4]]
+    queue.end()
 
 
 def test_at_the_end_waiting_jobs_fail_and_no_further_one_is_accepted() -> None:
