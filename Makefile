@@ -15,8 +15,8 @@ WORKERS ?= 2
 AT_ONCE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # What a version of megatron-core can change. CI runs it on Python 3.12 beside the whole suite on 3.11.
-CORE := tests/numerics/test_conversion.py tests/quickstart/test_one_minute.py tests/unit/platform tests/unit/checkpoint tests/golden \
-	tests/judges $(addprefix tests/distributed/test_,hazards.py damaged_shards.py layouts.py resume.py reshard.py async_save.py)
+CORE := $(addprefix tests/distributed/test_,reshard.py resume.py layouts.py hazards.py damaged_shards.py async_save.py) tests/judges \
+	tests/golden tests/numerics/test_conversion.py tests/quickstart/test_one_minute.py tests/unit/platform tests/unit/checkpoint
 # Long tests in these files of what does not depend on the version: kills at random moments, the state of the ordinary optimizer.
 NOT_CORE := --deselect tests/distributed/test_resume.py::test_kills_at_random_moments_change_nothing \
 	--deselect 'tests/distributed/test_reshard.py::test_a_checkpoint_passed_through_every_layout_is_unchanged[ordinary optimizer]'
