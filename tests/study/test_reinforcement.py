@@ -174,7 +174,7 @@ def test_the_report_shows_a_reward_that_rose_without_right_answers(tmp_path: Pat
     assert results["arms"]["right-answer reward"]["greedy"]["difference"] == pytest.approx(0.4)
     assert results["against_shuffled"]["right"]["mean"] == pytest.approx(0.1)
     text = (tmp_path / "study/reinforcement.md").read_text()
-    assert "The reward rose without more right answers: the model learned to please the reward." in text
+    assert "The reward rose, but right answers not significantly: some of the gain may please the reward only." in text
     assert "Its answers have a higher reward than the right ones." in text
     [changed] = re.findall(r"Signs that changed significantly with Reverse Reward: (.*)", text)
     assert changed == (

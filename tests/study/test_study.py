@@ -284,7 +284,7 @@ write_study(Path("study"), "small", load_settings("small", ["abilities.seeds=[1]
     assert "| Reverse Reward is right more often than greedy |" in summary
     assert "cannot decide for: forward model fed reversed order (at chance in its own direction too)" in summary
     assert "chooses worse than chance" not in summary
-    assert "the model learned to please the reward" in summary
+    assert "some of the gain may please the reward only" in summary
     # a loss curve for three corpora and two models, three by position, over N and lambda, abilities, five of the training
     assert page.count("<picture>") == 17
     assert "https://" not in page
