@@ -9,6 +9,7 @@ Every client sends one request after another. The same requests are also compute
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import time
@@ -30,15 +31,14 @@ TEXT = "the capital of France is Paris and a cat sat on the mat while it rained 
 
 
 def questions(num: int) -> list[dict[str, Any]]:
-    """Return `num` reward requests with four candidates each, all different."""
-    words = TEXT.split()
-    return [
-        {
-            "prompt": " ".join(words[(n + i) % len(words)] for i in range(12)),
-            "candidates": [" " + " ".join(words[(n * k + i) % len(words)] for i in range(4 + k)) for k in range(1, 5)],
-        }
-        for n in range(num)
-    ]
+    """Return `num` reward requests with four candidates each, all different: the library computes equal texts of one call only once."""
+    found = []
+    for number in range(num):
+        draw = random.Random(number)
+        prompt, *candidates = (" ".join(draw.choices(TEXT.split(), k=words)) for words in (12, 5, 6, 7, 8))
+        found.append({"prompt": prompt, "candidates": [f" {text}" for text in candidates]})
+    assert len({question["prompt"] for question in found}) == num
+    return found
 
 
 def completions(num: int) -> list[dict[str, Any]]:
