@@ -203,7 +203,21 @@ def _made_report(
         report = {"request_sha256": digest, **report_of(counts, searcher, settings.decontamination), "skipped": skipped}
         write_json(folder / REPORT, report)
         store.remove()
+    _log_others(folder, targets)
     return report
+
+
+def _log_others(folder: Path, targets: Sequence[str]) -> None:
+    """Warn of files beside the new ones, such as those that an earlier run made of other inputs."""
+    made = {os.path.realpath(path) for path in [*targets, str(folder / REPORT)]}
+    there = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))  # not the lock
+    others = sorted(str(path) for path in there if os.path.realpath(path) not in made)
+    if targets and others:
+        logger.warning(
+            "%s has %d files that this command did not write, such as %s; who reads the whole folder reads them too, so"
+            " remove those of an earlier corpus",
+            *(folder, len(others), others[0]),
+        )
 
 
 def _search_all(

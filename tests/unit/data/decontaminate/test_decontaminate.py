@@ -228,6 +228,16 @@ def test_a_new_file_that_is_lost_is_written_again_or_named(tmp_path: Path) -> No
         decontaminate(settings(tmp_path, "out"))
 
 
+def test_files_of_an_earlier_corpus_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_inputs(tmp_path, files=2)
+    decontaminate(settings(tmp_path, "out"))
+    assert "did not write" not in caplog.text
+    (tmp_path / "in/0.jsonl").rename(tmp_path / "in/new.jsonl")
+    decontaminate(settings(tmp_path, "out", overwrite=True))
+    assert "has 1 files that this command did not write, such as" in caplog.text
+    assert "out/0.jsonl" in caplog.text
+
+
 def test_a_search_of_nothing_is_an_error(tmp_path: Path) -> None:
     write_inputs(tmp_path)
     with pytest.raises(DataError, match=r"found no document in 1 input files .*check --text-key txt"):
