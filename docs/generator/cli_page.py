@@ -13,6 +13,7 @@ SUBJECTS = {
         *(
             "train-tokenizer",
             "preprocess-data",
+            "corpus",
             "decontaminate",
             "summarize-tasks",
             "merge-shards",

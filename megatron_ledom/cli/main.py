@@ -17,6 +17,7 @@ GROUPS = {
     "from text to shards": {
         "train-tokenizer": "train a SentencePiece BPE tokenizer",
         "preprocess-data": "write a shard of reversed (or forward) token ids from raw text",
+        "corpus": "plan, fetch, build, blend, document and publish a corpus from one recipe",
         "decontaminate": "find the items of evaluation sets in text, report them, drop or cut them",
         "summarize-tasks": "print the totals of a preprocessing array and list the tasks to run again",
         "inspect-shard": "show and verify shards",

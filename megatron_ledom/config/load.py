@@ -33,15 +33,21 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     `path` can also be the name of a config that comes with the package, such as `ledom_7b`. Raises ConfigError, which lists
     every problem by its dotted key. Relations between sections are checked by `checks.check_config`.
     """
-    layers = [_load_file(config_path(path), ()), *[_parse_override(text) for text in overrides]]
+    values = merged_values(config_path(path), overrides)
+    return config_from_dict(values, f"{path} with its overrides" if overrides else path)
+
+
+def merged_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the plain values of a YAML file, merged over its `base:`, with `overrides` applied last. Raise ConfigError."""
+    layers = [_load_file(path, ()), *[_parse_override(text) for text in overrides]]
     try:
         merged = OmegaConf.merge(*layers)
-        refuse_secrets(OmegaConf.to_container(merged, resolve=False), path)
+        refuse_secrets(OmegaConf.to_container(merged, resolve=False), str(path))
         values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {first_line(error)}; write the value itself") from error
     assert isinstance(values, dict)
-    return config_from_dict(values, f"{path} with its overrides" if overrides else path)
+    return {str(key): value for key, value in values.items()}
 
 
 def config_from_dict(values: dict[str, Any], where: str) -> RunConfig:
@@ -51,7 +57,7 @@ def config_from_dict(values: dict[str, Any], where: str) -> RunConfig:
         sections.setdefault(section, {})
     prepared = {key: {} if value is None and key != "run_dir" else value for key, value in sections.items()}
     try:
-        return _ADAPTER.validate_json(json.dumps(_whole_numbers(prepared)), strict=True)
+        return _ADAPTER.validate_json(json.dumps(whole_numbers(prepared)), strict=True)
     except ValidationError as error:
         raise ConfigError(describe_problems(error, prepared, where)) from error
 
@@ -124,12 +130,12 @@ def _parse_override(text: str) -> DictConfig:
         raise ConfigError(f"override {text!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def _whole_numbers(value: Any) -> Any:
+def whole_numbers(value: Any) -> Any:
     """Turn floats without a fraction into ints: YAML reads `2e3` as a float. Float fields accept ints as well."""
     if isinstance(value, dict):
-        return {str(key): _whole_numbers(item) for key, item in value.items()}
+        return {str(key): whole_numbers(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_whole_numbers(item) for item in value]
+        return [whole_numbers(item) for item in value]
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return int(value)
     return value

@@ -49,7 +49,8 @@ evaluation: contamination direction errors inference lazy storage tables tokeniz
 reports: config direction errors evaluation inference tables planning storage training
 hardware_check: checkpoint config convert data direction errors inference model ops parallel planning platform pretrain\
  storage tables training
-cli: checkpoint config contamination convert data direction errors evaluation finetune hardware_check inference markdown ops planning\
+corpus: config contamination data direction errors evaluation platform storage tables tokenizers
+cli: checkpoint config contamination convert corpus data direction errors evaluation finetune hardware_check inference markdown ops planning\
  platform reports rewards serving training
 """
 MAY_IMPORT = {room: set(names.split()) for room, _, names in (line.partition(":") for line in LAYERS.split("\n") if line)}

@@ -98,7 +98,14 @@ def plan_blend(settings: BlendSettings) -> BlendPlan:
     """Return the plan. Raises UsageError for options that do not fit together. Repeats are refused by `check_repeats`."""
     sizes = _source_sizes(settings.input)
     weights, budget = _weights_and_budget(settings, list(sizes.values()))
-    seq_length, batch, train_iters = settings.seq_length, settings.global_batch_size, None
+    return plan_of(sizes, weights, budget, settings.seq_length, settings.global_batch_size)
+
+
+def plan_of(
+    sizes: Mapping[str, int], weights: Sequence[float], budget: int, seq_length: int | None, batch: int | None
+) -> BlendPlan:
+    """Return the plan of a run of `budget` tokens. sizes: tokens by name. With a sequence length and a batch: whole iterations."""
+    train_iters = None
     if (seq_length is None) != (batch is None):
         raise UsageError("--seq-length and --global-batch-size determine the iterations together; give both or neither")
     if seq_length is not None and batch is not None:

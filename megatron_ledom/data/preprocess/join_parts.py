@@ -63,6 +63,7 @@ def make_shard(
         skipped_inputs=[asdict(entry) for entry in task.skipped],
         request_sha256=digest,
         inputs_sha256=task.inputs_sha256(),
+        source=task.settings.source,
     )
     seed, provenance = task.settings.shuffle_seed, tokenizer.provenance(task.settings.direction)
     messages: list[str] = []

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,8 @@ class PreprocessSettings:
     decontamination: Decontamination | None = None
     """Evaluation items to look for in the texts that the other options keep, and what happens to a document that has one."""
     shuffle_seed: int | None = None
+    source: dict[str, Any] = field(default_factory=dict)
+    """Description of the source in the manifest, see `ShardManifest.source`. It does not change the result."""
     task_id: int | None = None
     num_tasks: int | None = None
     """Default of `task_id` and `num_tasks`: those of the SLURM array."""

@@ -328,6 +328,7 @@ def _joined_counts(manifests: Sequence[ShardManifest]) -> Counts:
         text_template=" | ".join(dict.fromkeys(manifest.text_template for manifest in manifests if manifest.text_template)),
         skipped_inputs=[*distinct.values()],
         decontamination=_joined_decontamination(manifests),
+        source=manifests[0].source if all(manifest.source == manifests[0].source for manifest in manifests) else {},
     )
 
 

@@ -94,6 +94,8 @@ class ShardManifest:
     """Hash of PREFIX.targets of a shard of pairs."""
     decontamination: dict[str, Any] = field(default_factory=dict)
     """For a shard that was searched for evaluation items: settings, numbers of documents, and touched items by set; else empty."""
+    source: dict[str, Any] = field(default_factory=dict)
+    """For a shard of a corpus recipe: name, address, revision, licence and domain of the source; else empty."""
     package_version: str = __version__
     created_at: str = ""
     """UTC, ISO 8601."""
@@ -112,8 +114,9 @@ class ShardManifest:
     def to_json(self) -> bytes:
         """Return the content of the manifest file."""
         stored = asdict(self)
-        if not self.decontamination:  # as manifests were before there was a search
-            del stored["decontamination"]
+        for name in ("decontamination", "source"):
+            if not stored[name]:  # as manifests were before these keys existed
+                del stored[name]
         return orjson.dumps(stored, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
     @classmethod
@@ -195,6 +198,7 @@ class Counts:
     pairs: dict[str, int] = field(default_factory=dict)
     targets_sha256: str = ""
     decontamination: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
 
 
 class Hash(Protocol):

@@ -1,0 +1,1 @@
+"""A corpus from a recipe: plan, fetch, build, blend, data card, publication."""

@@ -1,0 +1,35 @@
+"""Recipes of a corpus for tests: legible documents in a folder, and the YAML that names them."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.support.legible import legible_documents, write_jsonl
+
+
+def source(address: str, files: list[str], **keys: Any) -> dict[str, Any]:
+    """Return the keys of a source."""
+    known = {"licence": "CC0-1.0", "terms": "none", "domain": "general", "origin": "ours"}
+    return {"address": address, "files": files, **known, **keys}
+
+
+def write_recipe(path: Path, tokenizer: str, sources: dict[str, Any], **keys: Any) -> str:
+    """Write a recipe whose output is the folder `out` beside it, and return its path."""
+    values = {"name": "test", "output": str(path.parent / "out"), "tokenizer": tokenizer, "sources": sources, **keys}
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    return str(path)
+
+
+def two_sources(folder: Path, tokenizer: str, **keys: Any) -> str:
+    """Write two sources, web of 30 documents in 3 files and code of 10 in one, and their recipe; return its path."""
+    (folder / "web").mkdir(parents=True)
+    (folder / "code").mkdir()
+    for number in range(3):
+        write_jsonl(folder / f"web/{number}.jsonl", legible_documents(10, 5 + number))
+    write_jsonl(folder / "code/all.jsonl", legible_documents(10, 9))
+    sources = {
+        "web": source(str(folder / "web"), ["*.jsonl"], tokens=120),
+        "code": source(str(folder / "code"), ["**/*.jsonl"], tokens=40, domain="code", licence="MIT"),
+    }
+    return write_recipe(folder / "recipe.yaml", tokenizer, sources, **keys)
