@@ -1,7 +1,8 @@
 """Make a training corpus from a recipe: one YAML file with its sources, revisions, licences, filters and wanted tokens.
 
 In this order: `plan` shows what will be read, `pin` fixes the revisions, `fetch` copies the files (optional), `build` makes the shards,
-`blend` gives the lines for the config of a run, `card` writes the data card, `publish` copies everything to a folder or the hub.
+`blend` gives the lines for the config of a run, `card` writes the data card, `publish` copies everything to a folder or the hub. `make` does
+all of it except fetch and publish.
 """
 
 import argparse
@@ -14,8 +15,15 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_plan(commands)
+    _command(
+        commands, "pin", "look up commits, list all files, and store both in RECIPE with the ending .lock.json", of_sources=True
+    )
+    _add_fetch(commands)
     _add_build(commands)
     _add_blend(commands)
+    _add_card(commands)
+    _add_publish(commands)
+    _add_make(commands)
     return parser
 
 
@@ -68,13 +76,54 @@ def _add_build(commands: Any) -> None:
     )
 
 
-def _add_blend(commands: Any) -> None:
-    parser = _command(commands, "blend", "print or write the config lines that draw the wanted tokens from the shards")
+def _add_run_shape(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seq-length", type=int, metavar="N", help="with --global-batch-size: also print samples and iterations"
     )
     parser.add_argument("--global-batch-size", type=int, metavar="N", help="samples per iteration")
     parser.add_argument("--allow-repeats", action="store_true", help="allow a source to be read more than once")
+
+
+def _add_fetch(commands: Any) -> None:
+    parser = _command(commands, "fetch", "copy the listed files, verified; the same command resumes", of_sources=True)
+    _add_listing(parser)
+    parser.add_argument("--to", required=True, metavar="DIR", help="folder of the copies, for `ledom corpus build --copies`")
+    parser.add_argument("--threads", type=int, default=4, metavar="N", help="files copied at once (default %(default)s)")
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--report",
+        action="append",
+        default=[],
+        metavar="SOURCE=FILE",
+        help="JSON of filters that ran before the build: documents_in, documents_out, removed by reason, languages by code",
+    )
+
+
+def _add_card(commands: Any) -> None:
+    parser = _command(commands, "card", "write the data card: sources, licences, counts, removed documents, hashes")
+    parser.add_argument("--output", metavar="FILE", help="file of the card (default: README.md in the output folder)")
+    _add_report(parser)
+
+
+def _add_publish(commands: Any) -> None:
+    parser = _command(commands, "publish", "copy shards, card and recipe to a folder or the hub; asks before it writes")
+    parser.add_argument("--to", required=True, metavar="PLACE", help="new folder, or hf://datasets/OWNER/NAME")
+    parser.add_argument("--yes", action="store_true", help="do not ask; the terms of the sources are printed all the same")
+    parser.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
+    _add_report(parser)
+
+
+def _add_make(commands: Any) -> None:
+    parser = _command(commands, "make", "pin, build, blend and write the card, with one command; it resumes")
+    parser.add_argument("--workers", type=int, metavar="N", help="number of processes (default: the number of available cores)")
+    _add_run_shape(parser)
+
+
+def _add_blend(commands: Any) -> None:
+    parser = _command(commands, "blend", "print or write the config lines that draw the wanted tokens from the shards")
+    _add_run_shape(parser)
     parser.add_argument("--output", metavar="FILE", help="write the lines to a YAML file, a `base:` for the config of a run")
 
 
@@ -108,4 +157,43 @@ def _blend(given: dict[str, Any]) -> None:
     corpus_blend(CorpusBlendSettings(**given))
 
 
-_RUN = {"plan": _plan, "build": _build, "blend": _blend}
+def _pin(given: dict[str, Any]) -> None:
+    from megatron_ledom.corpus.pin import PinSettings, pin
+
+    pin(PinSettings(**given))
+
+
+def _fetch(given: dict[str, Any]) -> None:
+    from megatron_ledom.corpus.fetch import FetchSettings, fetch
+
+    fetch(FetchSettings(**given))
+
+
+def _card(given: dict[str, Any]) -> None:
+    from megatron_ledom.corpus.card import CardSettings, write_card
+
+    print(write_card(CardSettings(**given)))
+
+
+def _publish(given: dict[str, Any]) -> None:
+    from megatron_ledom.corpus.publish import PublishSettings, publish
+
+    publish(PublishSettings(**given))
+
+
+def _make(given: dict[str, Any]) -> None:
+    from megatron_ledom.corpus.make import MakeSettings, make
+
+    make(MakeSettings(**given))
+
+
+_RUN = {
+    "plan": _plan,
+    "pin": _pin,
+    "fetch": _fetch,
+    "build": _build,
+    "blend": _blend,
+    "card": _card,
+    "publish": _publish,
+    "make": _make,
+}

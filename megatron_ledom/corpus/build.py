@@ -165,9 +165,8 @@ class SourceBuild:
 
     def run(self, tasks: Sequence[int]) -> list[ShardManifest]:
         """Build the tasks and return their manifests."""
-        listed = self._listing.of(self.name, self.source, self.where) if self._listing is not None else None
-        revision = pinned_revision(self.name, self.source, listed)
-        inputs = self._inputs(listed, revision)
+        revision = pinned_revision(self.name, self.source, self._listed())
+        inputs = self.inputs()
         filters = self.recipe.filters_of(self.source)
         if self.settings.hash_only and not filters.deduplicate:
             raise UsageError(f"--hash-only needs sources.{self.name}.filters.deduplicate=true")
@@ -180,9 +179,13 @@ class SourceBuild:
         made = [preprocess(self._preprocess_settings(inputs, revision, number)) for number in tasks]
         return [manifest for manifest in made if manifest is not None]
 
-    def _inputs(self, listed: SourceListing | None, revision: str | None) -> list[str]:
+    def _listed(self) -> SourceListing | None:
+        return self._listing.of(self.name, self.source, self.where) if self._listing is not None else None
+
+    def inputs(self) -> list[str]:
         """Return the path of every file to read, after a comparison with the stored listing."""
-        source, name = self.source, self.name
+        source, name, listed = self.source, self.name, self._listed()
+        revision = pinned_revision(name, source, listed)
         if self.settings.copies is not None:
             return self._copies(listed)
         if source.address == INSTALLED:

@@ -155,6 +155,8 @@ class Recipe:
     """Tokenizer of the shards, as for `ledom preprocess-data`."""
     sources: dict[str, Source]
     """The sources by name."""
+    tokenizer_vocab_size: Positive | None = None
+    """`ledom corpus make` trains a SentencePiece BPE of this many pieces on the sources if the tokenizer does not exist."""
     summary: str = ""
     """Description of the corpus, for its card."""
     direction: Direction = Direction.REVERSE
