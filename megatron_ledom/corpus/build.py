@@ -26,7 +26,8 @@ from megatron_ledom.corpus.listing import (
 from megatron_ledom.corpus.recipe import Recipe, Source, load_recipe
 from megatron_ledom.data.preprocess.pipeline import preprocess
 from megatron_ledom.data.preprocess.task import PreprocessSettings
-from megatron_ledom.data.readers.streams import MAX_RECORD_BYTES, is_remote
+from megatron_ledom.data.readers.remote import is_remote
+from megatron_ledom.data.readers.streams import MAX_RECORD_BYTES
 from megatron_ledom.data.shards.shard import ShardManifest
 from megatron_ledom.errors import ConfigError, LedomError, TransientError, UsageError, VerificationError
 from megatron_ledom.evaluation.known_items import read_known_items
@@ -190,11 +191,13 @@ class SourceBuild:
             return self._copies(listed)
         if source.address == INSTALLED:
             return self._collected()
+        root = root_of(source.address, revision)
+        if is_hub(source.address) and source.sample is None and source.most_bytes is None:
+            return [root + pattern for pattern in source.files]  # one request for each folder, not for each file
         now = list_source(name, source, revision)
         if listed is not None and listed.files is not None:
             check_present(name, source, listed, now, self.where)
         files = (listed if listed is not None and listed.files is not None else now).chosen(source) or []
-        root = root_of(source.address, revision)
         return [_exact(root + file.path) for file in files]
 
     def _copies(self, listed: SourceListing | None) -> list[str]:

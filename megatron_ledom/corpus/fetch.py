@@ -15,7 +15,8 @@ from megatron_ledom.corpus.build import chosen_names, pinned_revision, stored_li
 from megatron_ledom.corpus.listing import ListedFile
 from megatron_ledom.corpus.recipe import load_recipe
 from megatron_ledom.data.readers.byte_ranges import InputPath
-from megatron_ledom.data.readers.streams import is_remote, raw_blocks
+from megatron_ledom.data.readers.remote import is_remote
+from megatron_ledom.data.readers.streams import raw_blocks
 from megatron_ledom.errors import DataError, UsageError, cannot_write
 from megatron_ledom.storage.files import new_file
 from megatron_ledom.storage.locks import output_folder_lock

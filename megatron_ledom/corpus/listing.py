@@ -17,7 +17,7 @@ from megatron_ledom.corpus.addresses import INSTALLED, is_hub, root_of
 from megatron_ledom.corpus.installed_text import installed_lines
 from megatron_ledom.corpus.recipe import Recipe, Source
 from megatron_ledom.data.readers.input_files import find_inputs
-from megatron_ledom.data.readers.streams import is_remote
+from megatron_ledom.data.readers.remote import is_remote
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.storage.files import write_file
 from megatron_ledom.storage.locks import output_file_lock
@@ -118,6 +118,9 @@ def list_source(name: str, source: Source, revision: str | None) -> SourceListin
         found, _ = find_inputs([root + pattern for pattern in source.files])
     except UsageError as error:
         raise UsageError(f"sources.{name}: {error}") from error
+    if is_hub(source.address) and found:  # the listing has looked up the commit of a branch
+        revision = found[0].path.removeprefix(f"{source.address}@").split("/")[0]
+        root = root_of(source.address, revision)
     files = [
         ListedFile(_relative(entry.path, root), entry.num_bytes, (entry.version or None) if is_remote(entry.path) else None)
         for entry in found

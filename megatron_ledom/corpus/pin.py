@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ledom.corpus.addresses import is_commit, is_hub, repository_of
+from megatron_ledom.corpus.addresses import is_commit, is_hub
 from megatron_ledom.corpus.build import chosen_names
 from megatron_ledom.corpus.listing import Listing, list_sources, lock_path, read_listing, write_listing
 from megatron_ledom.corpus.recipe import Recipe, load_recipe
-from megatron_ledom.errors import UsageError
+from megatron_ledom.errors import LedomError
 
 logger = logging.getLogger(__name__)
 
@@ -51,17 +51,10 @@ def commit_of(recipe: Recipe, name: str) -> str | None:
     source = recipe.sources[name]
     if not is_hub(source.address) or is_commit(source.revision):
         return source.revision
-    from huggingface_hub import HfApi
+    from megatron_ledom.data.readers.hub import Commits
 
-    branch = source.revision or "main"
     try:
-        commit = HfApi().dataset_info(repository_of(source.address), revision=branch, timeout=30).sha
-    except Exception as error:  # of the client: no network, no such repository or branch, no access
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(
-            f"sources.{name}: the hub does not give the commit of {source.address} at {branch} ({type(error).__name__}: {reason});"
-            " check the address, the branch, the network and the token of `hf auth login`"
-        ) from error
-    if not is_commit(commit):
-        raise UsageError(f"sources.{name}: the hub gives {commit!r} as the commit of {branch}; expected 40 hexadecimal digits")
-    return str(commit)
+        pinned = Commits().pinned(f"{source.address}@{source.revision}" if source.revision else source.address)
+    except LedomError as error:
+        raise type(error)(f"sources.{name}: {error}") from error
+    return pinned.removeprefix(f"{source.address}@")
