@@ -14,6 +14,7 @@ from megatron_ledom.corpus.blend import built_shards
 from megatron_ledom.corpus.card import CARD_NAME, card_text, read_reports
 from megatron_ledom.corpus.listing import lock_path
 from megatron_ledom.corpus.recipe import Recipe, load_recipe
+from megatron_ledom.data.readers.remote import may_succeed_later
 from megatron_ledom.data.shards.shard import SUFFIXES
 from megatron_ledom.errors import TransientError, UsageError
 from megatron_ledom.storage.folders import new_folder
@@ -107,11 +108,7 @@ def _to_hub(settings: PublishSettings, files: dict[str, Path], card: str) -> Non
             done = api.create_commit(name, operations, commit_message=f"Add {len(operations)} files", repo_type="dataset")
         except Exception as error:  # of the client: no network, no right to write, no such owner
             reason = " ".join(str(error).split())[:300]
-            kind = (
-                TransientError
-                if isinstance(error, OSError | TimeoutError) and "401" not in reason and "403" not in reason
-                else UsageError
-            )
+            kind = TransientError if may_succeed_later(error) else UsageError
             raise kind(
                 f"the hub did not take {settings.to} ({type(error).__name__}: {reason}); check the name, the network, and that the"
                 " token of `hf auth login` may write there"
