@@ -24,6 +24,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     _add_card(commands)
     _add_publish(commands)
     _add_make(commands)
+    _command(commands, "tasks", "print the name and the number of tasks of every source, for a SLURM script")
     return parser
 
 
@@ -187,6 +188,13 @@ def _make(given: dict[str, Any]) -> None:
     make(MakeSettings(**given))
 
 
+def _tasks(given: dict[str, Any]) -> None:
+    from megatron_ledom.corpus.recipe import load_recipe
+
+    for name, source in load_recipe(given["recipe"], given["overrides"]).sources.items():
+        print(name, source.tasks)
+
+
 _RUN = {
     "plan": _plan,
     "pin": _pin,
@@ -196,4 +204,5 @@ _RUN = {
     "card": _card,
     "publish": _publish,
     "make": _make,
+    "tasks": _tasks,
 }

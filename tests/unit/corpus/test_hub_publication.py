@@ -33,7 +33,7 @@ class CommitTaker(BaseHTTPRequestHandler):
         elif self.path == "/api/repos/create":
             asked = json.loads(body)
             self.repos[f"{asked['organization']}/{asked['name']}"] = {
-                "private": asked.get("private"),
+                "visibility": asked.get("visibility"),
                 "files": {},
                 "commits": 0,
             }
@@ -97,7 +97,7 @@ def recipe(tmp_path: Path, tokenizer: str) -> str:
 def test_a_corpus_is_one_commit_of_a_private_repository(taker: type[CommitTaker], recipe: str, tmp_path: Path) -> None:
     files = publish(PublishSettings(recipe=recipe, to="hf://datasets/org/corpus", yes=True))
     [(name, repo)] = taker.repos.items()
-    assert (name, repo["private"], repo["commits"]) == ("org/corpus", True, 1)
+    assert (name, repo["visibility"], repo["commits"]) == ("org/corpus", "private", 1)
     assert set(repo["files"]) == set(files) >= {"README.md", "recipe.yaml", "web.bin", "code.json"}
     assert repo["files"]["web.bin"] == (tmp_path / "out/web.bin").read_bytes()
     assert repo["files"]["README.md"].startswith(b"---\npretty_name: test\n")

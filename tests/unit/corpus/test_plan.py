@@ -1,15 +1,19 @@
 """Plans: from a stored listing without network, with nothing invented."""
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_ledom.cli.main import run
 from megatron_ledom.corpus.listing import ListedFile, Listing, SourceListing, listing_text, read_listing
 from megatron_ledom.corpus.plan import CorpusPlanSettings, describe, plan_corpus
+from megatron_ledom.corpus.recipe import load_recipe
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from tests.support.corpus_recipes import source, two_sources, write_recipe
+from tests.support.paths import ROOT
 
 COMMIT = "b" * 40
 
@@ -104,3 +108,23 @@ def test_a_listing_that_does_not_fit_the_recipe_is_refused(tmp_path: Path) -> No
     listing.write_text(json.dumps({"format_version": 2}), encoding="utf-8")
     with pytest.raises(DataError, match="has format version 2, this package reads 1"):
         plan()
+
+
+def test_the_plan_of_the_435b_recipe_needs_no_network(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the network is used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    folder = ROOT / "examples/corpus"
+    run(["corpus", "plan", str(folder / "ledom_435b.yaml"), "--listing", str(folder / "ledom_435b.listing.json")])
+    shown = capsys.readouterr().out
+    rows = {line.split()[0]: line.split() for line in shown.splitlines() if line}
+    assert rows["all"][3] == "435,373,905,853"
+    assert rows["dclm_01"][2:8] == ["unknown", "unknown", "288,703,527,564", "259,833,174,808", "59.68%", "0.900"]
+    assert "1.45 TB of shards" in shown
+    assert "15.93 to encode" in shown
+    base = yaml.safe_load((ROOT / "examples/configs/ledom_base.yaml").read_text(encoding="utf-8"))
+    wanted = {Path(prefix).name: tokens for tokens, prefix in base["data"]["train_blend"]}
+    assert {name: source.tokens for name, source in load_recipe(str(folder / "ledom_435b.yaml")).sources.items()} == wanted

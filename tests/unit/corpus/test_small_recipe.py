@@ -21,7 +21,10 @@ def test_one_command_makes_a_blend_that_trains(tmp_path: Path, monkeypatch: pyte
     values = yaml.safe_load(SMALL.read_text(encoding="utf-8"))
     values["sources"]["web"] = {
         **values["sources"]["code"],
-        "address": "hf://datasets/org/web", "files": ["*.jsonl"], "share": 0.2, "domain": "web",
+        "address": "hf://datasets/org/web",
+        "files": ["*.jsonl"],
+        "share": 0.2,
+        "domain": "web",
     }
     values["sources"]["code"]["share"] -= 0.2
     Path("small.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")

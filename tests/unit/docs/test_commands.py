@@ -37,6 +37,7 @@ RUN_ON_QUICKSTART = "tests/quickstart/test_quickstart.py"
 HARNESS = "-m megatron_ledom.evaluation.harness"
 MINUTE = "tests/quickstart/test_one_minute.py"
 LORA = "tests/unit/finetune/test_lora.py"
+CORPUS = "tests/unit/corpus/test_small_recipe.py"
 SLURM_JOBS = "tests/slurm/test_slurm_jobs.py"
 PAGES_RUN_BY_TESTS = {
     "docs/tutorials/published_model.md": "tests/unit/tokenizers/test_published_folder.py",
@@ -139,6 +140,17 @@ RUN_BY_TESTS = {
     " --max-length 512": LORA,
     "ledom generate --model finetuned/model --following and they lived happily ever after.": LORA,
     "ledom convert-checkpoint hf-to-mcore --load finetuned/model --save runs/finetuned --seq-length 512": LORA,
+    "ledom corpus plan examples/corpus/small.yaml": CORPUS,
+    "ledom corpus make examples/corpus/small.yaml": CORPUS,
+    "ledom corpus pin examples/corpus/ledom_435b.yaml": "tests/unit/corpus/test_hub.py",
+    "ledom corpus plan examples/corpus/ledom_435b.yaml": "tests/unit/corpus/test_plan.py",
+    "ledom corpus plan examples/corpus/ledom_435b.yaml --listing examples/corpus/ledom_435b.listing.json": "tests/unit/corpus/test_plan.py",
+    "bash examples/slurm/corpus.sbatch": "tests/unit/examples/test_slurm_scripts.py",
+    "ledom corpus blend examples/corpus/small.yaml --seq-length 1024 --global-batch-size 8 --output corpus/small/blend.yaml": (
+        "tests/unit/corpus/test_blend.py"
+    ),
+    "ledom corpus card examples/corpus/small.yaml": "tests/unit/corpus/test_card.py",
+    "ledom corpus publish examples/corpus/small.yaml --to published/small --yes": "tests/unit/corpus/test_card.py",
     "ledom configs list": RUN_HERE,
     "ledom configs show quickstart_reverse > run.yaml": RUN_HERE,
     "ledom train --config ledom_7b --dry-run parallel.hardware=h100-sxm": RUN_HERE,

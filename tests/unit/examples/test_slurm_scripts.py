@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ledom.data.shards.shard import check_shard
+from tests.support.corpus_recipes import two_sources
 from tests.support.forked import run_forked
 from tests.support.legible import legible_documents, legible_tokenizer, write_jsonl
 from tests.support.paths import ROOT
@@ -457,3 +458,23 @@ def test_array_tasks_write_the_shards_of_the_whole_corpus(tmp_path: Path) -> Non
         assert done.returncode == 0, done.stderr
     manifests = [check_shard(str(tmp_path / f"shard-{task:05d}-of-00002")) for task in range(2)]
     assert sorted(manifest.num_tokens for manifest in manifests) == [2 * 8, 3 * 6]
+
+
+def test_the_corpus_script_submits_an_array_for_each_source_and_builds_its_task(cluster: Cluster, tmp_path: Path) -> None:
+    tokenizer = str(legible_tokenizer(tmp_path / "tokenizer"))
+    recipe = two_sources(tmp_path, tokenizer)
+    text = Path(recipe).read_text(encoding="utf-8")
+    Path(recipe).write_text(text.replace("    tokens: 120\n", "    tokens: 120\n    tasks: 3\n"), encoding="utf-8")
+    (cluster.folder / "sbatch").write_text('#!/bin/bash\necho "$SOURCE" "$@" >> "$RECORD/submitted"\n')
+    done = cluster.submit("corpus.sbatch", "--set", "direction=forward", RECIPE=recipe)
+    assert done.returncode == 0, done.stderr
+    script = "examples/slurm/corpus.sbatch --set direction=forward"
+    assert cluster.recorded("submitted").splitlines() == [
+        f"web --job-name=ledom-corpus-web --array=0-2 {script}",
+        f"code --job-name=ledom-corpus-code --array=0-0 {script}",
+    ]
+    task = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "1", "SLURM_ARRAY_TASK_ID": "2", "SOURCE": "web", "RECIPE": recipe}
+    done = cluster.submit("corpus.sbatch", "--set", "direction=forward", **task)
+    assert done.returncode == 0, done.stderr
+    assert check_shard(str(tmp_path / "out/web-00002-of-00003")).direction == "forward"
+    assert cluster.submit("corpus.sbatch", RECIPE="missing.yaml").returncode == 2
