@@ -143,12 +143,9 @@ RUN_BY_TESTS = {
     "ledom corpus plan examples/corpus/small.yaml": CORPUS,
     "ledom corpus make examples/corpus/small.yaml": CORPUS,
     "ledom corpus pin examples/corpus/ledom_435b.yaml": "tests/unit/corpus/test_hub.py",
-    "ledom corpus plan examples/corpus/ledom_435b.yaml": "tests/unit/corpus/test_plan.py",
     "ledom corpus plan examples/corpus/ledom_435b.yaml --listing examples/corpus/ledom_435b.listing.json": "tests/unit/corpus/test_plan.py",
     "bash examples/slurm/corpus.sbatch": "tests/unit/examples/test_slurm_scripts.py",
-    "ledom corpus blend examples/corpus/small.yaml --seq-length 1024 --global-batch-size 8 --output corpus/small/blend.yaml": (
-        "tests/unit/corpus/test_blend.py"
-    ),
+    "ledom corpus blend examples/corpus/small.yaml --output corpus/small/blend.yaml": "tests/unit/corpus/test_blend.py",
     "ledom corpus card examples/corpus/small.yaml": "tests/unit/corpus/test_card.py",
     "ledom corpus publish examples/corpus/small.yaml --to published/small --yes": "tests/unit/corpus/test_card.py",
     "ledom configs list": RUN_HERE,
