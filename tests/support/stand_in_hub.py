@@ -238,7 +238,8 @@ class _Handler(BaseHTTPRequestHandler):
         failure = self.hub.failure(on, self.command, path)
         if failure is None:
             return None
-        time.sleep(failure.wait_seconds)
+        if failure.wait_seconds:
+            time.sleep(failure.wait_seconds)
         if failure.break_after == -1:
             self.seen(0)
             self.cut()
@@ -331,6 +332,9 @@ class _HubHandler(_Handler):
     def api(self, on: str, repo: Repo, match: re.Match[str], inside: str, query: Mapping[str, list[str]]) -> None:
         if on == "auth-check":
             return self.send(200, b"{}") if self.may_read(repo, match["name"]) else None
+        if on == "refs":
+            branches = [{"name": name, "ref": name, "targetCommit": commit} for name, commit in repo.branches.items()]
+            return self.send(200, json.dumps({"branches": branches, "tags": [], "converts": []}).encode())
         revision = unquote(match["revision"] or "main")
         commit = repo.commit_of(revision)
         if commit is None:
