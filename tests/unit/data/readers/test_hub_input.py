@@ -218,6 +218,15 @@ def test_a_broken_read_continues_at_the_byte_where_it_broke(hub: StandInHub) -> 
     assert [seen.range for seen in hub.requests if seen.on == "content"][:3] == [f"bytes={at}-{last}" for at in (0, 1000, 1500)]
 
 
+def test_a_whole_file_in_place_of_a_range_is_not_taken_for_the_range(hub: StandInHub) -> None:
+    (source,) = expand_inputs([f"hf://{SET}/a.jsonl"])
+    hub.failures = [Failure(on="content", ignore_range=True)]
+    for stream in remote_stream.opened_remote(source, 1000, source.num_bytes):
+        stream.seek(500)
+        assert stream.read(700) == LINES[500:1200]
+    assert hub.failures[0].met == 1
+
+
 def test_a_token_that_expires_is_read_again(hub: StandInHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.tokens |= {"hf_before", "hf_after"}
     hub.repo(SET).readers = hub.tokens
