@@ -35,6 +35,17 @@ docs: $(STAMP)
 	$(BIN)/python -m docs.generator
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# datatrove, for examples/corpus/clean: 56 MB of downloads, 206 MB in a folder that only this script reads, so that it changes nothing else.
+# With it `make test` runs tests/cleaning too; without it they are skipped.
+DATATROVE := $(VENV)/datatrove/.installed
+.PHONY: install-datatrove
+install-datatrove: $(DATATROVE)
+
+$(DATATROVE): examples/corpus/clean/requirements.txt $(STAMP)
+	rm -rf $(@D)
+	$(BIN)/python -m pip --disable-pip-version-check install --progress-bar off --no-deps --no-compile --target $(@D) -r $<
+	touch $@
+
 # Transformer Engine's layers and Megatron Bridge beside ours, without a GPU: 11 MB of packages in a folder that only tests/judges reads.
 # With them installed, `make test` runs tests/judges too; without them it skips them.
 JUDGES := $(VENV)/judges/.installed

@@ -117,6 +117,13 @@ RUN_BY_TESTS = {
     "ledom decontaminate --input corpus/*.jsonl --items evaluation_sets --output clean --action drop": RUN_HERE,
     "ledom preprocess-data --input corpus/*.jsonl --tokenizer data/tokenizer --output-prefix data/web"
     " --decontaminate evaluation_sets --action cut": "tests/unit/data/preprocess/test_decontaminated_shards.py",
+    "make install-datatrove": "Makefile",
+    "python examples/corpus/clean/clean.py --input corpus/*.jsonl --output cleaned --domain-key source --keep-languages en": (
+        "tests/cleaning/test_clean_corpus.py"
+    ),
+    "ledom preprocess-data --input cleaned/documents/*.jsonl.gz --tokenizer data/tokenizer --output-prefix data/web": (
+        "tests/unit/data/preprocess/test_preprocess.py"
+    ),
     "ledom evaluate --list --data evaluation_sets": RUN_HERE,
     "ledom evaluate --model quickstart/models/reverse --tasks gsm8k,svamp --data evaluation_sets --num-fewshot 4 --show 2": RUN_HERE,
     "ledom evaluate --model quickstart/models/reverse --tasks gsm8k,hellaswag --data evaluation_sets --limit 200 --num-fewshot 4"
