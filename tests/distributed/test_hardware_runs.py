@@ -25,6 +25,12 @@ IMPOSSIBLE = [*ONE_STEP, "optimizer.min_lr=1"]
 RUNS_FOR_EVER = [sys.executable, "-c", "import threading; threading.Event().wait(600)"]
 
 
+@pytest.fixture(autouse=True)
+def _ranks_start_at_once(python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ranks be forks of a process that has imported the trainer."""
+    monkeypatch.setattr(sys, "executable", str(python))
+
+
 def training(tmp_path: Path, seconds: float = 300, num_gpus: int = 1) -> TrainingRuns:
     return TrainingRuns(Setting(device="cpu", num_gpus=num_gpus, seconds=seconds, folder=str(tmp_path)))
 

@@ -112,7 +112,7 @@ def path_of(folder: Path, *names: str) -> str:
     return str(folder / " to ".join(names).replace(" ", "_").replace(",", ""))
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", [pytest.param("ordinary optimizer", marks=pytest.mark.slow), "distributed optimizer"])
 def test_a_checkpoint_passed_through_every_layout_is_unchanged(data: TinyData, tmp_path: Path, optimizer: str) -> None:
     """Each layout loads the checkpoint of the previous one; the first layout also loads the last checkpoint."""
     names = list(LAYOUTS)

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +26,7 @@ from megatron_ledom.storage.folders import new_folder
 from tests.support.conversion_checks import check_same_folders, check_same_runs
 from tests.support.paths import ROOT
 from tests.support.stock_folders import family_folder, stock_config, stock_folder
+from tests.support.warm_python import shared_python
 
 INDEX = "model.safetensors.index.json"
 
@@ -259,7 +259,7 @@ def test_other_sizes_are_refused(text: str) -> None:
 
 def children(*arguments: Any) -> tuple[list[dict[str, Any]], str]:
     """Return stdout and stderr of tests.support.conversion_child."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.support.conversion_child", *map(str, arguments)]
+    command = [str(shared_python()), "-m", "tests.support.conversion_child", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
