@@ -63,7 +63,9 @@ def test_the_comparisons_see_a_run_with_another_seed(tmp_path: Path) -> None:
 def test_a_run_that_had_much_time_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layout whose collectives hang must not pass as one for which no time was left."""
     monkeypatch.setattr(training_runs, "LONG_SECONDS", 0.0)
-    records, failures = training(tmp_path, seconds=RESERVE_SECONDS + 1).try_each({"long": [], "next": []})
+    runs = training(tmp_path)
+    runs.end = time.monotonic() + 1
+    records, failures = runs.try_each({"long": ["train.train_iters=100000"], "next": []})
     assert records == {}
     assert list(failures) == ["long"]
     assert "so it may hang" in failures["long"]
