@@ -273,13 +273,16 @@ def test_a_full_disk_leaves_nothing_and_the_message_has_a_remedy(source: Path, r
     assert "make room, then run the command again" in errors
 
 
+@pytest.mark.parametrize("num_kills", [4, pytest.param(10, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["export", "import"])
-def test_killed_at_random_moments_no_output_seems_finished(source: Path, run: Path, tmp_path: Path, kind: str) -> None:
-    """Kill ten times: a conversion that had finished is whole; any other left nothing, and starts again."""
+def test_killed_at_random_moments_no_output_seems_finished(
+    source: Path, run: Path, tmp_path: Path, kind: str, num_kills: int
+) -> None:
+    """Kill several times: a conversion that had finished is whole; any other left nothing, and starts again."""
     check = check_same_folders if kind == "export" else check_same_runs
     expected = source if kind == "export" else run
-    left, _ = children(kind, run if kind == "export" else source, tmp_path / "target", 10)
-    assert len(left) == 10
+    left, _ = children(kind, run if kind == "export" else source, tmp_path / "target", num_kills)
+    assert len(left) == num_kills
     assert not all(one["finished"] for one in left)
     for one in left:
         assert not one["part_loads"]
