@@ -35,6 +35,8 @@ TINY = [
     *["model.vocab_size=305", "optimizer.lr_warmup_iters=1"],
 ]
 
+QUIET = ("train-tokenizer", "preprocess-data", "train", "convert-checkpoint", "generate")
+"""Commands of the quickstart: they show no warning of a library."""
 EACH = """
 import json, sys
 from megatron_ledom.cli.main import run
@@ -73,6 +75,8 @@ class Installed:
         command = [str(self.environment / "bin/ledom"), *map(str, arguments)]
         done = subprocess.run(command, cwd=self.folder, env=ENVIRONMENT, capture_output=True, text=True)
         assert done.returncode == code, done.stdout + done.stderr
+        if arguments[0] in QUIET:
+            assert [line for line in (done.stdout + done.stderr).splitlines() if re.search("Warning|FSDP", line)] == []
         return done
 
     def each(self, *commands: list[object]) -> str:

@@ -77,6 +77,7 @@ def test_long_steps_show_a_bar_with_rate_and_time_left(run: Run, name: str) -> N
 
 
 def test_no_warning_of_a_library_is_shown(run: Run) -> None:
+    """Of running commands, since their imports are done before; `tests/packaging` starts the same commands in new processes."""
     shown = run.stdout + run.terminal
     assert [line for line in shown.splitlines() if "Warning" in line or "site-packages" in line or "FSDP" in line] == []
 
