@@ -1,7 +1,7 @@
 """All tests. Folders: `unit` mirrors the package; `distributed` starts ranks of real runs; `numerics` compares with plain torch
-and with Hugging Face; `judges` with Transformer Engine and Megatron Bridge; `golden` has recorded losses; `inventory` compares the
-results of every command with recorded ones; `kernels` runs CUDA kernels on an emulator; `hardware_check` rehearses the check of a
-machine; `packaging`, `slurm`, `quickstart`, `study` and `notebooks` run the commands of users;
+and with Hugging Face; `judges` with Transformer Engine and Megatron Bridge; `cleaning` runs datatrove; `golden` has recorded
+losses; `inventory` compares the results of every command with recorded ones; `kernels` runs CUDA kernels on an emulator;
+`hardware_check` rehearses the check of a machine; `packaging`, `slurm`, `quickstart`, `study` and `notebooks` run the commands of users;
 `benchmarks` measure and are not tests; `support` is code for tests of several folders.
 
     make test-fast                          lint, types and unit tests

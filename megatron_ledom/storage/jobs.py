@@ -61,9 +61,7 @@ def moved_commit(before: Iterable[str], now: Iterable[str]) -> str:
     found = {match[1]: match[2] for path in before if (match := PINNED.match(path))}
     for repo, commit in {match[1]: match[2] for path in now if (match := PINNED.match(path))}.items():
         if (earlier := found.get(repo, commit)) != commit:
-            return (
-                f"{repo} was at commit {earlier} and is at {commit}: to go on with those files, write @{earlier} after the name"
-            )
+            return f"{repo} was at commit {earlier} and is at {commit}: to resume with those files, write @{earlier} after the name"
     return ""
 
 

@@ -8,6 +8,19 @@ import yaml
 from tests.support.legible import legible_documents, write_jsonl
 
 
+TUTORIAL_COMMANDS = {
+    "ledom corpus plan examples/corpus/small.yaml": "tests/unit/corpus/test_small_recipe.py",
+    "ledom corpus make examples/corpus/small.yaml": "tests/unit/corpus/test_small_recipe.py",
+    "ledom corpus pin examples/corpus/ledom_435b.yaml": "tests/unit/corpus/test_hub.py",
+    "ledom corpus plan examples/corpus/ledom_435b.yaml --listing examples/corpus/ledom_435b.listing.json": "tests/unit/corpus/test_plan.py",
+    "bash examples/slurm/corpus.sbatch": "tests/unit/examples/test_slurm_scripts.py",
+    "ledom corpus blend examples/corpus/small.yaml --output corpus/small/blend.yaml": "tests/unit/corpus/test_blend.py",
+    "ledom corpus card examples/corpus/small.yaml": "tests/unit/corpus/test_card.py",
+    "ledom corpus publish examples/corpus/small.yaml --to published/small --yes": "tests/unit/corpus/test_card.py",
+}
+"""Command of docs/tutorials/corpus_recipe.md -> the test that runs the same or a similar command."""
+
+
 def source(address: str, files: list[str], **keys: Any) -> dict[str, Any]:
     """Return the keys of a source."""
     known = {"licence": "CC0-1.0", "terms": "none", "domain": "general", "origin": "ours"}

@@ -187,7 +187,7 @@ def test_the_checks_of_a_submission_demand_the_second_python(tmp_path: Path) -> 
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "no python3.12 on the PATH" in refused.stderr
     judges, omitted, tests = run(ONE_PYTHON="1").stdout.splitlines()
-    assert (judges, tests) == ("make install-judges PYTHON=python3.11", "make test PYTHON=python3.11")
+    assert (judges, tests) == ("make install-judges install-datatrove PYTHON=python3.11", "make test PYTHON=python3.11")
     assert omitted.startswith("=== omitted: the tests of megatron-core on Python 3.12")
     (tmp_path / "versions/3.12.9/bin").mkdir(parents=True)
     second = script(tmp_path / "versions/3.12.9/bin/python3.12", "exit 0")

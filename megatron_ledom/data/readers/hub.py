@@ -13,6 +13,7 @@ from urllib.parse import unquote
 from megatron_ledom.data.readers.byte_ranges import InputPath
 from megatron_ledom.data.readers.remote import (
     OFFLINE,
+    BrokenOffError,
     UnusableAnswerError,
     changed,
     described,
@@ -153,26 +154,42 @@ def open_file(source: InputPath) -> Any:
         def _fetch_range(self, start: int, end: int) -> bytes:
             end = min(end, source.num_bytes)
             headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity", **self.fs._api._build_hf_headers()}
-            answer = get_session().get(self.url(), headers=headers, timeout=TIMEOUT_SECONDS, follow_redirects=True)
-            hf_raise_for_status(answer)
-            _check_version(source, answer)
-            content = bytes(answer.content)
-            _check_range(answer, len(content), start, end, source.num_bytes)
-            return content
+            options = {"headers": headers, "timeout": TIMEOUT_SECONDS, "follow_redirects": True}
+            with get_session().stream("GET", self.url(), **options) as answer:
+                if answer.status_code >= 400:
+                    answer.read()
+                hf_raise_for_status(answer)
+                _check_version(source, answer)
+                _check_range(answer, start, end, source.num_bytes)
+                return _content(answer, end - start)
 
     return CheckedFile(remote_file_system(source.path), source.path, cache_type="none", size=source.num_bytes)
 
 
-def _check_range(answer: Any, num_bytes: int, start: int, end: int, size: int) -> None:
+def _check_range(answer: Any, start: int, end: int, size: int) -> None:
     """Raise UnusableAnswerError if an answer is not bytes [start, end) of the file."""
     found = CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
-    is_whole = answer.status_code == 200 and (start, end, num_bytes) == (0, size, size)
-    is_range = answer.status_code == 206 and found is not None and int(found[1]) == start and num_bytes == end - start
-    if not is_whole and not is_range:
+    is_whole = answer.status_code == 200 and (start, end) == (0, size)
+    if not is_whole and not (answer.status_code == 206 and found is not None and int(found[1]) == start):
         raise UnusableAnswerError(
-            f"asked for bytes {start:,} to {end:,}, the server sent {num_bytes:,} bytes with status {answer.status_code}"
-            f" ({answer.headers.get('Content-Range', 'no Content-Range')})"
+            f"asked for bytes {start:,} to {end:,}, the server sent status {answer.status_code} with"
+            f" {answer.headers.get('Content-Range', 'no Content-Range')}"
         )
+
+
+def _content(answer: Any, num_bytes: int) -> bytes:
+    """Return the bytes of an answer. Raises BrokenOffError with those that came if the connection breaks or there are fewer."""
+    content = bytearray()
+    try:
+        for block in answer.iter_bytes():
+            content += block
+    except Exception as error:
+        raise BrokenOffError(
+            f"the connection broke after {len(content):,} of {num_bytes:,} bytes: {error}", bytes(content)
+        ) from error
+    if len(content) < num_bytes:
+        raise BrokenOffError(f"the answer has {len(content):,} of {num_bytes:,} bytes", bytes(content))
+    return bytes(content[:num_bytes])
 
 
 def _check_version(source: InputPath, answer: Any) -> None:

@@ -28,7 +28,7 @@ BUSY = (408, 425, 429, 500, 502, 503, 504, 509, 520, 521, 522, 523, 524)
 REFUSED = (401, 403)
 TRANSPORT = {
     *("TransportError", "ClientConnectionError", "ClientPayloadError", "HTTPClientError", "ResponseParserError"),
-    *("IncompleteRead", "IncompleteReadError", "ConnectionError", "TimeoutError", "UnusableAnswerError"),
+    *("IncompleteRead", "IncompleteReadError", "ConnectionError", "TimeoutError", "UnusableAnswerError", "BrokenOffError"),
 }
 """Names of the base classes of broken connections, in httpx, aiohttp, botocore and here."""
 OFFLINE = "OfflineModeIsEnabled"
@@ -48,6 +48,14 @@ Result = TypeVar("Result")
 
 class UnusableAnswerError(OSError):
     """A server sent other bytes than those that were asked for."""
+
+
+class BrokenOffError(OSError):
+    """A connection broke after the bytes `content` of an answer."""
+
+    def __init__(self, message: str, content: bytes) -> None:
+        super().__init__(message)
+        self.content = content
 
 
 def is_remote(path: str) -> bool:
@@ -107,7 +115,7 @@ def described(error: BaseException) -> str:
 
 
 def root_of(error: BaseException) -> BaseException:
-    """Return the error behind a FileNotFoundError: fsspec's HTTP client raises one for every failure to get a size."""
+    """Return the error that caused a FileNotFoundError: fsspec's HTTP client raises one for every failure to get a size."""
     cause = error.__cause__
     if isinstance(error, FileNotFoundError) and cause is not None and status_of(cause) not in (404, 410):
         return cause if status_of(cause) is not None or may_succeed_later(cause) else error

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 CLIENT_TRIES = 1
 """Further tries of a listing of the hub, after the six that `huggingface_hub` makes itself."""
 Entry = Mapping[str, Any]
-"""What fsspec knows of a file: its size, and what the store calls its version."""
+"""The size and version of a file, as fsspec returns them."""
 Found = tuple[dict[str, Entry], bool]
 """(entries by their names in the store, True if they are the files of a folder)."""
 

@@ -10,6 +10,7 @@ from megatron_ledom.data.readers import hub
 from megatron_ledom.data.readers.byte_ranges import InputPath
 from megatron_ledom.data.readers.remote import (
     MOST_REFUSALS,
+    BrokenOffError,
     UnusableAnswerError,
     check_same,
     described,
@@ -35,6 +36,8 @@ class RemoteFile(io.RawIOBase):
         self._read_bytes, self._end = read_bytes, end
         self._position = 0
         self._block, self._block_start = b"", 0
+        self._kept = b""
+        """Bytes at the position that came before the connection broke."""
         self._stream: Any = None
 
     def readable(self) -> bool:
@@ -51,6 +54,7 @@ class RemoteFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Set and return the position."""
+        self._kept = b""
         self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.source.num_bytes}[whence]
         return self._position
 
@@ -75,11 +79,16 @@ class RemoteFile(io.RawIOBase):
         try:
             if self._stream is None:
                 self._stream = self._open(self.source)
-            self._stream.seek(self._position)
-            block = bytes(self._stream.read(size))
+            self._stream.seek(self._position + len(self._kept))
+            block = self._kept + bytes(self._stream.read(size - len(self._kept)))
             if not block:
                 raise UnusableAnswerError(f"the server sent nothing at byte {self._position:,} of {self.source.num_bytes:,}")
+            self._kept = b""
             return block
+        except BrokenOffError as error:
+            self._kept += error.content
+            self._drop()
+            raise
         except BaseException:
             self._drop()
             raise
@@ -87,10 +96,10 @@ class RemoteFile(io.RawIOBase):
     def _explained(self, error: BaseException) -> LedomError | None:
         if isinstance(error, LedomError):
             return error
-        with suppress(Exception):
+        with suppress(OSError):
             system = remote_file_system(self.source.path)
             system.invalidate_cache()
-            check_same(self.source, system.info(self.source.path))
+            check_same(self.source, system.info(self.source.path))  # a server may only say that this version is gone
         path, why = self.source.path, described(error)
         if is_refusal(error):
             return DataError(

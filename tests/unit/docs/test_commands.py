@@ -23,6 +23,7 @@ from megatron_ledom.config.shipped import shipped_configs
 from megatron_ledom.inference import ForwardLM, ReverseLM
 from megatron_ledom.markdown import marked
 from tests.support.completions_server import serving
+from tests.support.corpus_recipes import TUTORIAL_COMMANDS
 from tests.support.evaluation_sets import SETS, write_sets
 from tests.support.forked import run_forked
 from tests.support.paths import ROOT
@@ -37,7 +38,6 @@ RUN_ON_QUICKSTART = "tests/quickstart/test_quickstart.py"
 HARNESS = "-m megatron_ledom.evaluation.harness"
 MINUTE = "tests/quickstart/test_one_minute.py"
 LORA = "tests/unit/finetune/test_lora.py"
-CORPUS = "tests/unit/corpus/test_small_recipe.py"
 SLURM_JOBS = "tests/slurm/test_slurm_jobs.py"
 PAGES_RUN_BY_TESTS = {
     "docs/tutorials/published_model.md": "tests/unit/tokenizers/test_published_folder.py",
@@ -118,6 +118,13 @@ RUN_BY_TESTS = {
     "ledom decontaminate --input corpus/*.jsonl --items evaluation_sets --output clean --action drop": RUN_HERE,
     "ledom preprocess-data --input corpus/*.jsonl --tokenizer data/tokenizer --output-prefix data/web"
     " --decontaminate evaluation_sets --action cut": "tests/unit/data/preprocess/test_decontaminated_shards.py",
+    "make install-datatrove": "Makefile",
+    "python examples/corpus/clean/clean.py --input corpus/*.jsonl --output cleaned --domain-key source --keep-languages en": (
+        "tests/cleaning/test_clean_corpus.py"
+    ),
+    "ledom preprocess-data --input cleaned/documents/*.jsonl.gz --tokenizer data/tokenizer --output-prefix data/web": (
+        "tests/unit/data/preprocess/test_preprocess.py"
+    ),
     "ledom evaluate --list --data evaluation_sets": RUN_HERE,
     "ledom evaluate --model quickstart/models/reverse --tasks gsm8k,svamp --data evaluation_sets --num-fewshot 4 --show 2": RUN_HERE,
     "ledom evaluate --model quickstart/models/reverse --tasks gsm8k,hellaswag --data evaluation_sets --limit 200 --num-fewshot 4"
@@ -140,14 +147,7 @@ RUN_BY_TESTS = {
     " --max-length 512": LORA,
     "ledom generate --model finetuned/model --following and they lived happily ever after.": LORA,
     "ledom convert-checkpoint hf-to-mcore --load finetuned/model --save runs/finetuned --seq-length 512": LORA,
-    "ledom corpus plan examples/corpus/small.yaml": CORPUS,
-    "ledom corpus make examples/corpus/small.yaml": CORPUS,
-    "ledom corpus pin examples/corpus/ledom_435b.yaml": "tests/unit/corpus/test_hub.py",
-    "ledom corpus plan examples/corpus/ledom_435b.yaml --listing examples/corpus/ledom_435b.listing.json": "tests/unit/corpus/test_plan.py",
-    "bash examples/slurm/corpus.sbatch": "tests/unit/examples/test_slurm_scripts.py",
-    "ledom corpus blend examples/corpus/small.yaml --output corpus/small/blend.yaml": "tests/unit/corpus/test_blend.py",
-    "ledom corpus card examples/corpus/small.yaml": "tests/unit/corpus/test_card.py",
-    "ledom corpus publish examples/corpus/small.yaml --to published/small --yes": "tests/unit/corpus/test_card.py",
+    **TUTORIAL_COMMANDS,
     "ledom configs list": RUN_HERE,
     "ledom configs show quickstart_reverse > run.yaml": RUN_HERE,
     "ledom train --config ledom_7b --dry-run parallel.hardware=h100-sxm": RUN_HERE,

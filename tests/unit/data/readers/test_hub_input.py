@@ -116,7 +116,7 @@ def broken_off(prefix: Path, tokenizer: str, hub: StandInHub, *inputs: str) -> N
     assert list(Path(f"{prefix}.work").glob("part-*.json"))
 
 
-def test_work_on_a_branch_that_has_moved_is_refused_and_goes_on_at_the_old_commit(
+def test_work_on_a_branch_that_has_moved_is_refused_and_resumes_at_the_old_commit(
     tmp_path: Path, tokenizer: str, hub: StandInHub
 ) -> None:
     expected = shard(tmp_path / "expected", tokenizer, f"hf://{SET}")
@@ -207,6 +207,24 @@ def test_a_retry_after_that_is_too_long_ends_at_once(hub: StandInHub, monkeypatc
     with pytest.raises(TransientError, match="1 tries"):
         expand_inputs([f"hf://{SET}"])
     assert not waits
+
+
+def test_a_broken_read_continues_at_the_byte_where_it_broke(hub: StandInHub) -> None:
+    (source,) = expand_inputs([f"hf://{SET}/a.jsonl"])
+    hub.requests.clear()
+    hub.failures = [Failure(on="content", break_after=1000), Failure(on="content", short=500)]
+    assert list(read_texts([source])) == TEXTS
+    last = len(LINES) - 1
+    assert [seen.range for seen in hub.requests if seen.on == "content"][:3] == [f"bytes={at}-{last}" for at in (0, 1000, 1500)]
+
+
+def test_a_whole_file_in_place_of_a_range_is_not_taken_for_the_range(hub: StandInHub) -> None:
+    (source,) = expand_inputs([f"hf://{SET}/a.jsonl"])
+    hub.failures = [Failure(on="content", ignore_range=True)]
+    for stream in remote_stream.opened_remote(source, 1000, source.num_bytes):
+        stream.seek(500)
+        assert stream.read(700) == LINES[500:1200]
+    assert hub.failures[0].met == 1
 
 
 def test_a_token_that_expires_is_read_again(hub: StandInHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
