@@ -7,7 +7,6 @@ import yaml
 
 from tests.support.legible import legible_documents, write_jsonl
 
-
 TUTORIAL_COMMANDS = {
     "ledom corpus plan examples/corpus/small.yaml": "tests/unit/corpus/test_small_recipe.py",
     "ledom corpus make examples/corpus/small.yaml": "tests/unit/corpus/test_small_recipe.py",
