@@ -21,7 +21,7 @@ import sysconfig
 from glob import glob
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import Extension, find_packages, setup
 
 CUDA_OPS = "megatron_ledom._cuda_ops"
@@ -181,6 +181,7 @@ def extensions() -> list[Extension]:
     return [helper("_helpers", "csrc/helpers"), helper("_cpu_ops", "csrc/cpu_ops"), *([cuda] if cuda else [])]
 
 
+ParallelCompile(default=0).install()  # the files of an extension at once, on all cores
 setup(
     packages=[*find_packages(include=["megatron_ledom*"]), "megatron_ledom.configs"],
     package_dir={"megatron_ledom.configs": "examples/configs"},  # a wheel contains the configs of the checkout

@@ -7,8 +7,8 @@ if TYPE_CHECKING:
     from megatron_ledom.contamination.search import Action, SearchSettings
 
 INPUT_HELP = (
-    "files, folders, patterns in quotes, addresses such as s3://BUCKET/FILE, or @LIST, a file with one of these per line; formats: JSON"
-    " Lines, Parquet, Arrow, WET and plain text, the text formats also as .gz, .zst, .bz2 or .xz"
+    "files, folders, patterns in quotes, addresses such as s3://BUCKET/FILE or hf://datasets/ORG/NAME/FILE, or @LIST, a file"
+    " with one of these per line; formats: JSON Lines, Parquet, Arrow, WET and plain text, the text formats also as .gz, .zst, .bz2 or .xz"
 )
 """Help of --input of commands that read a corpus."""
 

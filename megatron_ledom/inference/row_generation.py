@@ -25,12 +25,17 @@ from megatron_ledom.inference.row_choice import RowChoice, RowSettings, WrittenI
 
 @dataclass(frozen=True, slots=True)
 class RowRequest:
-    """A text to continue. key: seeds the row's own random numbers. num_likeliest: likeliest tokens to report at each position."""
+    """A text to continue.
+
+    key: seeds the row's own random numbers. num_likeliest: likeliest tokens to report at each position. is_shown: True for a row whose
+    text `on_step` reads while it grows; a model in another process tells the steps of no others.
+    """
 
     text: str
     sampling: Sampling
     key: str
     num_likeliest: int = 0
+    is_shown: bool = False
 
 
 @dataclass(frozen=True, slots=True)

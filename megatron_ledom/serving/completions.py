@@ -79,7 +79,7 @@ def rows_of(request: CompletionRequest, texts: list[str]) -> list[RowRequest]:
         raise ApiError(400, f"n={num} choices at temperature 0 would all be the same; set a temperature above 0", "n")
     seed = secrets.token_hex(8) if request.seed is None else str(request.seed)
     return [
-        RowRequest(text, sampling, f"{seed}/{index}/{number}", request.logprobs or 0)
+        RowRequest(text, sampling, f"{seed}/{index}/{number}", request.logprobs or 0, is_shown=bool(request.stream))
         for index, text in enumerate(texts)
         for number in range(num)
     ]
@@ -90,15 +90,13 @@ def completion_job(models: ServedModels, model: ServedModel, rows: list[RowReque
     cancelled = Event()
     growing = [_growing(model, row) for row in rows] if on_piece else []
     work = CompletionWork(rows, cancelled, on_piece, growing)
-    lane, lane_calls = models.lane("write", [model])
     return Job(
         ("write", model.name),
         lambda works, settle: _Writing(models, model, works, settle).run(),
         work,
         len(rows),
         model.shared_rows,
-        lane,
-        lane_calls,
+        models.lane("write", [model]),
         cancelled=cancelled,
     )
 

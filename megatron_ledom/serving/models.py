@@ -1,9 +1,9 @@
-"""The models of a server: in this process, or on an upstream."""
+"""The models of a server: in a process of their own, or on an upstream."""
 
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -11,24 +11,20 @@ from typing import Any
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import UsageError
 from megatron_ledom.inference.engines.engine import Engine
-from megatron_ledom.inference.engines.transformers_engine import TransformersEngine
-from megatron_ledom.inference.language_model import LanguageModel
+from megatron_ledom.inference.engines.model_process import ModelProcess, ModelProcessLost
+from megatron_ledom.inference.engines.process_engine import ProcessEngine
 from megatron_ledom.inference.model_folder import read_model_config
-from megatron_ledom.inference.row_generation import IsWanted, OnEnd, OnStep, RowRequest, RowResult, RowWriter, write_rows
-from megatron_ledom.inference.scoring import SpanScore
-from megatron_ledom.serving.loading import load_model
+from megatron_ledom.inference.row_generation import RowWriter
+from megatron_ledom.serving.loading import load_model, unrecorded_reverse
 from megatron_ledom.serving.metrics import Metrics
 from megatron_ledom.serving.settings import ServeSettings
 from megatron_ledom.serving.upstream import UpstreamEngine, connect
+from megatron_ledom.serving.work_queue import LOCAL_LANE, Lane
 from megatron_ledom.tokenizers.reader import read_tokenizer
 
 SCORED_BATCHES = 8
 ONE_REQUEST = 1
 """`shared_rows` of an upstream: requests share no call, because the upstream makes the batches, and an error stays with its request."""
-
-
-LOCAL_LANE = "models"
-"""The lane of all jobs that use only models of this process."""
 
 
 class UnknownModel(UsageError):
@@ -74,8 +70,16 @@ class ServedModel:
 class ServedModels:
     """The reverse model and, if there is one, the forward model."""
 
-    def __init__(self, reverse: ServedModel, forward: ServedModel | None, metrics: Metrics, settings: ServeSettings) -> None:
+    def __init__(
+        self,
+        reverse: ServedModel,
+        forward: ServedModel | None,
+        metrics: Metrics,
+        settings: ServeSettings,
+        process: ModelProcess | None,
+    ) -> None:
         self.reverse, self.forward, self._metrics, self._settings = reverse, forward, metrics, settings
+        self._process = process
         self._counted, self._lock = {model.direction: model.engine.usage.tokens for model in self.all}, Lock()
 
     @classmethod
@@ -92,11 +96,24 @@ class ServedModels:
         given = {Direction.REVERSE: settings.reverse, Direction.FORWARD: settings.forward}
         urls = {Direction.REVERSE: settings.upstream, Direction.FORWARD: settings.forward_upstream}
         made: dict[Direction, ServedModel] = {}
+        process = None
+        if any(given[direction] and urls[direction] is None for direction in urls):  # now: the checks of an upstream use torch
+            process = ModelProcess(partial(load_model, settings), settings.batch_size)
         for direction in sorted(urls, key=lambda direction: urls[direction] is None):
             if (place := given[direction]) is not None:
                 make = _loaded if urls[direction] is None else _connected
-                made[direction] = make(settings, direction, names[direction], place)
-        return cls(made[Direction.REVERSE], made.get(Direction.FORWARD), metrics, settings)
+                made[direction] = make(settings, direction, names[direction], place, process)
+        return cls(made[Direction.REVERSE], made.get(Direction.FORWARD), metrics, settings, process)
+
+    def watch(self, on_lost: Callable[[ModelProcessLost], None]) -> None:
+        """Call `on_lost` in a thread if the process of the models ends by itself."""
+        if self._process is not None:
+            self._process.watch(on_lost)
+
+    def end(self) -> None:
+        """End the process of the models."""
+        if self._process is not None:
+            self._process.end()
 
     @cached_property
     def special_tokens(self) -> list[str]:
@@ -114,17 +131,17 @@ class ServedModels:
         """Return the most sequences of several requests to score in one call with some models."""
         return ONE_REQUEST if any(model.is_upstream for model in used) else self.score_rows
 
-    def lane(self, kind: str, used: Sequence[ServedModel]) -> tuple[Hashable, int]:
-        """Return the lane of jobs that use some models, and its most calls at once: one for all models of this process."""
+    def lane(self, kind: str, used: Sequence[ServedModel]) -> Lane:
+        """Return the lane of jobs that use some models."""
         if any(model.is_upstream for model in used):
-            return (kind, *(model.name for model in used)), self._settings.upstream_requests
-        return LOCAL_LANE, 1
+            return Lane((kind, *(model.name for model in used)), self._settings.upstream_requests)
+        return LOCAL_LANE
 
     @property
     def num_threads(self) -> int:
         """The threads that the server needs: as many as all lanes may have calls at once."""
         users = [(kind, [model]) for kind in ("write", "score") for model in self.all]
-        return sum(dict(self.lane(kind, used) for kind, used in [*users, ("score", self.all)]).values())
+        return sum(lane.most_calls for lane in {self.lane(kind, used) for kind, used in [*users, ("score", self.all)]})
 
     @property
     def all(self) -> list[ServedModel]:
@@ -158,52 +175,18 @@ class ServedModels:
         self._metrics.tokens.labels(str(direction), "written").inc(sum(written))
 
 
-class _LoadedEngine(TransformersEngine):
-    """The engine of a model in this process, for one thread at a time: beside an upstream, several threads score."""
-
-    def __init__(self, language_model: LanguageModel, batch_size: int, lock: Lock) -> None:
-        super().__init__(language_model, batch_size)
-        self._lock = lock
-
-    def score(self, pairs: Sequence[tuple[str, str]], *, include_end: bool = False) -> list[SpanScore]:
-        """See `Engine.score`."""
-        with self._lock:
-            return super().score(pairs, include_end=include_end)
+def _loaded(
+    settings: ServeSettings, direction: Direction, name: str, folder: Path, process: ModelProcess | None
+) -> ServedModel:
+    """Load a model into the process of the models."""
+    assert process is not None
+    engine = ProcessEngine(process, folder, direction, unrecorded_reverse(settings, direction))
+    return _served(name, folder, engine.rows, engine, settings.batch_size)
 
 
-class _LoadedRows:
-    """The `RowWriter` of a model in this process, with the lock of its engine."""
-
-    def __init__(self, language_model: LanguageModel, batch_size: int, lock: Lock) -> None:
-        self._lm, self._batch_size, self._lock = language_model, batch_size, lock
-        self.direction, self.tokenizer, self.leading_ids = (
-            language_model.direction,
-            language_model.tokenizer,
-            language_model.leading_ids,
-        )
-        self.writer, self.num_positions = language_model.writer, language_model.num_positions
-
-    def growth_problem(self, text: str, num_new_tokens: int) -> str | None:
-        """See `RowWriter.growth_problem`."""
-        return self._lm.growth_problem(text, num_new_tokens)
-
-    def write_rows(
-        self, requests: Sequence[RowRequest], on_step: OnStep, on_end: OnEnd, is_wanted: IsWanted
-    ) -> list[RowResult]:
-        """See `RowWriter.write_rows`; `on_step` tells at every token if a row is wanted."""
-        with self._lock:
-            return write_rows(self._lm, requests, self._batch_size, on_step, on_end)
-
-
-def _loaded(settings: ServeSettings, direction: Direction, name: str, folder: Path) -> ServedModel:
-    """Load a model into this process."""
-    language_model = load_model(settings, direction, folder)
-    lock, size = Lock(), settings.batch_size
-    engine = _LoadedEngine(language_model, size, lock)
-    return _served(name, folder, _LoadedRows(language_model, size, lock), engine, size)
-
-
-def _connected(settings: ServeSettings, direction: Direction, name: str, folder: Path) -> ServedModel:
+def _connected(
+    settings: ServeSettings, direction: Direction, name: str, folder: Path, process: ModelProcess | None
+) -> ServedModel:
     """Connect with the upstream of a model."""
     engine = connect(settings, direction, folder)
     return _served(name, folder, engine.rows, engine, ONE_REQUEST)

@@ -79,7 +79,7 @@ def reward_jobs(models: ServedModels, questions: list[Question], settings: Rewar
         num_rows = sum(len(part.candidates) for part in parts)
         work = RewardWork(parts, long_texts)
         key = ("reward", settings)
-        return Job(key, lambda works, settle: _score(models, works, settings, settle), work, num_rows, shared_rows, *lane)
+        return Job(key, lambda works, settle: _score(models, works, settings, settle), work, num_rows, shared_rows, lane)
 
     return [_job(parts) for parts in divide(questions, models.score_rows)]
 
@@ -190,7 +190,7 @@ def score_jobs(
     works = [ScoreWork(first, pairs[first : first + most], token_values) for first in range(0, len(pairs), most)]
     key = ("score", model.name, include_ends)
     lane, shared_rows = models.lane("score", [model]), models.shared_rows([model])
-    return [Job(key, _compute, work, len(work.pairs), shared_rows, *lane) for work in works]
+    return [Job(key, _compute, work, len(work.pairs), shared_rows, lane) for work in works]
 
 
 def _check_pair(model: ServedModel, number: int, pair: TextPair, include_ends: bool) -> None:

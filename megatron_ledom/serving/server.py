@@ -7,6 +7,7 @@ import sys
 import uvicorn
 
 from megatron_ledom.inference.engines.completions_client import is_loopback
+from megatron_ledom.inference.engines.model_process import ModelProcessLost
 from megatron_ledom.serving.app import build_app
 from megatron_ledom.serving.metrics import Metrics
 from megatron_ledom.serving.models import ServedModels
@@ -14,16 +15,15 @@ from megatron_ledom.serving.settings import ServeSettings
 
 IDLE_SECONDS = 30
 """Time after which an idle connection is closed."""
-SWITCH_SECONDS = 1e-4
-"""Longest time that the event loop keeps the models' thread waiting. That thread asks for Python's lock after every operation of torch;
-with Python's 5 ms it computes at a few per cent of its speed while the event loop is busy."""
 
 
 def serve(settings: ServeSettings) -> None:
-    """Serve until SIGTERM or SIGINT. Then accept no further request, finish those that run or wait, and return."""
+    """Serve until SIGTERM or SIGINT. Then accept no further request, finish those that run or wait, and return.
+
+    Raises ModelProcessLost if the process of the models ends by itself.
+    """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log every request to an upstream
-    sys.setswitchinterval(SWITCH_SECONDS)
     metrics = Metrics()
     models = ServedModels.load(settings, metrics)
     app = build_app(settings, models, metrics)
@@ -44,4 +44,16 @@ def serve(settings: ServeSettings) -> None:
         timeout_graceful_shutdown=int(settings.timeout_seconds) + 1,
     )
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn handles it while it serves, and then raises it once more
-    uvicorn.Server(config).run()
+    server, lost = uvicorn.Server(config), list[ModelProcessLost]()
+
+    def _end(error: ModelProcessLost) -> None:
+        lost.append(error)
+        server.should_exit = True
+
+    models.watch(_end)
+    try:
+        server.run()
+    finally:
+        models.end()
+    if lost:
+        raise lost[0]

@@ -25,12 +25,10 @@ from megatron_ledom.errors import MismatchError, RemoteAnswerError, UsageError
 from megatron_ledom.inference.engines.completions_client import CompletionsClient, is_loopback
 from megatron_ledom.inference.engines.completions_engine import CallerNames, CompletionsEngine
 from megatron_ledom.inference.engines.completions_rows import CompletionsRows
-from megatron_ledom.inference.engines.remote_engine import RECORDED, UnrecordedReverse
 from megatron_ledom.inference.generation import Sampling
-from megatron_ledom.inference.model_folder import COMMAND_OPTIONS
 from megatron_ledom.inference.row_generation import RowRequest
 from megatron_ledom.inference.scoring import Span, score_spans, too_long
-from megatron_ledom.serving.loading import load_model
+from megatron_ledom.serving.loading import load_model, unrecorded_reverse
 from megatron_ledom.serving.settings import ServeSettings
 
 log = logging.getLogger(__name__)
@@ -107,9 +105,6 @@ def connect(settings: ServeSettings, direction: Direction, folder: Path) -> Upst
         option.url, timeout=settings.timeout_seconds, key_over_http=settings.key_over_http, key_variable=variable
     )
     listed = _listed_model(client, option)
-    unrecorded = RECORDED
-    if direction is Direction.REVERSE:
-        unrecorded = UnrecordedReverse(settings.direction == str(direction), settings.eod_id, COMMAND_OPTIONS)
     engine = UpstreamEngine(
         option.url,
         listed["id"],
@@ -118,7 +113,7 @@ def connect(settings: ServeSettings, direction: Direction, folder: Path) -> Upst
         batch_size=settings.upstream_requests,
         timeout=settings.timeout_seconds,
         key_over_http=settings.key_over_http,
-        unrecorded=unrecorded,
+        unrecorded=unrecorded_reverse(settings, direction),
         names=CallerNames(variable, MODEL_OPTIONS, trust_advice=""),
     )
     context = listed["max_model_len"]

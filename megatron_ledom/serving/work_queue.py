@@ -1,10 +1,11 @@
-"""The bounded queue of requests and the one thread that owns the models; requests of one kind that wait together share a batch.
+"""The bounded queue of requests and its threads; requests of one kind that wait together share a batch.
 
-The thread takes the first waiting job, waits a few milliseconds for others, and computes all jobs with the same key at once. A job
+A thread takes the first waiting job, waits a few milliseconds for others, and computes all jobs with the same key in one call. A job
 gets its result, or its own error, as soon as it is known. After an error of the whole call each job without a result is computed alone.
-Models of an upstream need no owner and no batches of ours: then several threads wait for the upstream's answers. Each job has a lane,
-of which only some calls run at once, so that jobs of one model do not take the threads of another: a thread takes the first job
-whose lane has a free call.
+
+Each job has a lane, of which only some calls run at once, so that jobs of one model do not take the threads of another: a thread takes
+the first job whose lane has a free call. The models of this machine compute one call at a time; their lane prepares the next one
+meanwhile if its batch is full. An upstream makes its own batches, so its lane has many calls.
 """
 
 import threading
@@ -32,13 +33,30 @@ class Ending(TransientError):
     """The server ends and accepts no further request."""
 
 
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """Jobs that share a limit: at most `calls` calls at once, and `full_calls` more if their batches are full."""
+
+    name: Hashable
+    calls: int = 1
+    full_calls: int = 0
+
+    @property
+    def most_calls(self) -> int:
+        """The most calls at once."""
+        return self.calls + self.full_calls
+
+
+LOCAL_LANE = Lane("models", calls=1, full_calls=1)
+"""The lane of all jobs that use only models of this machine."""
+
+
 @dataclass(slots=True, eq=False)
 class Job:
-    """A request for the thread.
+    """A request for a thread.
 
-    key: its kind and settings; jobs with equal keys may share a call of `compute`. num_rows: its sequences; max_rows: the most
-    sequences of one call, unless a single job has more. lane, lane_calls: jobs with one lane run in at most `lane_calls` calls at once; jobs
-    with equal keys have one lane. cancelled: set if nobody waits for the result any more.
+    key: its kind and settings; jobs with equal keys may share a call of `compute`, and have one lane. num_rows: its sequences; max_rows:
+    the most sequences of one call, unless a single job has more. cancelled: set if nobody waits for the result any more.
     """
 
     key: tuple[Hashable, ...]
@@ -46,8 +64,7 @@ class Job:
     payload: Any
     num_rows: int
     max_rows: int
-    lane: Hashable = "models"
-    lane_calls: int = 1
+    lane: Lane = LOCAL_LANE
     future: "Future[Any]" = field(default_factory=Future)
     cancelled: threading.Event = field(default_factory=threading.Event)
     arrived_seconds: float = field(default_factory=time.monotonic)
@@ -60,7 +77,7 @@ class WorkQueue:
         self._max_jobs, self._window = max_jobs, window_seconds
         self._metrics = metrics
         self._waiting: deque[Job] = deque()
-        self._running: Counter[Hashable] = Counter()
+        self._running: Counter[Lane] = Counter()
         self._changed = threading.Condition()
         self._is_ended = False
         self._threads = [
@@ -133,17 +150,24 @@ class WorkQueue:
 
     def _first_of_each_lane(self) -> list[Job]:
         """Return the first waiting job of each lane that has a free call."""
-        first: dict[Hashable, Job] = {}
+        first: dict[Lane, Job] = {}
         for job in self._waiting:
             first.setdefault(job.lane, job)
-        return [job for job in first.values() if self._running[job.lane] < job.lane_calls]
+        return [job for job in first.values() if self._has_free_call(job)]
+
+    def _has_free_call(self, job: Job) -> bool:
+        running = self._running[job.lane]
+        return running < job.lane.calls or (running < job.lane.most_calls and self._is_full(job))
 
     def _first_due(self) -> Job | None:
         """Return the first job that may start: its batch is full or has waited long enough."""
         return next((job for job in self._first_of_each_lane() if self._is_due(job)), None)
 
     def _is_due(self, first: Job) -> bool:
-        return self._rest(first) == 0 or sum(job.num_rows for job in self._waiting if job.key == first.key) >= first.max_rows
+        return self._rest(first) == 0 or self._is_full(first)
+
+    def _is_full(self, first: Job) -> bool:
+        return sum(job.num_rows for job in self._waiting if job.key == first.key) >= first.max_rows
 
     def _rest(self, job: Job) -> float:
         """Return the seconds for which a job still waits for others of its batch."""

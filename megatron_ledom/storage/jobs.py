@@ -7,8 +7,9 @@ requests; `check_same_request` raises if they differ.
 import contextlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -20,6 +21,7 @@ from megatron_ledom.storage.locks import LOCK_SUFFIX, output_folder_lock
 Request = Mapping[str, Any]
 """All values that determine a result, as JSON: options, tokenizer, input files with size and version."""
 INPUT, REQUEST_FILE = "input", "plan.json"
+PINNED = re.compile(r"(hf://[^@]+)@([0-9a-f]{40})(?:/|$)")
 LONGEST = 60
 """Longest value that a message shows, in characters."""
 
@@ -51,8 +53,22 @@ def check_same_request(
         raise error(f"{what} was made with different settings ({'; '.join(changed)}); {advice}")
 
 
+def moved_commit(before: Iterable[str], now: Iterable[str]) -> str:
+    """Return how a repository of the Hugging Face hub is at another commit in the input paths `now`; empty if none is.
+
+    The input paths of a hub contain the commit: hf://datasets/org/name@COMMIT/PATH.
+    """
+    found = {match[1]: match[2] for path in before if (match := PINNED.match(path))}
+    for repo, commit in {match[1]: match[2] for path in now if (match := PINNED.match(path))}.items():
+        if (earlier := found.get(repo, commit)) != commit:
+            return f"{repo} was at commit {earlier} and is at {commit}: to resume with those files, write @{earlier} after the name"
+    return ""
+
+
 def _input_difference(before: Sequence[Sequence[Any]], now: Sequence[Sequence[Any]]) -> str:
     old, new = {item[0]: list(item[1:]) for item in before}, {item[0]: list(item[1:]) for item in now}
+    if moved := moved_commit(old, new):
+        return moved
     for path in [*old, *new]:
         if path not in new:
             return f"the input {path} is no longer among the inputs"

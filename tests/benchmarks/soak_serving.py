@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -180,10 +181,11 @@ def overload(soak: Soak, known: list[tuple[str, dict[str, Any], Any]], rng: rand
 
 
 def sample(server: Served) -> tuple[float, int]:
-    """Return the resident MB and the number of open files of the server."""
-    folder = Path(f"/proc/{server.process.pid}")
-    pages = int((folder / "statm").read_text().split()[1])
-    return pages * 4096 / 1e6, len(list((folder / "fd").iterdir()))
+    """Return the resident MB and the number of open files of the server and its process of the models."""
+    own = psutil.Process(server.process.pid)
+    both = [own, *own.children(recursive=True)]
+    assert len(both) == 2, both
+    return sum(one.memory_info().rss for one in both) / 1e6, sum(one.num_fds() for one in both)
 
 
 def soak_it(server: Served, seconds: float, seed: int) -> dict[str, Any]:

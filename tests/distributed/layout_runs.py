@@ -45,9 +45,9 @@ def prepare_ranks() -> None:
     count_traffic()
 
 
-def settings(dtype: str) -> list[str]:
-    """Return the overrides of all runs of a data type."""
-    return [*MODEL, f"model.params_dtype={dtype}", f"train.train_iters={STEPS[dtype]}"]
+def settings(dtype: str, steps: int | None = None) -> list[str]:
+    """Return the overrides of all runs of a data type; `steps` instead of STEPS."""
+    return [*MODEL, f"model.params_dtype={dtype}", f"train.train_iters={steps or STEPS[dtype]}"]
 
 
 def differences(found: Sequence[Record], expected: Sequence[Record]) -> list[tuple[float, float]]:
@@ -57,24 +57,26 @@ def differences(found: Sequence[Record], expected: Sequence[Record]) -> list[tup
 
 
 def run_layouts(
-    data: TinyData, folder: Path, layouts: Sequence[Layout], dtype: str = "fp32", seconds: float = 120
+    data: TinyData, folder: Path, layouts: Sequence[Layout], dtype: str = "fp32", seconds: float = 120, steps: int | None = None
 ) -> dict[Layout, list[Record]]:
     """Run layouts of one number of ranks in `folder / dtype / layout.name`, and return their records."""
     folder = folder / dtype
     folder.mkdir(parents=True, exist_ok=True)
-    runs = {folder / layout.name: [*settings(dtype), *layout.overrides()] for layout in layouts}
+    runs = {folder / layout.name: [*settings(dtype, steps), *layout.overrides()] for layout in layouts}
     (num_ranks,) = {layout.num_ranks for layout in layouts}
     records = run_each_on_ranks(data.config, runs, num_ranks=num_ranks, hook=prepare_ranks, seconds=seconds)
     return {layout: records[folder / layout.name] for layout in layouts}
 
 
-def run_references(data: TinyData, folder: Path, layouts: Sequence[Layout], dtype: str = "fp32") -> dict[int, list[Record]]:
+def run_references(
+    data: TinyData, folder: Path, layouts: Sequence[Layout], dtype: str = "fp32", steps: int | None = None
+) -> dict[int, list[Record]]:
     """Run one process without recompute, and return its records by number of layers."""
     references = {}
     for layers in sorted({layout.num_layers for layout in layouts}):
         (folder / dtype).mkdir(parents=True, exist_ok=True)
         run_dir = folder / dtype / f"one process of {layers} layers"
-        overrides = [*settings(dtype), f"model.num_layers={layers}"]
+        overrides = [*settings(dtype, steps), f"model.num_layers={layers}"]
         references[layers] = run_each_on_ranks(data.config, {run_dir: overrides}, num_ranks=1, hook=prepare_ranks)[run_dir]
     return references
 

@@ -25,6 +25,12 @@ IMPOSSIBLE = [*ONE_STEP, "optimizer.min_lr=1"]
 RUNS_FOR_EVER = [sys.executable, "-c", "import threading; threading.Event().wait(600)"]
 
 
+@pytest.fixture(autouse=True)
+def _ranks_start_at_once(python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ranks be forks of a process that has imported the trainer."""
+    monkeypatch.setattr(sys, "executable", str(python))
+
+
 def training(tmp_path: Path, seconds: float = 300, num_gpus: int = 1) -> TrainingRuns:
     return TrainingRuns(Setting(device="cpu", num_gpus=num_gpus, seconds=seconds, folder=str(tmp_path)))
 
@@ -57,7 +63,9 @@ def test_the_comparisons_see_a_run_with_another_seed(tmp_path: Path) -> None:
 def test_a_run_that_had_much_time_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layout whose collectives hang must not pass as one for which no time was left."""
     monkeypatch.setattr(training_runs, "LONG_SECONDS", 0.0)
-    records, failures = training(tmp_path, seconds=RESERVE_SECONDS + 1).try_each({"long": [], "next": []})
+    runs = training(tmp_path)
+    runs.end = time.monotonic() + 1
+    records, failures = runs.try_each({"long": ["train.train_iters=100000"], "next": []})
     assert records == {}
     assert list(failures) == ["long"]
     assert "so it may hang" in failures["long"]

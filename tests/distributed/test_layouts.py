@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.tiny_runs import Record, TinyData, curve, read_metrics, run_command, run_each_on_ranks, run_on_ranks
 
-STEPS = 20
+STEPS = 10
 FIRST_STEP, ANY_STEP = 1e-6, 1e-5
 """Relative tolerances in fp32: other layouts add in another order."""
 
@@ -31,7 +31,7 @@ MODEL = (
     "model.num_layers=4",
     f"train.train_iters={STEPS}",
     f"checkpoint.save_interval={STEPS}",
-    "train.eval_interval=10",
+    f"train.eval_interval={STEPS // 2}",
     "train.eval_iters=2",
 )
 

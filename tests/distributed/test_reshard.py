@@ -112,11 +112,18 @@ def path_of(folder: Path, *names: str) -> str:
     return str(folder / " to ".join(names).replace(" ", "_").replace(",", ""))
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_checkpoint_passed_through_every_layout_is_unchanged(data: TinyData, tmp_path: Path, optimizer: str) -> None:
-    """Each layout loads the checkpoint of the previous one; the first layout also loads the last checkpoint."""
-    names = list(LAYOUTS)
-    random.shuffle(names)
+@pytest.mark.parametrize(
+    ("optimizer", "num_layouts"),
+    [
+        ("distributed optimizer", 8),
+        *(pytest.param(optimizer, len(LAYOUTS), marks=pytest.mark.slow) for optimizer in OPTIMIZERS),
+    ],
+)
+def test_a_checkpoint_passed_through_layouts_is_unchanged(
+    data: TinyData, tmp_path: Path, optimizer: str, num_layouts: int
+) -> None:
+    """Each layout loads the checkpoint of the previous one; the first layout also loads the last checkpoint. Every run draws others."""
+    names = random.sample(list(LAYOUTS), num_layouts)
     print("order:", names)
     first, run = overrides_of(names[0], optimizer), path_of(tmp_path, names[0])
     ports = iter(free_ports(len(names) + 1))

@@ -1,7 +1,7 @@
 """The two halves of an optimizer step equal megatron-core's whole step, which would let NaN into the weights."""
 
 import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
@@ -57,8 +57,8 @@ print("nan in the weights after the whole step:", any(bool(p.isnan().any()) for 
         ["model.params_dtype=bf16", "parallel.use_distributed_optimizer=true"],
     ],
 )
-def test_measure_and_apply_equal_the_whole_step_which_lets_nan_into_the_weights(settings: list[str]) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, *settings]
+def test_measure_and_apply_equal_the_whole_step_which_lets_nan_into_the_weights(settings: list[str], python: Path) -> None:
+    command = [python, "-c", PROGRAM, *settings]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "nan in the weights after the whole step: True"

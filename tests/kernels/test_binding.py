@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +96,10 @@ def compare(operator: Any, reference: Any, arguments: tuple[Any, ...], dtype: to
         torch.testing.assert_close(one, other, rtol=ULPS * torch.finfo(dtype).eps, atol=ULPS * torch.finfo(dtype).eps)
 
 
-def test_every_operator_passes_opcheck_and_equals_its_reference() -> None:
+def test_every_operator_passes_opcheck_and_equals_its_reference(python: Path) -> None:
     """Run in a process of its own, because the emulated kernels stay."""
     emulated_binding()
-    done = subprocess.run([sys.executable, "-m", "tests.kernels.test_binding"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([python, "-m", "tests.kernels.test_binding"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert json.loads(done.stdout.splitlines()[-1]) == [
         f"{name} {dtype}" for dtype in ("bfloat16", "float16") for name in OPERATORS

@@ -1,7 +1,6 @@
 """FusedAdam, norm and clipping by the emulated kernels compared with torch on doubles, through the binding for GPUs."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -80,10 +79,10 @@ def check_operators() -> None:
     torch.library.opcheck(operators.multi_tensor_scale.default, (chunk_table(gradients, weights), gradients, weights, 0.5))
 
 
-def test_fused_adam_equals_torch_on_doubles_on_the_emulated_kernels() -> None:
+def test_fused_adam_equals_torch_on_doubles_on_the_emulated_kernels(python: Path) -> None:
     """Run in a process of its own, because the emulated kernels stay."""
     emulated_binding()
-    done = subprocess.run([sys.executable, "-m", "tests.kernels.test_multi_tensor"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([python, "-m", "tests.kernels.test_multi_tensor"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.splitlines()[-1] == "all is well"
 

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +26,7 @@ from megatron_ledom.storage.folders import new_folder
 from tests.support.conversion_checks import check_same_folders, check_same_runs
 from tests.support.paths import ROOT
 from tests.support.stock_folders import family_folder, stock_config, stock_folder
+from tests.support.warm_python import shared_python
 
 INDEX = "model.safetensors.index.json"
 
@@ -259,7 +259,7 @@ def test_other_sizes_are_refused(text: str) -> None:
 
 def children(*arguments: Any) -> tuple[list[dict[str, Any]], str]:
     """Return stdout and stderr of tests.support.conversion_child."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.support.conversion_child", *map(str, arguments)]
+    command = [str(shared_python()), "-m", "tests.support.conversion_child", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
@@ -273,13 +273,16 @@ def test_a_full_disk_leaves_nothing_and_the_message_has_a_remedy(source: Path, r
     assert "make room, then run the command again" in errors
 
 
+@pytest.mark.parametrize("num_kills", [4, pytest.param(10, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["export", "import"])
-def test_killed_at_random_moments_no_output_seems_finished(source: Path, run: Path, tmp_path: Path, kind: str) -> None:
-    """Kill ten times: a conversion that had finished is whole; any other left nothing, and starts again."""
+def test_killed_at_random_moments_no_output_seems_finished(
+    source: Path, run: Path, tmp_path: Path, kind: str, num_kills: int
+) -> None:
+    """Kill several times: a conversion that had finished is whole; any other left nothing, and starts again."""
     check = check_same_folders if kind == "export" else check_same_runs
     expected = source if kind == "export" else run
-    left, _ = children(kind, run if kind == "export" else source, tmp_path / "target", 10)
-    assert len(left) == 10
+    left, _ = children(kind, run if kind == "export" else source, tmp_path / "target", num_kills)
+    assert len(left) == num_kills
     assert not all(one["finished"] for one in left)
     for one in left:
         assert not one["part_loads"]

@@ -248,9 +248,9 @@ def test_a_run_that_cannot_be_exported_is_refused_with_the_reason(
     assert run_dir.exists()
 
 
-def test_the_slurm_script_exports(exported: Exported, tmp_path: Path) -> None:
+def test_the_slurm_script_exports(exported: Exported, tmp_path: Path, python: Path) -> None:
     run_dir, folder = exported("1 key-value head")
-    variables = {"LOAD": str(run_dir), "SAVE": str(tmp_path / "hf"), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    variables = {"LOAD": str(run_dir), "SAVE": str(tmp_path / "hf"), "PYTHON": str(python), "OMP_NUM_THREADS": "1"}
     variables["SLURM_JOB_ID"] = "1"  # the same command as in the job
     script = ["bash", "examples/slurm/convert.sbatch"]
     done = subprocess.run(script, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, check=False)

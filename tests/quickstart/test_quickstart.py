@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import termios
 import threading
 from dataclasses import dataclass
@@ -34,9 +33,9 @@ class Run:
     report: dict[str, Any]
 
 
-def start(folder: Path, environment: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
+def start(folder: Path, python: Path, environment: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
     """Run the quickstart with a terminal as its stderr."""
-    command = [sys.executable, str(ROOT / "examples/quickstart/run.py"), *options]
+    command = [str(python), str(ROOT / "examples/quickstart/run.py"), *options]
     ours, theirs = os.openpty()
     termios.tcsetwinsize(theirs, (24, 120))
     received: list[bytes] = []
@@ -58,9 +57,9 @@ def _receive(terminal: int, received: list[bytes]) -> None:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, environment_with_gpus: dict[str, str]) -> Run:
+def run(tmp_path_factory: pytest.TempPathFactory, python: Path, environment_with_gpus: dict[str, str]) -> Run:
     folder = tmp_path_factory.mktemp("quickstart")
-    done = start(folder, environment_with_gpus, "--size", "small")
+    done = start(folder, python, environment_with_gpus, "--size", "small")
     assert done.returncode == 0, done.stdout + done.stderr
     return Run(folder, done.stdout, done.stderr, json.loads((folder / "quickstart/report.json").read_text()))
 
@@ -78,6 +77,7 @@ def test_long_steps_show_a_bar_with_rate_and_time_left(run: Run, name: str) -> N
 
 
 def test_no_warning_of_a_library_is_shown(run: Run) -> None:
+    """Of running commands, since their imports are done before; `tests/packaging` starts the same commands in new processes."""
     shown = run.stdout + run.terminal
     assert [line for line in shown.splitlines() if "Warning" in line or "site-packages" in line or "FSDP" in line] == []
 
@@ -163,9 +163,9 @@ def test_report_names_every_path_and_draws_the_curves(run: Run) -> None:
     assert set(run.report["phases"]) == {"collect", "tokenizer", "preprocess", "train", "export", "generate", "rerank"}
 
 
-def test_keep_continues_after_the_finished_phases(run: Run, environment_with_gpus: dict[str, str]) -> None:
+def test_keep_continues_after_the_finished_phases(run: Run, python: Path, environment_with_gpus: dict[str, str]) -> None:
     (run.folder / "quickstart/phases/rerank.json").unlink()
-    again = start(run.folder, environment_with_gpus, "--size", "small", "--keep")
+    again = start(run.folder, python, environment_with_gpus, "--size", "small", "--keep")
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("finished before") == 6
     assert " rerank --forward " in again.stdout

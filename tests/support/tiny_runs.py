@@ -1,7 +1,7 @@
 """Training runs small enough for tests: legible shards, a model of width 32, and ranks that start in a second.
 
 Ranks are forked from one process that has imported everything, which saves some ten seconds per run. They run
-`megatron_ledom.pretrain`; `run_command` runs the real command instead.
+`megatron_ledom.pretrain`; `run_command` runs the whole command instead, and torchrun, in a Python that starts quickly.
 """
 
 import json
@@ -33,6 +33,7 @@ from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
 from tests.support.forked import become, fork_context
 from tests.support.legible import legible_ids, legible_tokenizer
 from tests.support.paths import ROOT
+from tests.support.warm_python import shared_python
 
 SECONDS = 240
 """Longest time of a run: after it the ranks are killed, and the test fails with their log."""
@@ -242,9 +243,9 @@ def run_each_on_ranks(
 
 
 def run_command(*arguments: str, num_ranks: int | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the real training command: under torchrun with `num_ranks`, without torchrun if it is None."""
+    """Run the training command: under torchrun with `num_ranks`, without torchrun if it is None."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"] if num_ranks else []
-    command = [sys.executable, *torchrun, "-m", "megatron_ledom.pretrain", *arguments]
+    command = [str(shared_python()), *torchrun, "-m", "megatron_ledom.pretrain", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS)
 

@@ -1,8 +1,9 @@
 """A Python whose programs are forks of a server that has imported torch: they start in a tenth of a second, not in five.
 
 For tests of programs that start many others, which they do with `sys.executable`. `warm_python` starts the server and gives the path
-of the executable. That is a client, unless an option of Python comes first: it sends its words, environment, folder and open files
-to the server, forwards signals to the fork, and ends as it does. If the client is killed, the server kills the session of the fork.
+of the executable; a `ledom` is beside it. That is a client, unless an option of Python comes first: it sends its words, environment, folder
+and open files to the server, forwards signals to the fork, and ends as it does. If the client is killed, the server kills the session of the
+fork. `os.getppid` of the program gives the process that started the client.
 """
 
 import atexit
@@ -34,12 +35,15 @@ FIRST_SAFE_FILE = 500
 """Received files move to numbers from here, before each gets the number that it has in the client."""
 CLIENT = """#!{python} -ISB
 import json, os, signal, socket, sys
+while sys.argv[1:3] == ["-W", "ignore"]:  # the server ignores warnings
+    del sys.argv[1:3]
 if sys.argv[1:2] and sys.argv[1][0] == "-" and sys.argv[1] not in ("-c", "-m", "-u"):  # options of Python itself
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 files = [0, 1, 2] + [n for n in map(int, os.listdir("/proc/self/fd")) if n > 2 and os.path.exists(f"/proc/self/fd/{{n}}") and os.get_inheritable(n)]
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
 request = {{"words": sys.argv[1:], "files": files, "folder": os.getcwd(), "environment": dict(os.environ), "executable": {client!r}}}
+request["parent"] = os.getppid()
 socket.send_fds(server, [b" "], files)
 server.sendall(json.dumps(request).encode() + b"\\n")
 answers = server.makefile("r")
@@ -53,6 +57,10 @@ if code < 0:
     os.kill(os.getpid(), -code)
 os._exit(code)
 """
+LEDOM = """#!{client}
+from megatron_ledom.cli.main import main
+main()
+"""
 
 
 @contextmanager
@@ -61,7 +69,9 @@ def warm_python() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         address, client = f"{folder}/socket", Path(folder) / "python"
         client.write_text(CLIENT.format(python=sys.executable, address=address, client=str(client)), encoding="utf-8")
-        client.chmod(0o755)
+        client.with_name("ledom").write_text(LEDOM.format(client=client), encoding="utf-8")
+        for program in (client, client.with_name("ledom")):
+            program.chmod(0o755)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
         command = [sys.executable, "-m", "tests.support.warm_python", address]
         server = subprocess.Popen(command, env=environment, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -187,6 +197,8 @@ def be_program(request: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
+    program, parent, real = os.getpid(), request["parent"], os.getppid
+    os.getppid = lambda: parent if os.getpid() == program else real()  # forks of the program have it as their parent
     sys.executable = request["executable"]
     sys.orig_argv = [sys.executable, *request["words"]]
     sys.stdout.reconfigure(encoding="utf-8", line_buffering=True)  # type: ignore[union-attr]

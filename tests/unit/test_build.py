@@ -17,6 +17,7 @@ class Pybind11Extension(Extension):
         super().__init__(*arguments, **named)
 helpers = types.ModuleType("pybind11.setup_helpers")
 helpers.Pybind11Extension, helpers.build_ext = Pybind11Extension, build_ext
+helpers.ParallelCompile = lambda default: types.SimpleNamespace(install=lambda: None)
 sys.modules.update({"pybind11": types.ModuleType("pybind11"), "pybind11.setup_helpers": helpers})
 nvcc, torch, has_compiler = sys.argv[1], sys.argv[2], sys.argv[3] == "yes"
 shutil.which = lambda name, path=None: (nvcc or None) if name == "nvcc" else sys.executable if has_compiler else None

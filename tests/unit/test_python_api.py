@@ -79,11 +79,13 @@ def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert {"config.json", "model.safetensors"} <= set(os.listdir("models/again"))
 
 
-def test_the_example_of_a_callback_trains_and_its_numbers_are_in_every_record(data: TinyData, tmp_path: Path) -> None:
+def test_the_example_of_a_callback_trains_and_its_numbers_are_in_every_record(
+    data: TinyData, tmp_path: Path, python: Path
+) -> None:
     """The example is a script that ends the process."""
     (script,) = [example for example in EXAMPLES if "sys.exit" in example]
     (tmp_path / "train_with_progress.py").write_text(script)
-    command = [sys.executable, "train_with_progress.py", "--config", str(data.config), "run_dir=run", "train.train_iters=3"]
+    command = [str(python), "train_with_progress.py", "--config", str(data.config), "run_dir=run", "train.train_iters=3"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

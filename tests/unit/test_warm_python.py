@@ -39,6 +39,19 @@ def test_a_program_has_the_files_folder_and_environment_of_its_start(python: Pat
     os.close(read)
 
 
+def test_a_program_sees_its_parent_and_is_the_parent_of_its_forks(python: Path) -> None:
+    code = "import os; pid = os.getpid(); print(os.getppid(), flush=True); os.fork() or os._exit(os.getppid() == pid)"
+    done = subprocess.run(
+        [python, "-W", "ignore", "-c", f"{code}; print(os.wait()[1] >> 8)"], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == [str(os.getpid()), "1"], done.stderr
+
+
+def test_ledom_is_beside_it(python: Path) -> None:
+    done = subprocess.run([python.with_name("ledom"), "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("ledom ")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_ends_the_program(number: signal.Signals, python: Path) -> None:
     with subprocess.Popen([python, "-c", SLEEP], stdout=subprocess.PIPE, text=True) as process:

@@ -27,7 +27,7 @@ from megatron_ledom.data.readers.input_files import log_skipped_inputs
 from megatron_ledom.data.readers.records import RecordReader
 from megatron_ledom.data.shards.shard import ShardManifest, check_may_write, check_shard, choose_dtype
 from megatron_ledom.direction import check_helpers
-from megatron_ledom.errors import DataError, LedomError, cannot_write
+from megatron_ledom.errors import DataError, LedomError, UsageError, cannot_write
 from megatron_ledom.storage.signals import sigterm_as_interrupt
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
 
@@ -115,6 +115,10 @@ def _finished_shard(task: PreprocessTask, digest: str, store: PartStore | None =
                 with PartStore(task.prefix, {}, start_over=True) as left:
                     left.remove()
             return manifest
+        if moved := task.moved_commit(manifest):
+            raise UsageError(
+                f"{task.prefix} was made from another commit{moved}; choose another --output-prefix, or replace it with --overwrite"
+            )
     is_ours = Path(f"{task.prefix}.work/plan.json").exists() and not Path(f"{task.prefix}.json").exists()
     check_may_write(task.prefix, overwrite or is_ours)
     return None

@@ -23,13 +23,13 @@ from megatron_ledom.data.readers.records import BATCH_BYTES, OnError, ReadSettin
 from megatron_ledom.data.readers.streams import MAX_RECORD_BYTES
 from megatron_ledom.data.readers.text_template import template_of
 from megatron_ledom.data.shards.prefixes import TASK, task_prefix
-from megatron_ledom.data.shards.shard import DtypeName, load_manifest
+from megatron_ledom.data.shards.shard import DtypeName, ShardManifest, load_manifest
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import UsageError
 from megatron_ledom.platform.processes import ordered_map
 from megatron_ledom.platform.slurm import array_task_id, read_array
 from megatron_ledom.storage.hashes import sha256_of
-from megatron_ledom.storage.jobs import Request
+from megatron_ledom.storage.jobs import Request, moved_commit
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -126,6 +126,11 @@ class PreprocessTask:
         inputs = [(source.path, source.num_bytes, source.version) for source in self.sources]
         return hashlib.sha256(orjson.dumps([inputs, self.num_tasks])).hexdigest()
 
+    def moved_commit(self, manifest: ShardManifest) -> str:
+        """Return a remark, in parentheses, on a repository of the hub that is at another commit than in a manifest; else nothing."""
+        moved = moved_commit((file.path for file in manifest.input_files), (source.path for source in self.sources))
+        return moved and f" ({moved})"
+
     def check_siblings(self) -> None:
         """Raise UsageError if other tasks of the array divided other inputs, because the borders between tasks would differ."""
         base = self.settings.output_prefix
@@ -143,10 +148,12 @@ class PreprocessTask:
             prefix = self.prefix_of(task_id)
             if task_id == self.task_id or not Path(f"{prefix}.json").exists():
                 continue
-            if load_manifest(prefix).inputs_sha256 != self.inputs_sha256() and not self.settings.overwrite:
+            manifest = load_manifest(prefix)
+            if manifest.inputs_sha256 != self.inputs_sha256() and not self.settings.overwrite:
+                moved = self.moved_commit(manifest)
                 raise UsageError(
-                    f"{prefix} was made from other inputs, and all tasks must divide the same inputs: run all tasks again with"
-                    " --overwrite, or choose another --output-prefix"
+                    f"{prefix} was made from other inputs, and all tasks must divide the same inputs{moved}: run all tasks again"
+                    " with --overwrite, or choose another --output-prefix"
                 )
             return  # one is enough here; ledom summarize-tasks compares all of them
 

@@ -48,7 +48,7 @@ class InputPath:
     """As the user wrote it; with a protocol such as s3:// for an object store."""
     num_bytes: int
     version: str
-    """Time of modification, or the checksum of the object store. If it differs, finished work belongs to another file."""
+    """Time of modification, or the hash or ETag that the store names. If it differs, finished work belongs to another file."""
 
     @property
     def compression(self) -> Compression:

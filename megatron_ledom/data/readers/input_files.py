@@ -13,10 +13,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from megatron_ledom.data.readers.byte_ranges import InputPath, kind_of
-from megatron_ledom.data.readers.streams import is_remote, remote_file_system
+from megatron_ledom.data.readers.remote import is_remote, remote_file_system
+from megatron_ledom.data.readers.remote_files import Entry, RemoteListing
 from megatron_ledom.data.shards.shard import printable
 from megatron_ledom.errors import UsageError, visible
 
@@ -58,9 +58,9 @@ def find_inputs(patterns: Sequence[str]) -> tuple[list[InputPath], list[SkippedI
     pattern names, and the second path to a file.
     """
     found: dict[str | tuple[int, int], InputPath] = {}
-    search = InputSearch(lambda path: kind_of(path) is not None)
+    search, listing = InputSearch(lambda path: kind_of(path) is not None), RemoteListing()
     for pattern in _listed(patterns):
-        for source in _expand_remote(pattern, search) if is_remote(pattern) else _expand_local(pattern, search):
+        for source in _expand_remote(pattern, search, listing) if is_remote(pattern) else _expand_local(pattern, search):
             first = found.setdefault(_identity(source.path), source)
             if os.path.normpath(first.path) != os.path.normpath(source.path):
                 search.skip(source.path, f"the same file as {first.path}")
@@ -264,19 +264,11 @@ def _check_ending(path: str) -> None:
         raise UsageError(f"input {path} has an unknown ending; expected {SUPPORTED}")
 
 
-def _expand_remote(pattern: str, search: InputSearch) -> Iterator[InputPath]:
+def _expand_remote(pattern: str, search: InputSearch, listing: RemoteListing) -> Iterator[InputPath]:
+    pattern = listing.pinned(pattern)
     system = remote_file_system(pattern)
-    try:
-        if glob.has_magic(pattern):
-            entries = system.glob(pattern, detail=True)
-        elif system.isdir(pattern):
-            entries = _known(system.find(pattern, detail=True), pattern, search)
-        else:
-            entries = {str(system._strip_protocol(pattern)): system.info(pattern)}
-    except FileNotFoundError:
-        entries = {}
-    except Exception as error:  # each object store raises errors of its own: no credentials, no such bucket, no route
-        raise UsageError(f"input {pattern} cannot be listed ({error}); check the address and the credentials") from error
+    entries, is_folder = listing.entries(pattern)
+    entries = _known(entries, pattern, search) if is_folder else entries
     plain = str(system._strip_protocol(pattern))
     for name in [name for name in entries if _is_hidden(name, plain)]:
         search.skip(system.unstrip_protocol(name), HIDDEN)
@@ -284,15 +276,13 @@ def _expand_remote(pattern: str, search: InputSearch) -> Iterator[InputPath]:
     if not entries:
         raise UsageError(f"input {pattern} does not exist or matches no file; check --input")
     for name, entry in entries.items():
-        path = system.unstrip_protocol(name)
-        _check_ending(path)
-        if entry.get("size") is None:
-            raise UsageError(f"input {path} has no size, and work is divided by file size; download it first")
-        version = entry.get("ETag") or entry.get("etag") or entry.get("mtime") or entry.get("LastModified") or ""
-        yield InputPath(path, int(entry["size"]), str(version))
+        _check_ending(str(system.unstrip_protocol(name)))
+        source = listing.source(name, entry, pattern)
+        listing.check_access(source)
+        yield source
 
 
-def _known(entries: dict[str, Any], folder: str, search: InputSearch) -> dict[str, Any]:
+def _known(entries: dict[str, Entry], folder: str, search: InputSearch) -> dict[str, Entry]:
     """Return the entries with a known ending, and count the others."""
     for name in entries:
         if kind_of(name) is None and not name.endswith("/"):

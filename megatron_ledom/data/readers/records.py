@@ -13,6 +13,7 @@ import orjson
 from megatron_ledom.data.readers import tables, web_archive
 from megatron_ledom.data.readers.byte_ranges import ByteRange, InputPath
 from megatron_ledom.data.readers.json_lines import BYTE_ORDER_MARK, check_is_lines, check_text, loads_leniently
+from megatron_ledom.data.readers.remote import check_hash
 from megatron_ledom.data.readers.streams import (
     MAX_RECORD_BYTES,
     BadRecordError,
@@ -119,8 +120,10 @@ class RecordReader:
             yield from self._texts(kind)
 
     def record(self) -> InputFile:
-        """Return the entry of the byte range in the manifest. Call after the last batch."""
+        """Return the entry of the byte range in the manifest. Call after the last batch. Raises DataError for damaged bytes."""
         byte_range, progress = self.byte_range, self._progress
+        if byte_range.source.kind not in ("parquet", "arrow"):
+            check_hash(byte_range.source, progress.num_bytes, progress.digest.hexdigest())
         return InputFile(
             path=byte_range.source.path,
             num_bytes=byte_range.num_bytes,

@@ -8,13 +8,14 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any
 
 from megatron_ledom.data.readers.byte_ranges import COMPRESSED_BLOCK, ByteRange, InputPath
-from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.data.readers.remote import changed, is_remote
+from megatron_ledom.data.readers.remote_stream import REMOTE_READ_BYTES, opened_remote
+from megatron_ledom.errors import DataError
 
 READ_BYTES = 1 << 20  # for larger blocks the system allocates new pages every time, 4 KB by 4 KB
-REMOTE_READ_BYTES = 8 << 20  # one request to an object store
 MAX_RECORD_BYTES = 256 << 20
 HEAD_BYTES = 256
 """Bytes at the start of a byte range that are kept, to recognize the format of the file."""
@@ -75,41 +76,21 @@ class Progress:
         self.digest.update(content)
 
 
-def is_remote(path: str) -> bool:
-    """Return True if a path is in an object store or another file system of fsspec."""
-    return "://" in path
-
-
-def remote_file_system(path: str) -> Any:
-    """Return the fsspec file system of a URL. Raises UsageError if its package is missing."""
-    import fsspec
-
-    protocol = path.split("://")[0]
-    try:
-        return fsspec.filesystem(protocol)
-    except (ImportError, ValueError) as error:
-        raise UsageError(f"input {path}: {error}; for s3:// install s3fs (pip install 'megatron-ledom[s3]')") from error
-
-
 @contextlib.contextmanager
-def opened(source: InputPath, read_bytes: int = REMOTE_READ_BYTES) -> Iterator[BinaryIO]:
-    """Open a file for reading bytes. `read_bytes` is the size of one request to an object store.
+def opened(source: InputPath, read_bytes: int = REMOTE_READ_BYTES, end: int | None = None) -> Iterator[Any]:
+    """Open a file for reading bytes. `read_bytes` is the size of one request to an object store, which does not pass `end`.
 
-    Raises DataError with the name of the file if it cannot be read or has changed since the run began.
+    Raises DataError with the name of the file if it cannot be read or has changed since the run began, and TransientError if a
+    server does not answer.
     """
+    if is_remote(source.path):
+        yield from opened_remote(source, read_bytes, source.num_bytes if end is None else end)
+        return
     try:
-        if is_remote(source.path):
-            with remote_file_system(source.path).open(
-                source.path, "rb", block_size=min(read_bytes, REMOTE_READ_BYTES)
-            ) as remote:
-                if source.path.startswith("s3://") and remote.details["ETag"] != source.version:
-                    raise _changed(source, "has another ETag than when this run began")
-                yield remote
-        else:
-            with open(source.path, "rb", buffering=0) as local:
-                _check_unchanged(source)
-                yield local
-                _check_unchanged(source)
+        with open(source.path, "rb", buffering=0) as local:
+            _check_unchanged(source)
+            yield local
+            _check_unchanged(source)
     except OSError as error:
         raise DataError(
             f"{source.path} cannot be read ({error.strerror or error}); check the disk, or omit the file"
@@ -120,34 +101,33 @@ def _check_unchanged(source: InputPath) -> None:
     """Refuse a file that was replaced or written to, because the corpus would mix its old and its new content."""
     state = os.stat(source.path)
     if state.st_size != source.num_bytes:
-        raise _changed(source, f"ends at byte {state.st_size:,}, it had {source.num_bytes:,} when this run began")
+        raise changed(source, f"ends at byte {state.st_size:,}, it had {source.num_bytes:,} when this run began")
     if str(state.st_mtime_ns) != source.version:
-        raise _changed(source, "was written to since this run began")
+        raise changed(source, "was written to since this run began")
 
 
-def _changed(source: InputPath, found: str) -> DataError:
-    return DataError(
-        f"{source.path} {found}: another program changes it; wait until it is complete, then start over with --overwrite"
-    )
+def raw_blocks(
+    source: InputPath, start: int, end: int, size: int = READ_BYTES, read_bytes: int = REMOTE_READ_BYTES
+) -> Iterator[bytes]:
+    """Yield bytes [start, end) of a file as it is stored, in blocks that end at multiples of `size` after `start`.
 
-
-def raw_blocks(source: InputPath, start: int, end: int, size: int = READ_BYTES) -> Iterator[bytes]:
-    """Yield bytes [start, end) of a file as it is stored, in blocks that end at multiples of `size` after `start`."""
-    with opened(source, min(size, end - start)) as stream:
+    read_bytes: size of one request to an object store.
+    """
+    with opened(source, read_bytes, end) as stream:
         if start:
             stream.seek(start)
         position = start
         while position < end:
             block = _read_exactly(stream, min(size, end - position))
             if not block:
-                raise _changed(source, f"ends at byte {position:,}, it had {source.num_bytes:,} when this run began")
+                raise changed(source, f"ends at byte {position:,}, it had {source.num_bytes:,} when this run began")
             yield block
             position += len(block)
 
 
-def _read_exactly(stream: BinaryIO, size: int) -> bytes:
+def _read_exactly(stream: Any, size: int) -> bytes:
     """Return `size` bytes, fewer only at the end of the file. One read of a pipe or a network may return less."""
-    block = stream.read(size)
+    block: bytes = stream.read(size)
     if len(block) == size or not block:
         return block
     gathered = bytearray(block)
@@ -245,7 +225,7 @@ def marked_blocks(byte_range: ByteRange, progress: Progress) -> Iterator[tuple[i
         progress.count(block)
         yield position, block
         position += len(block)
-    for block in raw_blocks(source, byte_range.end, source.num_bytes, COMPRESSED_BLOCK):
+    for block in raw_blocks(source, byte_range.end, source.num_bytes, COMPRESSED_BLOCK, COMPRESSED_BLOCK):
         yield position, block
         position += len(block)
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from megatron_ledom.data.readers.byte_ranges import ByteRange
-from megatron_ledom.data.readers.streams import BadRecordError, Progress, is_remote, opened, raw_blocks, too_large
+from megatron_ledom.data.readers.remote import is_remote
+from megatron_ledom.data.readers.streams import BadRecordError, Progress, opened, raw_blocks, too_large
 from megatron_ledom.data.readers.table_sizes import (
     ALLOWED_BYTES,
     VALUE_BYTES,

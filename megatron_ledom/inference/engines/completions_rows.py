@@ -23,7 +23,7 @@ import httpx
 from megatron_ledom.errors import RemoteAnswerError, TransientError
 from megatron_ledom.inference.engines.completions_client import ATTEMPTS, is_transient
 from megatron_ledom.inference.engines.completions_engine import FAILED, IDS_AS_TOKENS, CompletionsEngine
-from megatron_ledom.inference.generation import TextJoiner
+from megatron_ledom.inference.engines.remote_engine import RemoteRows
 from megatron_ledom.inference.row_choice import WrittenIds, uniform_draw
 from megatron_ledom.inference.row_generation import (
     IsWanted,
@@ -35,7 +35,7 @@ from megatron_ledom.inference.row_generation import (
     RowResult,
     healed_rows,
 )
-from megatron_ledom.inference.scoring import Span, no_room
+from megatron_ledom.inference.scoring import Span
 
 POLL_SECONDS = 0.1
 """Time between two questions if a row is still wanted, while the server gives no token."""
@@ -67,16 +67,14 @@ class _Progress:
     is_over: bool = False
 
 
-class CompletionsRows:
+class CompletionsRows(RemoteRows):
     """Writes rows on the server of a `CompletionsEngine`; at most `most` at once, others wait. A `RowWriter`.
 
     An event loop in a thread of its own reads all streams, and calls the functions of `write_rows`.
     """
 
     def __init__(self, engine: CompletionsEngine, most: int) -> None:
-        self.direction, self.tokenizer, self.leading_ids = engine.direction, engine.tokenizer, engine.leading_ids
-        self.num_positions = engine.num_positions
-        self.writer = TextJoiner(engine.tokenizer, engine.direction, engine.stop_ids)
+        super().__init__(engine)
         self._engine, self._client, self._checks = engine, engine.client, engine.checks
         unwritable = set(range(engine.vocab_size)) - {*engine.tokenizer.vocab.values(), *engine.stop_ids}
         self._bias = {str(id_): NEVER for id_ in sorted(unwritable)}
@@ -84,12 +82,6 @@ class CompletionsRows:
         self._http = self._client.open_async()
         self._loop = asyncio.new_event_loop()
         Thread(target=self._loop.run_forever, name="completions-rows", daemon=True).start()
-
-    def growth_problem(self, text: str, num_new_tokens: int) -> str | None:
-        """Return the reason if the model has no room for a text and `num_new_tokens` more; None if it has."""
-        healed = self.tokenizer.heal_prompt(text, self.direction)
-        num_given = len(self.leading_ids) + len(healed.tokens) + len(healed.trimmed)
-        return no_room(num_given, num_new_tokens, self.num_positions, self.direction)
 
     def write_rows(
         self,

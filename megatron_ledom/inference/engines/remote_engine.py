@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import MismatchError, UsageError
 from megatron_ledom.inference.engines.engine import Engine, PartialAnswer, StepDelimiter
-from megatron_ledom.inference.generation import Sampling
+from megatron_ledom.inference.generation import Sampling, TextJoiner
 from megatron_ledom.inference.model_folder import PYTHON_OPTIONS, OptionNames, load_tokenizer, read_model_config
 from megatron_ledom.inference.scoring import (
     Span,
@@ -118,6 +118,21 @@ class RemoteEngine(Engine):
         return replace(
             answer, text=answer.text + kept, num_tokens=answer.num_tokens + num_kept, finished=finished, forward_logprob=None
         )
+
+
+class RemoteRows:
+    """The parts of a `RowWriter` that need no weights, from the engine of the same model."""
+
+    def __init__(self, engine: RemoteEngine) -> None:
+        self.direction, self.tokenizer, self.leading_ids = engine.direction, engine.tokenizer, engine.leading_ids
+        self.num_positions = engine.num_positions
+        self.writer = TextJoiner(engine.tokenizer, engine.direction, engine.stop_ids)
+
+    def growth_problem(self, text: str, num_new_tokens: int) -> str | None:
+        """Return the reason if the model has no room for a text and `num_new_tokens` more; None if it has."""
+        healed = self.tokenizer.heal_prompt(text, self.direction)
+        num_given = len(self.leading_ids) + len(healed.tokens) + len(healed.trimmed)
+        return no_room(num_given, num_new_tokens, self.num_positions, self.direction)
 
 
 def seed_of(answer: PartialAnswer) -> int:

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -244,7 +243,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.parametrize("mode", [["--sample", "3"], ["--beam", "2", "--expansions", "2", "--step-delimiter", "regex:[aeiou]"]])
 def test_a_killed_rerank_resumes_to_the_identical_file(
-    mode: list[str], folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mode: list[str], folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, python: Path
 ) -> None:
     source = write_lines(tmp_path / "in.jsonl", *({"id": n, "prompt": PROMPT[: n + 3]} for n in range(7)))
     tool = str(ROOT / "tools/rerank.py")
@@ -255,7 +254,7 @@ def test_a_killed_rerank_resumes_to_the_identical_file(
         assert run_tool(monkeypatch, "rerank", *command[1:], tmp_path / name) == 0
 
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
-    killed = [sys.executable, "-c", KILLED_RUN, *command, str(tmp_path / "killed")]
+    killed = [str(python), "-c", KILLED_RUN, *command, str(tmp_path / "killed")]
     assert subprocess.run(killed, env=environment, timeout=120, check=False).returncode == -signal.SIGKILL
     assert not (tmp_path / "killed").exists()
     finish("killed")

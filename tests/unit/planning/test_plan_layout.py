@@ -1,7 +1,7 @@
 """The dry run's table of ranks and its parameters by rank, compared with megatron-core."""
 
 import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 from megatron.core.parallel_state import RankGenerator
@@ -83,11 +83,11 @@ print({part: sum(p.numel() for name, p in named if any(word in name.split('.', 1
     [(0, 4, {"tensor": 2, "pipeline": 2}), (3, 4, {"tensor": 2, "pipeline": 2}), (0, 4, {"tensor": 4, "pipeline": 1})],
     ids=["first stage", "last stage", "more ranks than key-value heads"],
 )
-def test_parameters_are_those_of_the_built_model(rank: int, world_size: int, layout: dict[str, int]) -> None:
+def test_parameters_are_those_of_the_built_model(rank: int, world_size: int, layout: dict[str, int], python: Path) -> None:
     """Builds the model of one rank alone, with a fake process group."""
     overrides = [f"parallel.{name}_model_parallel_size={size}" for name, size in layout.items()]
     overrides += ["model.vocab_size=500", "model.params_dtype=fp32", "model.num_attention_heads=4", "model.ffn_hidden_size=768"]
-    command = [sys.executable, "-W", "ignore", "-c", BUILD, QUICKSTART, str(rank), str(world_size), *overrides]
+    command = [str(python), "-c", BUILD, QUICKSTART, str(rank), str(world_size), *overrides]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     config = load(*overrides)

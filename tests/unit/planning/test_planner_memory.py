@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,12 +133,12 @@ CASES: dict[str, tuple[int, int, list[str]]] = {  # rank, ranks, overrides
 
 
 @pytest.fixture(scope="module")
-def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def counted(tmp_path_factory: pytest.TempPathFactory, python: Path) -> dict[str, dict[str, Any]]:
     """Return the bytes on the rank of each case, all counted in one process."""
     file = tmp_path_factory.mktemp("counted") / "tiny.yaml"
     file.write_text(yaml.safe_dump(TINY))
     cases = [{"rank": rank, "world_size": ranks, "overrides": overrides} for rank, ranks, overrides in CASES.values()]
-    command = [sys.executable, "-W", "ignore", "-m", "tests.support.counted_memory", str(file)]
+    command = [python, "-m", "tests.support.counted_memory", str(file)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, cwd=ROOT, input=json.dumps(cases), env=environment, capture_output=True, text=True, check=False

@@ -1,7 +1,7 @@
 """The corrections of megatron-core that change speed and not results."""
 
 import subprocess
-import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,7 +65,7 @@ print(core_fixes.use_optimizer_kernels(None, None, None))
 
 
 @pytest.mark.parametrize(("without", "source"), [([], "torch"), (["joined gradient tensors"], "megatron")])
-def test_the_optimizer_uses_joined_kernels(without: list[str], source: str) -> None:
+def test_the_optimizer_uses_joined_kernels(without: list[str], source: str, python: Path) -> None:
     """In a process of its own: tests of CUDA kernels replace the same functions."""
-    done = subprocess.run([sys.executable, "-c", IN_USE, *without], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([python, "-c", IN_USE, *without], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["adamw=torch", f"norm={source}", f"scale={source}"]

@@ -1,7 +1,7 @@
 """The patches that let megatron-core run on a CPU change nothing else; each check has a process of its own."""
 
 import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ import torch
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is patched where CUDA is available")
 
 
-def test_meta_device_context_still_redirects_every_factory() -> None:
+def test_meta_device_context_still_redirects_every_factory(python: Path) -> None:
     """transformers loads models in such a context; a real tensor there would become an unfilled buffer with garbage positions."""
     program = (
         "import torch\n"
@@ -19,5 +19,5 @@ def test_meta_device_context_still_redirects_every_factory() -> None:
         "    made = [torch.arange(3), torch.zeros(3), torch.ones(3), torch.empty(3), torch.tensor([1.0]), torch.full((2,), 1.0)]\n"
         "print({tensor.device.type for tensor in made})\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run([python, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "{'meta'}"

@@ -1,22 +1,25 @@
 """Back-pressure and bad input: full queue, large bodies, keys, time-outs, clients that leave, signals, logs, metrics."""
 
 import json
+import re
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from openai import AuthenticationError, OpenAI
 
 from tests.support.served import Served, serving, until
 
-LONG = {"suffix": "Paris is nice.", "max_tokens": 480, "temperature": 1}
-"""A request that takes seconds; a random model seldom writes eod."""
+LONG = {"suffix": "Paris is nice.", "max_tokens": 480, "temperature": 0}
+"""A request that takes a second: greedy, this model never writes eod."""
 SHORT = {"suffix": "Paris is nice.", "max_tokens": 2}
 KEY = "key-of-this-test"
 SECRET = "a text that nobody may log"
@@ -124,15 +127,17 @@ def test_unknown_paths_and_methods_have_the_form_of_errors(narrow: Served) -> No
 def test_a_full_queue_is_429_and_places_of_clients_that_left_are_free(narrow: Served) -> None:
     running = start_stream(narrow)
     statuses: list[int] = []
-    patient = threading.Thread(target=lambda: statuses.append(post(narrow, SHORT).status_code))
-    patient.start()
-    leaver = ask_for_stream(narrow)
+    patient = [threading.Thread(target=lambda: statuses.append(post(narrow, SHORT).status_code)) for _ in range(2)]
+    for thread in patient:  # one of them is prepared while the stream runs, the other waits
+        thread.start()
     headers = {"Authorization": f"Bearer {KEY}"}
 
     def waiting() -> float:
         text = httpx.get(f"{narrow.url}/metrics", headers=headers, timeout=60).text
         return float(next(line.split()[1] for line in text.splitlines() if line.startswith("ledom_waiting_requests ")))
 
+    until(lambda: waiting() == 1)
+    leaver = ask_for_stream(narrow)
     until(lambda: waiting() == 2)
     refused = post(narrow, SHORT)
     assert (refused.status_code, error_of(refused)["code"]) == (429, "queue_full")
@@ -142,8 +147,9 @@ def test_a_full_queue_is_429_and_places_of_clients_that_left_are_free(narrow: Se
     running.close()
     until(lambda: waiting() == 0)
     assert post(narrow, SHORT).status_code == 200
-    patient.join(60)
-    assert statuses == [200]
+    for thread in patient:
+        thread.join(60)
+    assert statuses == [200, 200]
 
 
 def test_a_client_that_leaves_ends_the_work_of_its_request(folders: tuple[Path, Path]) -> None:
@@ -160,7 +166,7 @@ def test_a_client_that_leaves_ends_the_work_of_its_request(folders: tuple[Path, 
 
 
 def test_a_request_without_a_result_in_time_is_504(folders: tuple[Path, Path]) -> None:
-    with serving("--reverse", folders[1], "--timeout", 0.2) as server:
+    with serving("--reverse", folders[1], "--timeout", 0.1) as server:
         answer = server.post("/v1/completions", LONG)
         assert answer.status_code == 504
         assert error_of(answer)["code"] == "timeout"
@@ -184,6 +190,21 @@ def test_sigterm_finishes_running_and_waiting_requests(folders: tuple[Path, Path
         assert answers == [200] * 3
         with pytest.raises(httpx.ConnectError):
             server.post("/v1/completions", SHORT)
+
+
+def test_a_server_without_its_models_answers_503_and_ends_with_3(folders: tuple[Path, Path]) -> None:
+    with serving("--reverse", folders[1]) as server, ThreadPoolExecutor(1) as pool:
+        pid = int(re.search(r"Started server process \[(\d+)\]", server.log)[1])  # type: ignore[index]
+        (models,) = psutil.Process(pid).children()
+        running = pool.submit(server.post, "/v1/completions", LONG)
+        until(lambda: models.cpu_percent(0.05) > 1)
+        models.kill()
+        answer = running.result(60)
+        assert answer.status_code == 503, answer.text
+        assert "the process of the models ended by signal 9" in error_of(answer)["message"]
+        assert server.process.wait(60) == 3
+    assert "error: the process of the models ended by signal 9" in server.log
+    assert "Traceback" not in server.log
 
 
 def test_no_text_of_a_request_is_in_the_log_unless_asked(folders: tuple[Path, Path]) -> None:

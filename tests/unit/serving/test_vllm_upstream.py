@@ -122,9 +122,9 @@ def check_samples(server: Any) -> None:
 
 
 def check_leaving(server_url: str, vllm_url: str) -> None:
-    """A client that leaves ends the request in vLLM, which counts it as aborted."""
-    aborted = 'vllm:request_success_total{engine="0",finished_reason="abort"'
-    before = request(vllm_url, aborted)
+    """A client that leaves ends the request in vLLM, which then writes fewer tokens than asked for."""
+    written, finished = "vllm:generation_tokens_total", "vllm:request_success_total"
+    before, num_finished = request(vllm_url, written), request(vllm_url, finished)
     host, port = server_url.removeprefix("http://").split(":")
     body = json.dumps({"suffix": " is nice", "max_tokens": 240, "stream": True}).encode()
     with socket.create_connection((host, int(port)), 60) as connection:
@@ -133,8 +133,9 @@ def check_leaving(server_url: str, vllm_url: str) -> None:
         received = b""
         while b"data: " not in received:
             received += connection.recv(4096)
-    until(lambda: request(vllm_url, aborted) > before)
     until(lambda: request(vllm_url, "vllm:num_requests_running") == 0)
+    assert 0 < request(vllm_url, written) - before < 240
+    assert request(vllm_url, finished) == num_finished  # it does not count requests that were left
 
 
 def test_vllm_ends_a_text_at_the_eod_of_the_folder_and_streams_whole_characters(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from megatron_ledom.errors import DataError
 from megatron_ledom.serving.metrics import Metrics
-from megatron_ledom.serving.work_queue import Ending, Job, QueueFull, Settle, WorkQueue
+from megatron_ledom.serving.work_queue import LOCAL_LANE, Ending, Job, Lane, QueueFull, Settle, WorkQueue
+from tests.support.served import until
 
 
 class Recorder:
@@ -32,8 +33,8 @@ class Recorder:
         for number, payload in enumerate(payloads):
             settle(number, payload)
 
-    def job(self, payload: Any, key: str = "a", num_rows: int = 1, lane: str = "models", lane_calls: int = 1) -> Job:
-        return Job((key,), self.compute, payload, num_rows, 4, lane, lane_calls)
+    def job(self, payload: Any, key: str = "a", num_rows: int = 1, lane: Lane = LOCAL_LANE) -> Job:
+        return Job((key,), self.compute, payload, num_rows, 4, lane)
 
 
 @pytest.fixture
@@ -114,15 +115,15 @@ def test_a_full_queue_refuses_and_a_cancelled_job_frees_its_place(queue: WorkQue
 def test_a_busy_lane_batches_what_arrives_meanwhile_and_leaves_the_threads_to_others() -> None:
     queue = WorkQueue(max_jobs=20, window_seconds=0, metrics=Metrics(), num_threads=3)
     queue.start()
-    local, upstream = Recorder(), Recorder()
-    jobs = [local.job(0)]
+    local, upstream, lane = Recorder(), Recorder(), Lane("one at a time")
+    jobs = [local.job(0, lane=lane)]
     queue.submit(jobs[0])
     while not local.calls:
         time.sleep(0.01)
     for number in range(1, 5):
-        jobs.append(local.job(number))
+        jobs.append(local.job(number, lane=lane))
         queue.submit(jobs[-1])
-    others = [upstream.job(number, "b", 9, "upstream", 2) for number in range(3)]
+    others = [upstream.job(number, "b", 9, Lane("upstream", 2)) for number in range(3)]
     for job in others:
         queue.submit(job)
     while len(upstream.calls) < 2:
@@ -135,6 +136,28 @@ def test_a_busy_lane_batches_what_arrives_meanwhile_and_leaves_the_threads_to_ot
     local.latch.set()
     assert [job.future.result(30) for job in jobs] == [0, 1, 2, 3, 4]
     assert local.calls == [[0], [1, 2, 3, 4]]
+    queue.end()
+
+
+def test_the_next_call_of_the_local_models_is_prepared_when_its_batch_is_full() -> None:
+    queue = WorkQueue(max_jobs=20, window_seconds=0, metrics=Metrics(), num_threads=3)
+    queue.start()
+    recorder = Recorder()
+    jobs = [recorder.job(number) for number in range(10)]
+    queue.submit(jobs[0])
+    until(lambda: recorder.calls == [[0]])
+    for job in jobs[1:4]:
+        queue.submit(job)
+    time.sleep(0.1)
+    assert recorder.calls == [[0]]  # three of the four rows of a batch: a fourth may still come
+    for job in jobs[4:]:
+        queue.submit(job)
+    until(lambda: recorder.calls == [[0], [1, 2, 3, 4]])
+    time.sleep(0.1)
+    assert len(recorder.calls) == 2  # a third full batch waits
+    recorder.latch.set()
+    assert [job.future.result(30) for job in jobs] == list(range(10))
+    assert recorder.calls == [[0], [1, 2, 3, 4], [5, 6, 7, 8], [9]]
     queue.end()
 
 

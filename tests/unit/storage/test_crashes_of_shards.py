@@ -18,7 +18,7 @@ from megatron_ledom.data.shards.shard import SUFFIXES, check_shard
 from megatron_ledom.data.shards.verification import verify_shard
 from megatron_ledom.errors import LedomError
 from megatron_ledom.finetune.pairs import PairSettings, prepare_pairs
-from tests.support.crashes import Job, Loss, Report, check_every_crash, every_loss
+from tests.support.crashes import LOSSES, Job, Loss, Report, check_every_crash, every_loss
 from tests.support.legible import legible_documents, legible_ids, legible_shard, legible_tokenizer, write_jsonl
 
 States = set[tuple[str, ...]]
@@ -45,7 +45,14 @@ def kept_shard(states: States, old: bytes | None, folder: Path) -> int:
     return 0
 
 
-@every_loss
+SLOW = ("power failure", "power failure, removals lost")
+"""Losses that are quick to try with the shorter jobs below."""
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [pytest.param(loss, id=name, marks=[pytest.mark.slow] if name in SLOW else []) for name, loss in LOSSES.items()],
+)
 def test_preprocessing_killed_at_any_step_ends_with_the_same_shard(loss: Loss, tmp_path: Path) -> None:
     """Steps of its workers count as well."""
     tokenizer = str(legible_tokenizer(tmp_path / "tokenizer"))

@@ -87,8 +87,8 @@ def both(command: list[str]) -> tuple[set[int], str]:
     return {process.returncode for process in started}, "\n".join(messages)
 
 
-def test_evaluate_started_twice_at_once_judges_each_item_once(made: dict[str, str], tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tools/evaluate.py"), *FOLDERS["evaluate"](tmp_path / "twice", made)]
+def test_evaluate_started_twice_at_once_judges_each_item_once(made: dict[str, str], tmp_path: Path, python: Path) -> None:
+    command = [str(python), str(ROOT / "tools/evaluate.py"), *FOLDERS["evaluate"](tmp_path / "twice", made)]
     codes, messages = both(command)
     assert codes in ({0, 2}, {0}), messages  # the second is refused, or runs after the first has finished
     lines = (tmp_path / "twice/piqa.items.jsonl").read_text(encoding="utf-8").splitlines()

@@ -12,7 +12,9 @@ from pyarrow import parquet
 from megatron_ledom.data.preprocess.pipeline import preprocess
 from megatron_ledom.data.preprocess.task import PreprocessSettings
 from megatron_ledom.data.readers.input_files import expand_inputs
-from megatron_ledom.errors import UsageError
+from megatron_ledom.data.readers.records import read_texts
+from megatron_ledom.data.readers.remote_stream import opened_remote
+from megatron_ledom.errors import DataError, UsageError
 from tests.support.legible import legible_documents, legible_tokenizer, write_jsonl
 
 pytest.importorskip("s3fs", reason="the s3 extra is not installed")
@@ -80,10 +82,27 @@ def test_a_changed_object_has_another_version(bucket: Any) -> None:
     bucket.pipe("corpus/version/a.jsonl", b'{"text": "1"}\n')
     (before,) = expand_inputs(["s3://corpus/version/a.jsonl"])
     bucket.pipe("corpus/version/a.jsonl", b'{"text": "2"}\n')
-    bucket.invalidate_cache()
     (after,) = expand_inputs(["s3://corpus/version/a.jsonl"])
     assert before.num_bytes == after.num_bytes
     assert before.version != after.version
+
+
+def test_an_object_that_was_replaced_by_one_of_equal_size_is_refused(tmp_path: Path, tokenizer: str, bucket: Any) -> None:
+    content = write_jsonl(tmp_path / "a.jsonl", TEXTS).read_bytes()
+    bucket.pipe({"corpus/replaced/a.jsonl": content, "corpus/replaced/b.jsonl": b"not a record"})
+    with pytest.raises(DataError, match=r"b.jsonl"):
+        shard(tmp_path, tokenizer, "resumed", "s3://corpus/replaced", part_bytes=5000, workers=1)
+    assert list((tmp_path / "resumed.work").glob("part-*.json"))
+    (source,) = expand_inputs(["s3://corpus/replaced/a.jsonl"])
+    for stream in opened_remote(source, 1000, source.num_bytes):
+        stream.read(10)
+        bucket.pipe("corpus/replaced/a.jsonl", content.replace(b"1", b"2"))
+        with pytest.raises(DataError, match=r"another version .* than when this run began"):
+            stream.read(5000)
+    with pytest.raises(DataError, match=r"another version .* than when this run began"):
+        list(read_texts([source]))
+    with pytest.raises(UsageError, match=r"a.jsonl has changed since \(same size, written again\)"):
+        shard(tmp_path, tokenizer, "resumed", "s3://corpus/replaced", part_bytes=5000, workers=1)
 
 
 @pytest.mark.parametrize("pattern", ["s3://corpus/absent.jsonl", "s3://corpus/absent/*.jsonl", "s3://nowhere/a.jsonl"])

@@ -1,0 +1,264 @@
+"""The process that owns the models of a program which does other work too, such as a server.
+
+torch takes Python's lock between any two operations, so other threads of its process slow a model down. A process of its own has a
+lock of its own. The caller keeps tokenizer and texts; token ids and requests go to the process, log-probabilities and rows come back.
+
+The process is a fork, so it starts at once. It must be made before the caller uses torch's threads or a GPU. It ignores the signals that
+end the caller, and ends when the caller does.
+"""
+
+import atexit
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from megatron_ledom.direction import Direction
+from megatron_ledom.errors import LedomError, TransientError
+from megatron_ledom.inference.freed_memory import keep_freed_memory
+from megatron_ledom.inference.generation import Generation
+from megatron_ledom.inference.language_model import LanguageModel
+from megatron_ledom.inference.row_generation import IsWanted, OnEnd, OnStep, RowRequest, RowResult, write_rows
+from megatron_ledom.inference.scoring import Span, score_spans
+
+log = logging.getLogger(__name__)
+Load = Callable[[Direction, Path], LanguageModel]
+LOOK_SECONDS = 0.02
+"""Time between two looks for rows that nobody wants any more."""
+END_SECONDS = 30.0
+"""Time that the process gets to end its call."""
+
+
+class ModelProcessLost(TransientError):
+    """The process of the models ended by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """Facts about a model in the process that its folder does not tell."""
+
+    num_positions: int | None
+    leading_ids: list[int]
+    stop_ids: list[int]
+
+
+class _Channel:
+    """The caller's end of the connection to a process; every error of it is ModelProcessLost."""
+
+    def __init__(self, connection: Connection, process: Any) -> None:
+        self._connection, self._process = connection, process
+
+    def send(self, *message: Any) -> None:
+        """Send a message."""
+        try:
+            self._connection.send(message)
+        except OSError:
+            raise self.lost() from None
+
+    def receive(self, seconds: float | None = None) -> tuple[Any, ...] | None:
+        """Return the next message; None if none comes within some seconds."""
+        try:
+            if not self._connection.poll(seconds):
+                return None
+            message: tuple[Any, ...] = self._connection.recv()
+        except (EOFError, OSError):
+            raise self.lost() from None
+        return message
+
+    def lost(self) -> ModelProcessLost:
+        """Return the error that says how the process ended."""
+        self._process.join(1)
+        code = self._process.exitcode
+        by = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        advice = "; signal 9 often means that the memory was full" if code == -signal.SIGKILL else ""
+        return ModelProcessLost(f"the process of the models ended by {by}{advice}; start the server again")
+
+    def close(self) -> None:
+        """Close the connection; the process ends after its call."""
+        self._connection.close()
+
+
+class ModelProcess:
+    """See the top of this file. Calls of several threads run one after another.
+
+    load: loads a model; called in the process. batch_size: most sequences at once.
+    """
+
+    def __init__(self, load: Load, batch_size: int) -> None:
+        context = multiprocessing.get_context("fork")
+        ours, theirs = context.Pipe()
+        self._process = context.Process(target=_run, args=(theirs, ours, load, batch_size), name="models", daemon=True)
+        self._channel, self._lock, self._is_ended = _Channel(ours, self._process), threading.Lock(), False
+        self._process.start()
+        theirs.close()
+        atexit.register(self.end)
+
+    @property
+    def pid(self) -> int:
+        """The id of the process."""
+        return int(self._process.pid or 0)
+
+    def load(self, direction: Direction, folder: Path) -> LoadedModel:
+        """Load the model of a direction, and return facts about it. Raises the error of loading."""
+        loaded: LoadedModel = self._call("load", direction, folder)
+        return loaded
+
+    def logprobs(self, direction: Direction, spans: list[Span]) -> list[list[float]]:
+        """Return the log-probabilities of the scored tokens of spans, as `score_spans` does."""
+        values: list[list[float]] = self._call("score", direction, spans)
+        return values
+
+    def write_rows(
+        self, direction: Direction, requests: Sequence[RowRequest], on_step: OnStep, on_end: OnEnd, is_wanted: IsWanted
+    ) -> list[RowResult]:
+        """See `RowWriter.write_rows`."""
+        with self._lock:
+            self._channel.send("write", direction, list(requests))
+            return _GrowingRows(self._channel, len(requests), on_step, on_end, is_wanted).read()
+
+    def watch(self, on_lost: Callable[[ModelProcessLost], None]) -> None:
+        """Call `on_lost` in a thread if the process ends without `end`."""
+
+        def _watch() -> None:
+            wait([self._process.sentinel])
+            if not self._is_ended:
+                on_lost(self._channel.lost())
+
+        threading.Thread(target=_watch, name="models-watch", daemon=True).start()
+
+    def end(self) -> None:
+        """End the process after its call; kill it if that takes too long."""
+        self._is_ended = True
+        atexit.unregister(self.end)
+        self._channel.close()
+        self._process.join(END_SECONDS)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def _call(self, *message: Any) -> Any:
+        with self._lock:
+            self._channel.send(*message)
+            return _result_of(*(self._channel.receive() or ()))
+
+
+def _result_of(kind: str, content: Any) -> Any:
+    """Return the content of a result; raise that of an error."""
+    if kind == "error":
+        raise content
+    return content
+
+
+class _GrowingRows:
+    """Reads the messages of one call of `write_rows` in the caller's process."""
+
+    def __init__(self, channel: _Channel, num: int, on_step: OnStep, on_end: OnEnd, is_wanted: IsWanted) -> None:
+        self._channel, self._on_step, self._on_end, self._is_wanted = channel, on_step, on_end, is_wanted
+        self._open, self._looked = set(range(num)), time.monotonic()
+        self._error: Exception | None = None
+
+    def read(self) -> list[RowResult]:
+        """Return the results. An error of the caller's own functions ends all rows first."""
+        while True:
+            message = self._channel.receive(LOOK_SECONDS)
+            if message is not None and message[0] in ("result", "error"):
+                break
+            if message is not None:
+                self._handle(*message)
+            if time.monotonic() - self._looked > LOOK_SECONDS:
+                self._look()
+        results: list[RowResult] = _result_of(*message)
+        if self._error is not None:
+            raise self._error
+        return results
+
+    def _handle(self, kind: str, index: int, content: Any) -> None:
+        try:
+            if kind == "end":
+                self._open.discard(index)
+                self._on_end(index, content)
+            elif not self._on_step(index, lambda: content):
+                self._drop([index])
+        except Exception as error:
+            self._error = self._error or error
+            self._drop(list(self._open))
+
+    def _look(self) -> None:
+        self._looked = time.monotonic()
+        self._drop([index for index in self._open if not self._is_wanted(index)])
+
+    def _drop(self, indices: list[int]) -> None:
+        for index in self._open.intersection(indices):
+            self._open.discard(index)
+            self._channel.send("drop", index)
+
+
+def _run(connection: Connection, of_caller: Connection, load: Load, batch_size: int) -> None:
+    """Serve the calls of the caller until it closes the connection. The body of the process."""
+    of_caller.close()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    keep_freed_memory()
+    models: dict[Direction, LanguageModel] = {}
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            kind, *content = connection.recv()
+            if kind != "drop":  # of a row that had ended
+                connection.send(_outcome(connection, models, load, batch_size, kind, *content))
+    os._exit(0)  # without the exit functions of the caller
+
+
+def _outcome(connection: Connection, *call: Any) -> tuple[str, Any]:
+    try:
+        return "result", _answer(connection, *call)
+    except LedomError as error:
+        return "error", error
+    except Exception as error:
+        log.exception("an error in the process of the models")
+        return "error", RuntimeError(f"{type(error).__name__}: {error}")  # others may not survive the way
+
+
+def _answer(
+    connection: Connection, models: dict[Direction, LanguageModel], load: Load, batch_size: int, kind: str, *content: Any
+) -> Any:
+    if kind == "load":
+        direction, folder = content
+        model = models[direction] = load(direction, folder)
+        return LoadedModel(model.num_positions, model.leading_ids, model.stop_ids)
+    direction, given = content
+    if kind == "score":
+        return score_spans(models[direction].model, given, batch_size)
+    rows = _WrittenRows(connection, given)
+    return write_rows(models[direction], given, batch_size, rows.on_step, rows.on_end)
+
+
+class _WrittenRows:
+    """Sends the rows of a call while they grow, in the process of the models."""
+
+    def __init__(self, connection: Connection, requests: Sequence[RowRequest]) -> None:
+        self._connection, self._requests = connection, requests
+        self._dropped, self._looked = set[int](), 0.0
+
+    def on_step(self, index: int, read: Callable[[], Generation]) -> bool:
+        """Send the text of a row that is shown while it grows; return False for a row that nobody wants."""
+        if time.monotonic() - self._looked > LOOK_SECONDS:
+            while self._connection.poll(0):
+                self._dropped.add(self._connection.recv()[1])
+            self._looked = time.monotonic()
+        if index in self._dropped:
+            return False
+        if self._requests[index].is_shown:
+            self._connection.send(("step", index, read()))
+        return True
+
+    def on_end(self, index: int, result: RowResult) -> None:
+        """Send the result of a row."""
+        self._connection.send(("end", index, result))
