@@ -47,7 +47,7 @@ MEASURES = {
 }
 """Measured for each question with the clean and with the contaminated twins."""
 PERCENTS = ("greedy", "only_scored", "best_scored", "best_both", "sampled")
-NUM_RESAMPLES = 10_000
+NUM_RESAMPLES = 20_000
 
 
 class Contamination:
@@ -189,7 +189,7 @@ class Contamination:
             clean, dirty = (np.array([run[name] for run in runs], dtype=np.float64) for runs in arms)
             values[name] = (clean, dirty)
         groups = {group.reads: group.problems for group in plan.groups}
-        num = len(MEASURES) * len(groups)
+        num = len(MEASURES) * (2 * len(groups) - 1)
         found = {name: _by_group(*pair, groups, num) for name, pair in values.items()}
         level = json.loads((self.rewards.folder / "level.json").read_text(encoding="utf-8"))
         return {

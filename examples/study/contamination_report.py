@@ -50,8 +50,8 @@ def _about(results: Results) -> str:
         f" {results['num_samples']} answers, and only the reverse model is contaminated. Right minus wrong: the right solution against the"
         " mean over the different wrong answers of the clean forward model; questions without a wrong one do not count. Losses are of question"
         " and solution together. Intervals are paired bootstraps over seeds and questions, not corrected; * marks those of the"
-        f" {results['num_comparisons']} comparisons with the clean twins that also exclude 0 at the level for so many (Bonferroni). Against"
-        " never planted: the difference of differences, for random pairs of problems."
+        f" {results['num_comparisons']} differences that also exclude 0 at the level for so many (Bonferroni). Against never planted: the"
+        " difference of differences, for random pairs of problems."
     )
 
 
