@@ -8,33 +8,49 @@ from planting import NEVER
 from sections import Results, Rows, Section, interval, percent
 
 TITLE = "Trained on test problems"
+ANSWERS = ("loss_forward", "loss_reverse", "greedy", "best_scored", "margin_scored")
+"""Measures that the first sentence has."""
 
 
 def contamination_section(results: Results) -> Section:
     """Return the section of part 6."""
     nats = [name for name in MEASURES if name not in PERCENTS]
-    tables = [_rows(results, PERCENTS, 100.0, ".1f"), _rows(results, nats, 1.0, ".3f"), _search_rows(results["searches"])]
+    tables = [_difference_rows(results), _search_rows(results["searches"])]
+    tables += [_rows(results, PERCENTS, 100.0, ".1f"), _rows(results, nats, 1.0, ".3f")]
     return Section(title=TITLE, paragraphs=[*_answers(results), _about(results), *_about_searches(results)], tables=tables)
 
 
 def _answers(results: Results) -> Iterator[str]:
-    """Yield the changes of the problems that were read most, and of those that were not planted."""
+    """Yield the changes of the problems that were read most, beyond those of the problems that were not planted."""
     most = max(group["reads"] for group in results["groups"])
-    for reads, whose in ((most, f"problems that training read about {most} times"), (NEVER, "problems that were not planted")):
-        parts = [_change(name, results["measures"][name][str(reads)]) for name in MEASURES]
-        yield f"Contaminated against clean twins, {whose}: {'; '.join(parts)}."
+    rows = {name: results["measures"][name][str(most)]["against_never"] for name in ANSWERS}
+    parts = [f"{MEASURES[name]} {_change(name, row)}" for name, row in rows.items() if row["difference"] is not None]
+    yield (
+        f"Contaminated minus clean twins, for problems that a training read about {most} times, beyond the change of problems that were not"
+        f" planted: {'; '.join(parts)}."
+    )
 
 
 def _change(name: str, row: Results) -> str:
+    """Return a difference with its interval."""
     if row["difference"] is None:
-        return f"{MEASURES[name]}: no problem has a wrong candidate"
+        return "none"
     scale, form = (100.0, "+.1f") if name in PERCENTS else (1.0, "+.3f")
-    unit = " points" * (name in PERCENTS)
-    return f"{MEASURES[name]} {scale * row['difference']:{form}}{unit} ({interval(row['interval'], scale, form)}{_mark(row)})"
+    return f"{scale * row['difference']:{form}} ({interval(row['interval'], scale, form)}){_mark(row)}"
+
+
+def _difference_rows(results: Results) -> Rows:
+    """Return the table of differences of both arms by group: points of percent, or nats."""
+    times = [group["reads"] for group in results["groups"]]
+    rows = [["contaminated minus clean", *("never read" if one == NEVER else f"read about {one} times" for one in times)]]
+    for name, found in results["measures"].items():
+        unit = ", points" if name in PERCENTS else ""
+        rows.append([f"{MEASURES[name]}{unit}", *(_change(name, found[str(one)]) for one in times)])
+    return rows
 
 
 def _mark(row: Results) -> str:
-    return ", *" * row["is_significant"]
+    return " *" * row["is_significant"]
 
 
 def _about(results: Results) -> str:
@@ -89,7 +105,7 @@ def _rows(results: Results, names: Any, scale: float, form: str) -> Rows:
 
 def _cells(row: Results, scale: float, form: str) -> list[str]:
     found = interval(row["interval"], scale, f"+{form}")
-    return [_number(row["difference"], scale, f"+{form}"), f"{found} *" if row["is_significant"] else found]
+    return [_number(row["difference"], scale, f"+{form}"), f"{found}{_mark(row)}"]
 
 
 def _number(value: float | None, scale: float, form: str) -> str:

@@ -160,6 +160,7 @@ print(write_part("contamination", Path("study"), "small", load_settings("small",
     assert (
         "| forward loss, nats per token | 16 times | 5 | 2.000 | 0.400 | -1.600 | -1.600 to -1.600 * | -1.600 -1.600 |" in text
     )
-    assert "not planted: forward loss, nats per token +0.000 (+0.000 to +0.000)" in text
+    assert "not planted: forward loss, nats per token -1.600 (-1.600 to -1.600) *; reverse loss" in text
+    assert "| forward loss, nats per token | +0.000 (+0.000 to +0.000) | -0.100 (-0.100 to -0.100) * | -0.400" in text
     assert "15 of 15 planted problems and 525 of 525 planted documents are found, and 300 of 3,000 ordinary" in text
     assert text.count("twins trained on it are the clean twins") == 1
