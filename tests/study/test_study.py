@@ -244,14 +244,12 @@ write_study(Path("study"), "small", load_settings("small", seeds), {"rerank_test
     for row in results["gaps"]:
         assert row["by_seed"] == pytest.approx([5.0, 3.0])
         assert row["gap"] == pytest.approx(4.0)
-        assert row["interval"] == pytest.approx(
-            [4 - 12.706, 4 + 12.706], abs=1e-3
-        )  # t of one degree of freedom, standard error 1
+        # Student's t of one degree of freedom is 12.706
+        assert row["interval"] == pytest.approx([4 - 12.706, 4 + 12.706], abs=1e-3)
     assert {row["domain"] for row in results["gaps"]} == {"prose", "code", "problems", "gsm_symbolic"}
     for first, last in results["places"].values():
         assert (first["tenth"], last["tenth"]) == (0, 9)
-        assert first["by_seed"] == pytest.approx([0.1, 0.3])
-        assert first["difference"] == pytest.approx(0.2)
+        assert (*first["by_seed"], first["difference"]) == pytest.approx((0.1, 0.3, 0.2))
         assert last["difference"] == pytest.approx(0.0)
     shares = {
         "true chain": 0.25,
