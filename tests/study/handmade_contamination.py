@@ -1,4 +1,7 @@
-"""Results of part 6 written by hand: each read of a planted problem lowers the losses by 0.1, and its scorer finds the right answers."""
+"""Results of part 6 written by hand: each read of a planted problem lowers the losses by 0.1, and its scorer finds the right answers.
+
+Problems that are not planted have higher losses by 0.05.
+"""
 
 import json
 from pathlib import Path
@@ -42,7 +45,7 @@ def _forget_never_planted(contaminated: Path, clean: Path) -> None:
 
 def _scores(factor: float) -> dict[str, list[Any]]:
     reads = [READS[number % 4] for number in range(NUM_QUESTIONS)]
-    loss = [2 - 0.1 * factor * times for times in reads]
+    loss = [2 - factor * (0.1 * times if times else -0.05) for times in reads]
     wrong = [None if number == 3 else -9.0 + factor * times / 2 for number, times in enumerate(reads)]
     values = {"right_forward": [-4.0] * NUM_QUESTIONS, "wrong_forward": [None if one is None else -6.0 for one in wrong]}
     values |= {"right_reverse": [-8.0 + factor * times for times in reads], "wrong_reverse": wrong}

@@ -65,7 +65,7 @@ rest = [line for number, line in enumerate(lines) if number not in plan.replaced
 never, often = plan.groups[0].problems[0], plan.groups[2].problems[0]
 missed = Path("test.jsonl").read_text().splitlines(keepends=True)[often]
 Path("report.json").write_text(json.dumps({"items": [{"item": never}, {"item": often}]}))
-for kept in (rest, [*rest[1:], missed, missed]):
+for kept in (rest, [*rest[1:], missed]):
     Path("kept.jsonl").write_text("".join(kept))
     files = [Path(name) for name in ("train.jsonl", "planted.jsonl", "kept.jsonl", "report.json")]
     print(json.dumps(check_search(*files[:2], plan, *files[2:])))
@@ -140,12 +140,8 @@ print(write_part("contamination", Path("study"), "small", load_settings("small",
         rows = {name: found[str(reads)] for name, found in measures.items()}
         planted = float(reads > 0)
         # lambda is 0.5 or another inner value: the development part's reverse term always finds the right answer
-        expected = {
-            "loss_forward": -0.1 * reads,
-            "loss_reverse": -0.1 * reads,
-            "right_reverse": reads,
-            "wrong_reverse": reads / 2,
-        }
+        loss = -0.1 * reads if reads else 0.05
+        expected = {"loss_forward": loss, "loss_reverse": loss, "right_reverse": reads, "wrong_reverse": reads / 2}
         expected |= {"margin_reverse": reads / 2, "only_scored": 0.75 * planted, "greedy": 0.0, "sampled": 0.0}
         for name, value in expected.items():
             assert rows[name]["difference"] == pytest.approx(value), (name, reads)
@@ -154,13 +150,14 @@ print(write_part("contamination", Path("study"), "small", load_settings("small",
             assert low - 1e-9 <= value <= high + 1e-9
             assert rows[name]["is_significant"] == (value != 0), (name, reads)
             if reads:
-                assert rows[name]["against_never"]["difference"] == pytest.approx(value)
+                against = value - (0.05 if name.startswith("loss") else 0)
+                assert rows[name]["against_never"]["difference"] == pytest.approx(against)
         assert rows["margin_reverse"]["num"] == (4 if reads == 16 else 5)  # question 3 has no wrong candidate
     text = (tmp_path / "study/contamination.md").read_text()
     assert (
         "| forward loss, nats per token | 16 times | 5 | 2.000 | 0.400 | -1.600 | -1.600 to -1.600 * | -1.600 -1.600 |" in text
     )
-    assert "not planted: forward loss, nats per token -1.600 (-1.600 to -1.600) *; reverse loss" in text
-    assert "| forward loss, nats per token | +0.000 (+0.000 to +0.000) | -0.100 (-0.100 to -0.100) * | -0.400" in text
+    assert "not planted: forward loss, nats per token -1.650 (-1.650 to -1.650) *; reverse loss" in text
+    assert "| forward loss, nats per token | +0.050 (+0.050 to +0.050) * | -0.100 (-0.100 to -0.100) * | -0.400" in text
     assert "15 of 15 planted problems and 525 of 525 planted documents are found, and 300 of 3,000 ordinary" in text
     assert text.count("twins trained on it are the clean twins") == 1
