@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from commands import tool
-from lines import read_lines, write_lines
+from lines import write_lines
 from losses import ISOLATED, export_step, train_step
-from rewards import GOLD, PARTS, Rewards
+from rewards import GOLD, PARTS, Rewards, ranking_step, with_values
 from steps import Step
 
 from megatron_ledom.evaluation.grading.answers import answers_by
@@ -81,15 +81,9 @@ class Ablations:
 
             Models that read in the wrong direction get the texts alone.
             """
-            with_values, bare = [], []
-            for record in read_lines(ranked):
-                kept = {name: record[name] for name in ("prompt", GOLD, "greedy")}
-                rows = zip(record["candidates"], record["scores"], strict=True)
-                names = ("forward_logprob", "forward_tokens")
-                valued = [{"text": text, **{name: score[name] for name in names}} for text, score in rows]
-                with_values.append({**kept, "candidates": valued})
-                bare.append({**kept, "candidates": record["candidates"]})
-            for path, records in zip(outputs, (with_values, bare), strict=True):
+            valued = with_values(ranked)
+            bare = [{**record, "candidates": [one["text"] for one in record["candidates"]]} for record in valued]
+            for path, records in zip(outputs, (valued, bare), strict=True):
                 write_lines(path, records)
 
         return Step(name=f"candidates_{part}_{seed}", inputs=[ranked], outputs=outputs, work=_write)
@@ -114,15 +108,7 @@ class Ablations:
 
     def _score(self, part: str, seed: int, scorer: str, forward: Path, reverse: Path, kind: str) -> Step:
         candidates, output = self.folder / f"{kind}_{part}_{seed}.jsonl", self.scored(part, seed, scorer)
-        names = ["--forward", forward, "--reverse", reverse, "--input", candidates, "--output", output]
-        command = tool("tools/rerank.py", *names, "--batch-size", 64)
-        return Step(
-            name=f"score_{output.stem}",
-            inputs=[candidates, forward, reverse],
-            outputs=[output],
-            commands=[command],
-            resumes=True,
-        )
+        return ranking_step(f"score_{output.stem}", candidates, output, [forward, reverse])
 
     def results(self) -> list[dict[str, Any]]:
         """Return the accuracy of each variant by seed, and its paired difference from the Reverse Reward of part 2."""

@@ -149,13 +149,15 @@ class Corpora:
     def _shards(self, corpus: str, direction: str) -> Step:
         files = {"train": self.folder / corpus / "train.jsonl"}
         files |= {domain: self.held_out_file(corpus, domain) for domain in self.domains[corpus]}
-        tokenizer, output = self.tokenizer(corpus), self.shards(corpus, direction)
-        commands = []
-        for name, file in files.items():
-            names = ["--input", file, "--tokenizer", tokenizer, "--output-prefix", output / name, "--direction", direction]
+        return self.shards_step(f"{corpus}_{direction}", files, corpus, direction, self.shards(corpus, direction))
+
+    def shards_step(self, name: str, files: dict[str, Path], corpus: str, direction: str, output: Path) -> Step:
+        """Return the step that writes the shards of files, by name, with the tokenizer of a corpus."""
+        tokenizer, commands = self.tokenizer(corpus), []
+        for shard, file in files.items():
+            names = ["--input", file, "--tokenizer", tokenizer, "--output-prefix", output / shard, "--direction", direction]
             commands.append(tool("tools/preprocess_data.py", *names, "--workers", 1, "--overwrite"))
-        name = f"shards_{corpus}_{direction}"
-        return Step(name=name, inputs=[*files.values(), tokenizer], outputs=[output], commands=commands)
+        return Step(name=f"shards_{name}", inputs=[*files.values(), tokenizer], outputs=[output], commands=commands)
 
     def counts(self) -> dict[str, Any]:
         """Return the numbers of word problems by source: trained, held out, and rejected by the calculator."""

@@ -61,6 +61,12 @@ class Twins:
         name = f"compare_{output.name}"
         return Step(name=name, inputs=[*models, data], outputs=[output], commands=[command], resumes=True)
 
+    def more_seeds(self, model: str, seeds: Sequence[int]) -> Iterator[list[Step]]:
+        """Yield the steps that train and export the twins on word problems of those seeds that part 1 does not have."""
+        names = [("maths", model, seed, d) for seed in seeds if seed not in self.settings.seeds for d in DIRECTIONS]
+        yield [self.twin_step(*one) for one in names]
+        yield [export_step(self.run_of(*one), self.model_of(*one)) for one in names]
+
     def twin_step(self, corpus: str, model: str, seed: int, direction: str) -> Step:
         """Return the step that trains a twin."""
         shards = self.corpora.shards(corpus, direction)

@@ -14,10 +14,8 @@ import numpy as np
 from commands import tool
 from grpo_rewards import ARMS, BASE, REVERSE, SHUFFLED
 from lines import read_lines, write_lines
-from losses import export_step
 from rewards import Rewards
 from steps import Step
-from twins import DIRECTIONS
 
 from megatron_ledom.errors import UsageError
 from megatron_ledom.evaluation.intervals import LEVEL, Values, crossed_interval
@@ -71,11 +69,8 @@ class Reinforcement:
         if not is_installed():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        twins, model = self.twins, self.rewards.model
-        new = [seed for seed in self.settings.seeds if seed not in self.rewards.settings.seeds]
-        names = [("maths", model, seed, direction) for seed, direction in product(new, DIRECTIONS)]
-        yield [twins.twin_step(*one) for one in names]
-        yield [export_step(twins.run_of(*one), twins.model_of(*one)) for one in names]
+        new = [seed for seed in self.settings.seeds if seed not in self.rewards.seeds]
+        yield from self.twins.more_seeds(self.rewards.model, self.settings.seeds)
         yield [self.rewards.ranked_step("development", seed) for seed in new] + [self._questions()]
         yield [self._reinforce(arm, seed) for arm, seed in product(ARMS.values(), self.settings.seeds)]
 

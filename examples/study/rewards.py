@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from megatron_ledom.evaluation.selection_methods import Question, load_questions
 from megatron_ledom.inference.reverse_reward.reward import RewardSettings
 from megatron_ledom.reports.method_comparison import MAIN, ReportSettings, compare, interval_of, num_candidates, outcomes_of
 
+BATCH = 64
 WANTED = (0.2, 0.6)
 """Range of the greedy accuracy of a level that can be chosen."""
 PARTS = ("development", "test")
@@ -26,9 +27,12 @@ PARTS = ("development", "test")
 class Rewards:
     """The files of part 2, and the steps that write them."""
 
-    def __init__(self, twins: Twins) -> None:
-        self.twins, self.settings, self.folder = twins, twins.settings, twins.folder / "rewards"
-        self.model = list(self.settings.models)[-1]
+    def __init__(self, twins: Twins, model: str | None = None, seeds: list[int] | None = None) -> None:
+        """Use another model and its seeds than part 2 does, if they are given, in a folder of their own."""
+        self.twins, self.settings = twins, twins.settings
+        self.model, self.seeds = model or twins.largest, seeds or self.settings.seeds
+        self.folder = twins.folder / ("rewards" if model is None else f"rewards_{model}")
+        self.prefix = "" if model is None else f"{model}_"
         longest = max(level.steps for level in self.settings.levels)
         self.max_new_tokens = 16 * (longest + 1)
 
@@ -46,39 +50,51 @@ class Rewards:
 
     def stages(self) -> Iterator[list[Step]]:
         """Yield the steps: greedy answers to the calibration part, the level, sampling and search at that level."""
+        *before, last = self.ranked_stages()
+        beams, expansions = self.settings.beams
+        searched = ["--beam", beams, "--expansions", expansions]
+        yield from before
+        yield last + [self.rerank_step(self.folder / "test.jsonl", self.beam(seed), seed, searched) for seed in self.seeds]
+
+    def ranked_stages(self) -> Iterator[list[Step]]:
+        """Yield the steps without the search."""
         self.folder.mkdir(parents=True, exist_ok=True)
         calibration = self.twins.folder / "maths/calibration.jsonl"
-        seeds = self.settings.seeds
+        seeds = self.seeds
         yield [self.rerank_step(calibration, self.ranked("calibration", s), s, ["--sample", 1, "--greedy"]) for s in seeds]
         inputs = [self.ranked("calibration", seed) for seed in seeds]
         inputs += [self.twins.folder / "maths" / f"{part}.jsonl" for part in PARTS]
         outputs = [self.folder / name for name in ("level.json", *(f"{part}.jsonl" for part in PARTS))]
-        yield [Step(name="level", inputs=inputs, outputs=outputs, work=self._choose_level, settings=WANTED)]
-        beams, expansions = self.settings.beams
-        searched = ["--beam", beams, "--expansions", expansions]
-        steps = [self.ranked_step(part, seed) for seed in seeds for part in PARTS]
-        yield steps + [self.rerank_step(self.folder / "test.jsonl", self.beam(seed), seed, searched) for seed in seeds]
+        name = f"{self.prefix}level"
+        yield [Step(name=name, inputs=inputs, outputs=outputs, work=self._choose_level, settings=WANTED)]
+        yield [self.ranked_step(part, seed) for seed in seeds for part in PARTS]
 
     def ranked_step(self, part: str, seed: int) -> Step:
         """Return the step that samples and ranks the candidates of a part."""
-        options = ["--sample", self.settings.num_samples, "--greedy"]
-        return self.rerank_step(self.folder / f"{part}.jsonl", self.ranked(part, seed), seed, options)
+        return self.sampling_step(part, self.ranked(part, seed), seed, self.twins_of(seed))
 
-    def rerank_step(self, questions: Path, output: Path, seed: int, options: list[Any]) -> Step:
-        """Return the step that runs tools/rerank.py with the twins of a seed."""
-        models = [self.model_of(seed, direction) for direction in ("forward", "reverse")]
-        names = ["--forward", models[0], "--reverse", models[1], "--input", questions, "--output", output, "--batch-size", 64]
+    def sampling_step(self, part: str, output: Path, seed: int, models: Sequence[Path]) -> Step:
+        """Return the step that samples and ranks the candidates of a part. models: the forward and the reverse one."""
+        options = ["--sample", self.settings.num_samples, "--greedy"]
+        return self.rerank_step(self.folder / f"{part}.jsonl", output, seed, options, models)
+
+    def twins_of(self, seed: int) -> list[Path]:
+        """Return the folders of the forward and the reverse twin of a seed."""
+        return [self.model_of(seed, direction) for direction in ("forward", "reverse")]
+
+    def rerank_step(
+        self, questions: Path, output: Path, seed: int, options: list[Any], models: Sequence[Path] | None = None
+    ) -> Step:
+        """Return the step in which tools/rerank.py samples and ranks, with the twins of a seed or the given models."""
         sampling = ["--temperature", self.settings.temperature, "--max-new-tokens", self.max_new_tokens, "--seed", seed]
-        command = tool("tools/rerank.py", *names, *options, *sampling)
-        return Step(
-            name=f"rerank_{output.stem}", inputs=[questions, *models], outputs=[output], commands=[command], resumes=True
-        )
+        name = f"rerank_{self.prefix}{output.stem}"
+        return ranking_step(name, questions, output, models or self.twins_of(seed), [*options, *sampling])
 
     def _choose_level(self) -> None:
         """Choose the first level whose mean greedy accuracy is in WANTED, else the nearest to its middle."""
         answers = answers_by("number")
         right: dict[int, list[bool]] = {}
-        for seed in self.settings.seeds:
+        for seed in self.seeds:
             for record in read_lines(self.ranked("calibration", seed)):
                 right.setdefault(int(record["level"]), []).append(is_right(answers, str(record[GOLD]), record["greedy"]))
         accuracy = {level: statistics.mean(found) for level, found in sorted(right.items())}
@@ -93,7 +109,7 @@ class Rewards:
 
     def questions(self, part: str, reward: RewardSettings | None = None) -> list[list[Question]]:
         """Return the ranked questions of a part for each seed; the test part with its beam search."""
-        paths = [(self.ranked(part, seed), self.beam(seed) if part == "test" else None) for seed in self.settings.seeds]
+        paths = [(self.ranked(part, seed), self.beam(seed) if part == "test" else None) for seed in self.seeds]
         return [load_questions(path, GOLD, answers_by("number"), reward or RewardSettings(), beam) for path, beam in paths]
 
     def results(self) -> dict[str, Any]:
@@ -114,7 +130,7 @@ class Rewards:
 
         is_affordable: False if the tokens are too few for a single candidate; N is 1 then.
         """
-        usage = [json.loads(Path(f"{self.beam(s)}.spent.json").read_text(encoding="utf-8")) for s in self.settings.seeds]
+        usage = [json.loads(Path(f"{self.beam(s)}.spent.json").read_text(encoding="utf-8")) for s in self.seeds]
         tokens = sum(one["forward_tokens"] + one["reverse_tokens"] for one in usage) / sum(map(len, test))
         costs = self._tokens_by_num(num_candidates(test))
         num = max([n for n, cost in enumerate(costs, 1) if cost <= tokens], default=1)
@@ -137,7 +153,7 @@ class Rewards:
         Equal answers are scored once.
         """
         totals, num_questions = [0] * num, 0
-        for seed in self.settings.seeds:
+        for seed in self.seeds:
             for record in read_lines(self.ranked("test", seed)):
                 scored, tokens = set[str](), 0
                 num_questions += 1
@@ -148,3 +164,20 @@ class Rewards:
                     if number < num:
                         totals[number] += tokens
         return [total / num_questions for total in totals]
+
+
+def ranking_step(name: str, questions: Path, output: Path, models: Sequence[Path], options: Sequence[Any] = ()) -> Step:
+    """Return the step that runs tools/rerank.py. models: the forward and the reverse one."""
+    names = ["--forward", models[0], "--reverse", models[1], "--input", questions, "--output", output, "--batch-size", BATCH]
+    command = tool("tools/rerank.py", *names, *options)
+    return Step(name=name, inputs=[questions, *models], outputs=[output], commands=[command], resumes=True)
+
+
+def with_values(ranked: Path) -> list[dict[str, Any]]:
+    """Return the lines of a ranked file with candidates that have their forward values, for another reverse model."""
+    lines, names = [], ("forward_logprob", "forward_tokens")
+    for record in read_lines(ranked):
+        rows = zip(record["candidates"], record["scores"], strict=True)
+        valued = [{"text": text, **{name: score[name] for name in names}} for text, score in rows]
+        lines.append({**{name: record[name] for name in ("prompt", GOLD, "greedy")}, "candidates": valued})
+    return lines

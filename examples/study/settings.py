@@ -67,6 +67,18 @@ class ReinforcementSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ContaminationSettings:
+    """Settings of part 6: twins that learn test problems."""
+
+    seeds: list[int]
+    """Seeds of the twins. All are reported. Clean twins of other seeds than those of the study are trained too."""
+    model: str
+    """Name of the twins' shape. If it is the one of part 2, the clean twins and their candidates are those of part 2."""
+    reads: list[int]
+    """Mean number of times that a training reads each problem of a group of planted ones. One more group is not planted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """One size of the study."""
 
@@ -95,6 +107,7 @@ class Settings:
     temperature: float
     abilities: AbilitySettings
     reinforcement: ReinforcementSettings
+    contamination: ContaminationSettings
     beams: tuple[int, int]
     """Beams and expansions of the step-level search."""
     backward: tuple[int, int, int]
@@ -136,12 +149,14 @@ def _check(settings: Settings) -> None:
     if unknown := set(abilities.num) - set(GENERATORS):
         raise UsageError(f"abilities.num names {', '.join(sorted(unknown))}; the sets are {', '.join(GENERATORS)}")
     by_part = {"seeds": settings.seeds, "abilities.seeds": abilities.seeds, "reinforcement.seeds": settings.reinforcement.seeds}
+    by_part["contamination.seeds"] = settings.contamination.seeds
     for name, seeds in by_part.items():
         if not seeds or len(set(seeds)) != len(seeds):
             raise UsageError(f"{name} is {seeds}; it needs at least one seed, and each only once")
     if min(settings.num_problems.values()) < 2:
         raise UsageError(f"num_problems is {settings.num_problems}; each part needs at least 2 problems per level")
     _check_reinforcement(settings)
+    _check_contamination(settings)
     low, high, num = settings.backward
     if not 0 <= low <= high or num < 1:
         raise UsageError(
@@ -160,3 +175,11 @@ def _check_reinforcement(settings: Settings) -> None:
         raise UsageError(
             f"num_problems.reinforcement={problems} is too small: {found.steps} steps of {found.num_questions} questions need {needed}"
         )
+
+
+def _check_contamination(settings: Settings) -> None:
+    found = settings.contamination
+    if found.model not in settings.models:
+        raise UsageError(f"contamination.model is {found.model}; it must be one of models: {', '.join(settings.models)}")
+    if not found.reads or min(found.reads) < 1 or len(set(found.reads)) != len(found.reads):
+        raise UsageError(f"contamination.reads is {found.reads}; it needs different numbers of 1 or more")

@@ -22,7 +22,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", choices=["tiny", "small", "full"], default="full", help="(default %(default)s)")
     parser.add_argument("--gsm8k", metavar="FILE", help="also train on GSM8K's training part, JSON lines or Parquet")
     parser.add_argument("--output", type=Path, metavar="DIR", help="(default study/SIZE)")
-    parser.add_argument("--only", choices=["reinforcement"], help="run this part and what it needs, and write only its section")
+    parser.add_argument(
+        "--only", choices=["reinforcement", "contamination"], help="run this part and what it needs, and write only its section"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the settings of the size")
     return parser.parse_args()
 
@@ -36,6 +38,7 @@ def main() -> None:
     from abilities import Abilities
     from ablations import Ablations
     from backward import Backward
+    from contamination import Contamination
     from losses import Twins
     from reinforcement import Reinforcement, check_installed
     from rewards import Rewards
@@ -47,21 +50,25 @@ def main() -> None:
 
     check_plots()
     check_statistics()
-    if arguments.only is not None:
+    if arguments.only == "reinforcement":
         check_installed()
     output = arguments.output or Path("study") / arguments.size
     twins = Twins(output, settings)
     rewards = Rewards(twins)
-    last = Reinforcement(rewards)
-    parts = (twins, rewards, Backward(rewards), Ablations(rewards), Abilities(twins), last)
+    alone = {"reinforcement": Reinforcement(rewards), "contamination": Contamination(rewards)}
+    parts = (twins, rewards, Backward(rewards), Ablations(rewards), Abilities(twins), *alone.values())
     runner = Runner(output, at_once=len(os.sched_getaffinity(0)))
-    stages = [steps for part in parts for steps in part.stages()]
+    stages = [(part, steps) for part in parts for steps in part.stages()]
+    chosen = [steps for _, steps in stages]
     if arguments.only is not None:
-        stages = steps_for(stages, stages[-1])
-    for steps in stages:
+        own = [step for part, steps in stages if part is alone[arguments.only] for step in steps]
+        chosen = steps_for(chosen, own)
+    for steps in chosen:
         runner.run(steps)
-    write = write_study if arguments.only is None else write_part
-    print(write(output, arguments.size, settings, runner.all_notes()))
+    if arguments.only is None:
+        print(write_study(output, arguments.size, settings, runner.all_notes()))
+    else:
+        print(write_part(arguments.only, output, arguments.size, settings, runner.all_notes()))
 
 
 if __name__ == "__main__":

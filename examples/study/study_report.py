@@ -15,10 +15,14 @@ from abilities_report import abilities_claims, abilities_not_reproduced, abiliti
 from ablations import Ablations
 from backward import Backward
 from backward import section as backward_section
+from contamination import Contamination
+from contamination_report import TITLE as CONTAMINATION
+from contamination_report import contamination_section
 from losses import Twins, gaps, gaps_by_place, speed_of
 from mistakes import mistakes
 from plots import loss_plots
 from reinforcement import Reinforcement
+from reinforcement_report import TITLE as REINFORCEMENT
 from reinforcement_report import reinforcement_section
 from rewards import Rewards
 from sections import Section, ablation, claims, loss, not_reproduced, reward
@@ -44,7 +48,7 @@ def write_study(folder: Path, size: str, settings: Settings, notes: dict[str, di
     results["mistakes"] = mistakes(rewards, weights)
     results |= {"abilities": Abilities(twins).results(), "backward": backward.results()}
     results |= {"ablations": ablations.results(), "wrong": ablations.wrong_direction()}
-    results["reinforcement"] = Reinforcement(rewards).results()
+    results |= {name: read(rewards) for name, (_, read, _) in ALONE.items()}
     write_file(folder / "results.json", json.dumps(results, indent=1))
     failed = [*not_reproduced(results), *abilities_not_reproduced(results["abilities"])]
     failed = failed or ["Every tested effect has the published sign."]
@@ -56,20 +60,28 @@ def write_study(folder: Path, size: str, settings: Settings, notes: dict[str, di
         abilities_section(results["abilities"]),
         backward_section(results["backward"]),
         *ablation(results),
-        reinforcement_section(results["reinforcement"]),
+        *(section(results[name]) for name, (_, _, section) in ALONE.items()),
     ]
     title = f"The claims of LEDOM in miniature, size {size}"
     write_file(folder / "summary.md", _markdown(title, sections))
     return _write_page(folder / "report.html", title, sections, _commands(notes, settings))
 
 
-def write_part(folder: Path, size: str, settings: Settings, notes: dict[str, dict[str, Any]]) -> Path:
-    """Write reinforcement.json, .md and .html, the report of part 5 alone, into `folder`. Return the path of the page."""
-    results = Reinforcement(Rewards(Twins(folder, settings))).results()
-    sections, title = [reinforcement_section(results)], f"Training with Reverse Reward, size {size}"
-    write_file(folder / "reinforcement.json", json.dumps(results, indent=1))
-    write_file(folder / "reinforcement.md", _markdown(title, sections))
-    return _write_page(folder / "reinforcement.html", title, sections, _commands(notes, settings))
+ALONE = {
+    "reinforcement": (REINFORCEMENT, lambda rewards: Reinforcement(rewards).results(), reinforcement_section),
+    "contamination": (CONTAMINATION, lambda rewards: Contamination(rewards).results(), contamination_section),
+}
+"""Parts that `--only` runs alone: title, function of the results, and function of the section."""
+
+
+def write_part(name: str, folder: Path, size: str, settings: Settings, notes: dict[str, dict[str, Any]]) -> Path:
+    """Write NAME.json, NAME.md and NAME.html, the report of one part of ALONE, into `folder`. Return the path of the page."""
+    title, read, section = ALONE[name]
+    results = read(Rewards(Twins(folder, settings)))
+    sections, title = [section(results)], f"{title}, size {size}"
+    write_file(folder / f"{name}.json", json.dumps(results, indent=1))
+    write_file(folder / f"{name}.md", _markdown(title, sections))
+    return _write_page(folder / f"{name}.html", title, sections, _commands(notes, settings))
 
 
 def _write_page(page: Path, title: str, sections: Sequence[Section], commands: list[str]) -> Path:

@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,15 +145,11 @@ def main() -> int:
         work = arguments.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         write_tiny_data(work)
-        names = [core.name for core in arguments.cores]
-        with ThreadPoolExecutor(2) as pool:  # a start takes seconds on one core
-            list(pool.map(lambda core: core.run("--work", str(work), "--train", core.name), arguments.cores))
-            list(
-                pool.map(
-                    lambda core: core.run("--work", str(work), "--resume", core.name, *(n for n in names if n != core.name)),
-                    arguments.cores,
-                )
-            )
+        for core in arguments.cores:
+            core.run("--work", str(work), "--train", core.name)
+        for core in arguments.cores:
+            others = [other.name for other in arguments.cores if other != core]
+            core.run("--work", str(work), "--resume", core.name, *others)
         text, failures = table(arguments.cores, work)
     print(text)
     print(*failures, sep="\n", file=sys.stderr)

@@ -135,7 +135,9 @@ def test_kills_at_random_moments_change_nothing(data: TinyData, tmp_path: Path, 
     print("seed:", seed)
     draw = random.Random(seed)
     command = overrides_of(
-        data, *DISTRIBUTED, "checkpoint.save_interval=2", "checkpoint.keep_last=3", "checkpoint.keep_interval=10"
+        data,
+        *(*DISTRIBUTED, "train.micro_batch_size=2"),
+        *("checkpoint.save_interval=2", "checkpoint.keep_last=3", "checkpoint.keep_interval=10"),
     )
     began = time.monotonic()
     run_on_ranks(data.config, tmp_path / "whole", *command, num_ranks=2)

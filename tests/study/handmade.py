@@ -7,6 +7,8 @@ from typing import Any
 import yaml
 
 from tests.study.handmade_abilities import write_abilities
+from tests.study.handmade_contamination import write_contamination
+from tests.study.handmade_ranked import write_ranked
 from tests.study.handmade_reinforcement import write_reinforcement
 
 SEEDS = (1, 2)
@@ -38,6 +40,7 @@ def write_study(folder: Path) -> None:
     _write_backward(folder / "backward", problem)
     write_abilities(folder, seed=1)
     write_reinforcement(folder / "reinforcement")
+    write_contamination(folder)
     rewards, ablations = folder / "rewards", folder / "ablations"
     for path in (rewards, ablations):
         path.mkdir(parents=True)
@@ -78,28 +81,3 @@ def _write_run(folder: Path, direction: str, domains: tuple[str, ...], loss: flo
         records.append({**record, "tokens_per_second": 5000.0, "mfu": 0.5})
     records[-1]["validation"] = {domain: {"lm_loss": loss, "bits_per_byte": 1.0} for domain in domains}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def write_ranked(path: Path, is_helpful: bool | None, num_questions: int = 20) -> None:
-    """Write questions with four candidates.
-
-    In question k number k % 4 is right; only the reverse values show it (None: none do).
-    """
-    lines = []
-    for k in range(num_questions):
-        right = k % 4
-        texts = [f"{k}+1={k + 1}\n#### {k + 1 + (0 if i == right else 10 + i)}" for i in range(4)]
-        values = [0.0 if is_helpful is None else float(i == right) * (1 if is_helpful else -1) for i in range(4)]
-        scores = [
-            {
-                "forward_logprob": -5.0 - 0.1 * i,
-                "reverse_logprob": -9.0 + values[i],
-                "forward_tokens": 8,
-                "reverse_tokens": 10,
-                "reward": -7.0,
-            }
-            for i in range(4)
-        ]
-        fields = {"prompt": f"Ann has {k} pens.\n", "answer": f"#### {k + 1}", "greedy": texts[0], "candidates": texts}
-        lines.append({**fields, "scores": scores, "ranking": [0, 1, 2, 3], "best": texts[right]})
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.study.handmade import write_ranked
+from tests.study.handmade_ranked import write_ranked
 from tests.study.handmade_reinforcement import write_reinforcement
 from tests.study.programs import run_python
 from tests.support.forked import run_forked
@@ -163,7 +163,7 @@ from reinforcement import Reinforcement
 from settings import load_settings
 from study_report import write_part
 settings = load_settings("small", ["reinforcement.seeds=[1,2]"])
-print(write_part(Path("study"), "small", settings, {}))
+print(write_part("reinforcement", Path("study"), "small", settings, {}))
 """
 
 

@@ -236,20 +236,20 @@ from pathlib import Path
 from settings import load_settings
 from study_report import write_study
 note = {"seconds": 1.5, "commands": [["python", "tools/rerank.py"]], "inputs": {"study/a": "00ff" * 16}}
-write_study(Path("study"), "small", load_settings("small", ["abilities.seeds=[1]", "reinforcement.seeds=[1,2]"]), {"rerank_test_1": note})
+seeds = ["abilities.seeds=[1]", "reinforcement.seeds=[1,2]", "contamination.seeds=[1,2]"]
+write_study(Path("study"), "small", load_settings("small", seeds), {"rerank_test_1": note})
 """
     run_python(code, tmp_path)
     results = json.loads((tmp_path / "study/results.json").read_text())
     for row in results["gaps"]:
         assert row["by_seed"] == pytest.approx([5.0, 3.0])
         assert row["gap"] == pytest.approx(4.0)
-        low, high = row["interval"]  # t of one degree of freedom is 12.706, the standard error of 5 and 3 is 1
-        assert (low, high) == pytest.approx((4 - 12.706, 4 + 12.706), abs=1e-3)
+        # Student's t of one degree of freedom is 12.706
+        assert row["interval"] == pytest.approx([4 - 12.706, 4 + 12.706], abs=1e-3)
     assert {row["domain"] for row in results["gaps"]} == {"prose", "code", "problems", "gsm_symbolic"}
     for first, last in results["places"].values():
         assert (first["tenth"], last["tenth"]) == (0, 9)
-        assert first["by_seed"] == pytest.approx([0.1, 0.3])
-        assert first["difference"] == pytest.approx(0.2)
+        assert (*first["by_seed"], first["difference"]) == pytest.approx((0.1, 0.3, 0.2))
         assert last["difference"] == pytest.approx(0.0)
     shares = {
         "true chain": 0.25,
@@ -385,19 +385,26 @@ def test_the_tiny_study_resumes_after_a_kill_and_fills_every_table(tiny_study: P
     assert {row["task"] for row in results["abilities"]["rows"]} >= {"question_from_answer", "reversal", "reversal_written"}
     assert set(results["places"]) == {"text", "maths", "gsm"}
     assert all(len(curves["reward"]) == 2 for curves in results["reinforcement"]["curves"].values())
+    searches = results["contamination"]["searches"]
+    assert all(row["missed_documents"] == 0 for row in searches.values())
+    assert searches["ngram 64"]["is_rest"]  # so the clean corpus is the decontaminated one with the replaced problems
+    assert all(len(row["by_seed"]) == 1 for rows in results["contamination"]["measures"].values() for row in rows.values())
     page = (tiny_study / "report.html").read_text()
     assert "https://" not in page
     for step in tiny_study.glob("steps/*.json"):
         assert f"{step.stem}, " in page  # its commands and hashes
 
 
-def test_a_part_alone_uses_the_steps_of_the_study_and_has_its_own_report(tiny_study: Path, python: Path) -> None:
-    alone = start(tiny_study.parents[1], python, "--only", "reinforcement")
+@pytest.mark.parametrize(("part", "step"), [("reinforcement", "reinforce_shuffled_1"), ("contamination", "scores_clean_1")])
+def test_a_part_alone_uses_the_steps_of_the_study_and_has_its_own_report(
+    tiny_study: Path, python: Path, part: str, step: str
+) -> None:
+    alone = start(tiny_study.parents[1], python, "--only", part)
     output = alone.communicate()[0]
     assert alone.returncode == 0, output[-3000:]
     assert "---" not in output
-    page = (tiny_study / "reinforcement.html").read_text()
-    assert "reinforce_shuffled_1, " in page
+    page = (tiny_study / f"{part}.html").read_text()
+    assert f"{step}, " in page
     assert "train_text" not in page
 
 

@@ -19,7 +19,7 @@ NOUNS, VERBS, ADJECTIVES = (
 SENTENCES = (
     "The {a} {n} {v} a {n2} that stood near the {a2} {n3}.",
     "When the {n} of the {n2} was {a}, the {n3} {v} it with some {a2} help.",
-    "They have often {v} the {n} and the {a} {n2} behind that {n3}.",
+    "They have often {v} the {n} and the {a} {n2} beyond that {n3}.",
     "It had to be a {a} {n}, for the {n2} {v} every {n3} with care.",
     "Before the {n} came, a {a2} {n2} {v} the {n3} of the town.",
     "Nobody knew which {n} had {v} the {a} {n2} to the {n3} that day.",
@@ -137,6 +137,6 @@ JUNK: dict[str, Callable[[random.Random], str]] = {
 }
 """Kind of junk -> a page of it."""
 FRENCH = (
-    "Le gestionnaire de paquets installe les programmes et garde une trace de leurs fichiers. Il vérifie aussi que les"
+    "Le gestionnaire de paquets cherche les programmes et garde une trace de leurs fichiers. Il vérifie aussi que les"
     " bibliothèques nécessaires sont présentes avant de commencer. "
 )

@@ -59,9 +59,7 @@ class CorpusReader(PipelineStep):
         try:
             line = orjson.dumps(others, default=str)
         except (TypeError, ValueError) as error:
-            raise DataError(
-                f"{where}: its fields cannot be written as JSON ({error}); repair or leave out this record"
-            ) from error
+            raise DataError(f"{where}: its fields cannot be written as JSON ({error}); repair or remove this record") from error
         return Document(text=text, id=str(orjson.loads(line)[self.id_key]), metadata={"fields": line.decode()})
 
 

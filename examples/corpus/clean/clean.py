@@ -29,7 +29,7 @@ from megatron_ledom.data.readers.input_files import find_inputs, log_skipped_inp
 from megatron_ledom.data.readers.records import ReadSettings
 from megatron_ledom.errors import DataError, UsageError, VerificationError, run_command
 from megatron_ledom.platform.processes import ordered_map
-from megatron_ledom.storage.files import json_text, write_json
+from megatron_ledom.storage.files import json_text, publish, write_json
 from megatron_ledom.storage.folders import sync_tree
 from megatron_ledom.storage.jobs import check_same_request
 from megatron_ledom.storage.locks import output_folder_lock
@@ -289,7 +289,7 @@ def clean(options: argparse.Namespace) -> None:
             log_skipped_inputs(skipped)
             read = ReadSettings(text_key=options.text_key, on_error=options.on_error, keep_records=True)
             made = Cleaning(options, sources, num_tasks, work, read).run()
-            publish(options.output, work)
+            move_results(options.output, work)
             write_json(report, made)
         shutil.rmtree(work, ignore_errors=True)
         print(json_text(orjson.loads(report.read_bytes()), where=report, indent=1))
@@ -310,12 +310,12 @@ def prepare(options: argparse.Namespace, request: dict[str, Any]) -> None:
         raise UsageError(f"{there[0]} exists and is of no cleaning; name another --output, or replace it with --overwrite")
 
 
-def publish(folder: Path, work: Path) -> None:
+def move_results(folder: Path, work: Path) -> None:
     """Move the finished folders to their places; after a kill in between, the rest of them."""
     for name in (DOCUMENTS, DROPPED):
         if (work / name).exists():
             sync_tree(str(work / name))
-            os.rename(work / name, folder / name)
+            publish(work / name, folder / name)
 
 
 if __name__ == "__main__":

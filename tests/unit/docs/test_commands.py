@@ -52,6 +52,7 @@ RUN_BY_TESTS = {
     "make quickstart": "tests/unit/test_make_venv.py, tests/quickstart/test_quickstart.py",
     "make study SIZE=small": "tests/study/test_study.py",
     ".venv/bin/python examples/study/study.py --size small --only reinforcement": "tests/study/test_study.py",
+    ".venv/bin/python examples/study/study.py --size small --only contamination": "tests/study/test_study.py",
     "make test": "Makefile",
     "make check": "Makefile",
     "ledom --help": "tests/unit/cli/test_ledom.py",

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ def summary(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_the_tool_evaluates_a_tiny_model_as_a_user_starts_it(folders: dict[str, str], tmp_path: Path, python: Path) -> None:
-    command = [str(python), str(ROOT / "tools" / "evaluate.py"), "--model", folders["reverse"], "--data", folders["data"]]
+def test_the_tool_evaluates_a_tiny_model_as_a_user_starts_it(folders: dict[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), "--model", folders["reverse"], "--data", folders["data"]]
     command += ["--tasks", "svamp,boolq,humaneval", "--limit", "2", "--max-new-tokens", "8", "--output", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
