@@ -30,7 +30,8 @@ from preprocess_corpus import build_corpus, train_byte_level
 from process_tree import measure
 
 from megatron_ledom.contamination.items import EvaluationItem
-from megatron_ledom.contamination.search import Decontamination, Searcher, SearchSettings
+from megatron_ledom.contamination.search import Decontamination, Searcher
+from megatron_ledom.contamination.settings import SearchSettings
 from megatron_ledom.evaluation.known_items import read_known_items
 
 OTHER = Path(__file__).with_name("decontaminate_datatrove.py")

@@ -8,7 +8,8 @@ import pytest
 from megatron_ledom.contamination.cutting import pieces_without
 from megatron_ledom.contamination.items import EvaluationItem, items_sha256
 from megatron_ledom.contamination.report import ContaminationCounts, report_of
-from megatron_ledom.contamination.search import Decontamination, Searcher, SearchSettings
+from megatron_ledom.contamination.search import Decontamination, Searcher
+from megatron_ledom.contamination.settings import SearchSettings
 from megatron_ledom.errors import UsageError
 
 
