@@ -82,12 +82,23 @@ class Index {
   }
 
   // (words, their bytes in the text [words, 2])
-  py::tuple words(const py::str& text) const {
+  py::tuple words(const py::str& text) const { return words_in(text, Numbers(std::vector<py::ssize_t>{0, 2}), true); }
+
+  // As `words`, for the words with numbers in `ranges` [n, 2], which are sorted and do not overlap: (first, last + 1).
+  py::tuple words_in(const py::str& text, const Array<int64_t>& ranges, bool all = false) const {
+    if (ranges.ndim() != 2 || ranges.shape(1) != 2) throw std::invalid_argument("ranges must be [n, 2]");
+    const int64_t* range = ranges.data();
+    const int64_t* const end = range + ranges.size();
     py::list found;
     std::vector<int64_t> spans;
-    words_.each(ledom::views_of(py::make_tuple(text))[0], [&](uint64_t, std::string_view word, size_t begin, size_t end) {
-      found.append(folded(word));
-      spans.insert(spans.end(), {static_cast<int64_t>(begin), static_cast<int64_t>(end)});
+    int64_t number = 0;
+    words_.each(ledom::views_of(py::make_tuple(text))[0], [&](uint64_t, std::string_view word, size_t begin, size_t stop) {
+      while (range < end && number >= range[1]) range += 2;
+      if (all || (range < end && number >= range[0])) {
+        found.append(folded(word));
+        spans.insert(spans.end(), {static_cast<int64_t>(begin), static_cast<int64_t>(stop)});
+      }
+      number++;
     });
     return py::make_tuple(found, array_of(spans, 2));
   }
@@ -125,6 +136,8 @@ void define_ngram_index(py::module_& m) {
       .def_property_readonly_static("version", [](const py::object&) { return ledom::NgramIndex::VERSION; })
       .def("search", &Index::search, py::arg("texts"))
       .def("words", &Index::words, py::arg("text"))
+      .def("words_in", [](const Index& self, const py::str& text, const Array<int64_t>& ranges) { return self.words_in(text, ranges); },
+           py::arg("text"), py::arg("ranges"))
       .def_property_readonly("num_ngrams", &Index::num_ngrams)
       .def_property_readonly("bytes", &Index::bytes);
 }

@@ -41,7 +41,8 @@ class ContaminationCounts:
             touched.add(passage.item)
             seen.add((passage.item, passage.kind))
             if len(entry["examples"]) < MOST_EXAMPLES:
-                found = utf8[passage.begin : passage.end].decode()[:LONGEST_CHARACTERS]
+                begins = utf8[passage.begin : min(passage.end, passage.begin + 4 * LONGEST_CHARACTERS)]
+                found = begins.decode(errors="ignore")[:LONGEST_CHARACTERS]  # the cut may be inside a character
                 entry["examples"].append({"where": where, "kind": passage.kind, "score": passage.score, "passage": found})
 
     def add(self, other: "ContaminationCounts") -> None:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from megatron_ledom.contamination.item_index import KINDS, ItemIndex, build_index
 from megatron_ledom.contamination.items import EvaluationItem, items_sha256
+from megatron_ledom.contamination.near_words import NearWords
 from megatron_ledom.contamination.normalization import normalization_version
 from megatron_ledom.contamination.settings import ANSWER, BOTH, QUESTION, SearchSettings
 from megatron_ledom.errors import UsageError
@@ -132,20 +133,22 @@ class Searcher:
         near = [(part, cluster) for part, hits in by_part.items() for cluster in self._clusters(part, hits)]
         if not near:
             return []
-        words, spans = self._index.words(text)
+        around = ANSWER_DISTANCE_WORDS + 1
+        ends = [(part[0].word, max(hit.word + hit.length for hit in part)) for _, part in near]
+        words = NearWords(self._index, text, ((first - around, end + around) for first, end in ends))
         found = []
         for part, cluster in near:
             of_part = self.index.part_words(part)
             exact = [
                 hit
                 for hit in cluster
-                if words[hit.word : hit.word + hit.length] == of_part[hit.part_word : hit.part_word + hit.length]
+                if words.words(hit.word, hit.word + hit.length) == of_part[hit.part_word : hit.part_word + hit.length]
             ]
             for same in self._clusters(part, exact):
                 if _telling_words(same, of_part) < self.settings.telling_words:
                     continue
                 first, last = same[0].word, max(hit.word + hit.length for hit in same) - 1
-                begin, end = int(spans[first][0]), int(spans[last][1])
+                begin, end = words.span(first, last)
                 item, score = self.index.item(part), round(self._share(part, same), 4)
                 found.append(Passage(item, self.index.kind(part), score, begin, end, first, last))
         return self._matching(
@@ -191,7 +194,7 @@ class Searcher:
             covered |= ((1 << hit.length) - 1) << hit.part_word
         return covered.bit_count() / int(self._num_words[part])
 
-    def _matching(self, passages: list[Passage], words: list[str]) -> list[Passage]:
+    def _matching(self, passages: list[Passage], words: NearWords) -> list[Passage]:
         """Return the passages of the items that match in the chosen way. One found with its answer has the kind `both`."""
         kinds: dict[int, set[str]] = defaultdict(set)
         for passage in passages:
@@ -208,12 +211,12 @@ class Searcher:
             if passage.item in wanted
         ]
 
-    def _has_short_answer(self, passage: Passage, words: list[str]) -> bool:
+    def _has_short_answer(self, passage: Passage, words: NearWords) -> bool:
         answer = self.words(self.items.answer(passage.item))
         if not 0 < len(answer) < self.settings.min_words:
             return False
-        before = words[max(0, passage.first_word - ANSWER_DISTANCE_WORDS) : passage.first_word]
-        after = words[passage.last_word + 1 : passage.last_word + 1 + ANSWER_DISTANCE_WORDS]
+        before = words.words(passage.first_word - ANSWER_DISTANCE_WORDS, passage.first_word)
+        after = words.words(passage.last_word + 1, passage.last_word + 1 + ANSWER_DISTANCE_WORDS)
         return any(
             side[start : start + len(answer)] == answer
             for side in (before, after)
