@@ -47,18 +47,19 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
 
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as in preprocess_data.py
     from megatron_ledom.cli.options import search_settings
-    from megatron_ledom.contamination.search import Decontamination, SearchSettings
+    from megatron_ledom.contamination.settings import SearchSettings
     from megatron_ledom.data.decontaminate.command import DecontaminateSettings, decontaminate
-    from megatron_ledom.evaluation.known_items import read_known_items
+    from megatron_ledom.evaluation.known_items import known_decontamination
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    index_folder = vars(arguments).pop("index_folder", None)
     settings = search_settings(arguments, "report") or SearchSettings(action="report")
     settings.check()
     decontaminate(
         DecontaminateSettings(
             input=arguments.input,
             output=arguments.output,
-            decontamination=Decontamination(settings, read_known_items(arguments.items)),
+            decontamination=known_decontamination(settings, arguments.items, index_folder),
             text_key=arguments.text_key,
             workers=arguments.workers,
             check=arguments.check,

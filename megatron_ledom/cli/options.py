@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_ledom.contamination.search import Action, SearchSettings
+    from megatron_ledom.contamination.settings import Action, SearchSettings
 
 INPUT_HELP = (
     "files, folders, patterns in quotes, addresses such as s3://BUCKET/FILE or hf://datasets/ORG/NAME/FILE, or @LIST, a file"
@@ -94,6 +94,11 @@ def add_search_options(parser: argparse.ArgumentParser, action: str) -> None:
         " 4)",
     )
     group.add_argument(
+        "--index-folder",
+        metavar="DIR",
+        help="keep the index of the items in this folder, so that each further job with the same items maps it instead of building it",
+    )
+    group.add_argument(
         "--ignore-numbers",
         action="store_true",
         default=argparse.SUPPRESS,
@@ -103,7 +108,7 @@ def add_search_options(parser: argparse.ArgumentParser, action: str) -> None:
 
 def search_settings(arguments: argparse.Namespace, action: "Action") -> "SearchSettings | None":
     """Remove the options of `add_search_options` from the arguments and return them as settings; None if none is given."""
-    from megatron_ledom.contamination.search import SearchSettings
+    from megatron_ledom.contamination.settings import SearchSettings
 
     names = ("action", "match", "ngram", "min_words", "threshold", "telling_words", "ignore_numbers")
     given = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}

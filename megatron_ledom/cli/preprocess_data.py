@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
 
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would start a spinning thread per core; nothing here multiplies
     from megatron_ledom.cli.options import search_settings
-    from megatron_ledom.contamination.search import Decontamination, SearchSettings
+    from megatron_ledom.contamination.settings import SearchSettings
     from megatron_ledom.data.preprocess.pipeline import preprocess
     from megatron_ledom.data.preprocess.task import PreprocessSettings
     from megatron_ledom.data.readers.text_template import from_command_line
@@ -109,15 +109,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     if arguments.text_template is not None:
         arguments.text_template = from_command_line(arguments.text_template)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    search, paths = search_settings(arguments, "drop"), arguments.decontaminate
-    del arguments.decontaminate
+    search, paths = search_settings(arguments, "drop"), vars(arguments).pop("decontaminate")
+    index_folder = vars(arguments).pop("index_folder", None)
     given = {**vars(arguments), "direction": Direction(arguments.direction)}
     if paths:
-        from megatron_ledom.evaluation.known_items import read_known_items
+        from megatron_ledom.evaluation.known_items import known_decontamination
 
         search = search or SearchSettings()
         search.check()
-        given["decontamination"] = Decontamination(search, read_known_items(paths))
-    elif search is not None:
+        given["decontamination"] = known_decontamination(search, paths, index_folder)
+    elif search is not None or index_folder is not None:
         raise UsageError("the options of the search for evaluation items need --decontaminate PATH")
     preprocess(PreprocessSettings(**given))

@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_ledom.contamination.search import BOTH, Decontamination, Passage, Searcher
+import numpy as np
+
+from megatron_ledom.contamination.search import Decontamination, Passage, Searcher
+from megatron_ledom.contamination.settings import BOTH
 
 MOST_EXAMPLES = 3
 """Passages that the report shows for each item."""
@@ -38,7 +41,8 @@ class ContaminationCounts:
             touched.add(passage.item)
             seen.add((passage.item, passage.kind))
             if len(entry["examples"]) < MOST_EXAMPLES:
-                found = utf8[passage.begin : passage.end].decode()[:LONGEST_CHARACTERS]
+                begins = utf8[passage.begin : min(passage.end, passage.begin + 4 * LONGEST_CHARACTERS)]
+                found = begins.decode(errors="ignore")[:LONGEST_CHARACTERS]  # the cut may be inside a character
                 entry["examples"].append({"where": where, "kind": passage.kind, "score": passage.score, "passage": found})
 
     def add(self, other: "ContaminationCounts") -> None:
@@ -56,13 +60,14 @@ class ContaminationCounts:
 
 def summary_of(counts: ContaminationCounts, searcher: Searcher) -> dict[str, dict[str, int]]:
     """Return for each set its number of items, of those that were searched, and of those that were found, by kind."""
-    sets: dict[str, dict[str, int]] = {}
-    searched = searcher.searched_items()
-    for number, item in enumerate(searcher.items):
-        entry = sets.setdefault(item.set, {"items": 0, "searched": 0, "touched": 0, "question": 0, "answer": 0, "both": 0})
-        entry["items"] += 1
-        entry["searched"] += number in searched
-        kinds = counts.items.get(str(number), {"kinds": {}})["kinds"]
+    items = searcher.items
+    names = ("items", "searched", "touched", "question", "answer", "both")
+    sets = {name: dict.fromkeys(names, 0) for name in items.sets}
+    for key, numbers in (("items", items.set_of), ("searched", items.set_of[searcher.is_searched()])):
+        for name, count in zip(items.sets, np.bincount(numbers, minlength=len(items.sets)).tolist(), strict=True):
+            sets[name][key] = count
+    for number in sorted(map(int, counts.items)):
+        entry, kinds = sets[items.sets[items.set_of[number]]], counts.items[str(number)]["kinds"]
         entry["touched"] += bool(kinds)
         for kind in kinds:
             entry[kind] = entry.get(kind, 0) + 1

@@ -8,58 +8,21 @@ Lambert et al. 2024, arXiv 2411.15124 (Tulu 3): 8-grams and a share of the item,
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cache
-from typing import Any, Literal, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+from megatron_ledom.contamination.item_index import KINDS, ItemIndex, build_index
 from megatron_ledom.contamination.items import EvaluationItem, items_sha256
-from megatron_ledom.contamination.normalization import FRACTIONS, NO_WORDS, fold_table, normalization_version
+from megatron_ledom.contamination.near_words import NearWords
+from megatron_ledom.contamination.normalization import normalization_version
+from megatron_ledom.contamination.settings import ANSWER, BOTH, QUESTION, SearchSettings
 from megatron_ledom.errors import UsageError
 
-Match = Literal["either", "question", "answer", "both", "any"]
-Action = Literal["report", "drop", "cut"]
-QUESTION, ANSWER, CHOICE, BOTH = "question", "answer", "choice", "both"
-SEARCHED: dict[Match, tuple[str, ...]] = {
-    "either": (QUESTION, ANSWER),
-    "question": (QUESTION,),
-    "answer": (ANSWER,),
-    "both": (QUESTION, ANSWER),
-    "any": (QUESTION, ANSWER, CHOICE),
-}
-"""Parts of an item that are searched for each way to match."""
-MOST_NGRAM_WORDS = 64
 ANSWER_DISTANCE_WORDS = 50
 """A short answer belongs to a question if it is at most this far from it."""
-
-
-@dataclass(kw_only=True, slots=True)
-class SearchSettings:
-    """Definition of a contaminated document, and the action for one."""
-
-    action: Action = "drop"
-    match: Match = "either"
-    """A document is contaminated by an item if it has its question or answer, the question, the answer, both, or any part of it."""
-    ngram: int = 8
-    """Words that must be equal in a row."""
-    min_words: int = 8
-    """A shorter part is not searched: it occurs by chance. A part shorter than `ngram` must occur as a whole."""
-    threshold: float = 0.5
-    """Share of the words of a part that a passage must have."""
-    telling_words: int = 4
-    """Different words of two letters or more that a passage must have: rows of numbers and formulas of single letters occur by chance."""
-    ignore_numbers: bool = False
-    """Numbers are equal to each other, so that a copy with changed numbers is found."""
-
-    def check(self) -> None:
-        """Raise UsageError for values that make no sense."""
-        if not 1 <= self.ngram <= MOST_NGRAM_WORDS:
-            raise UsageError(f"--ngram {self.ngram} must be 1 to {MOST_NGRAM_WORDS} words; the literature uses 8 to 13")
-        if not 1 <= self.min_words <= self.ngram:
-            raise UsageError(f"--min-words {self.min_words} must be 1 to --ngram ({self.ngram})")
-        if not 0 < self.threshold <= 1:
-            raise UsageError(f"--threshold {self.threshold} must be above 0 and at most 1, a share of the words of an item")
 
 
 @dataclass(slots=True)
@@ -68,10 +31,13 @@ class Decontamination:
 
     settings: SearchSettings
     items: Sequence[EvaluationItem]
-    items_sha256: str = field(init=False)
+    index: ItemIndex | None = None
+    """The index of the items if it is stored; else a `Searcher` builds it."""
+    items_sha256: str = ""
+    """Hash of the items; a stored index has it."""
 
     def __post_init__(self) -> None:
-        self.items_sha256 = items_sha256(self.items)
+        self.items_sha256 = self.items_sha256 or items_sha256(self.items)
 
     def request(self) -> dict[str, Any]:
         """Return what determines the result, for the request of a job."""
@@ -81,14 +47,6 @@ class Decontamination:
             "num_items": len(self.items),
             "normalization": normalization_version(),
         }
-
-
-class Part(NamedTuple):
-    """A searched text of an item."""
-
-    item: int
-    kind: str
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,57 +75,37 @@ class Searcher:
     """The index of a list of items. Forked workers share it."""
 
     def __init__(self, decontamination: Decontamination) -> None:
-        from megatron_ledom._helpers import NgramIndex
-
-        settings = self.settings = decontamination.settings
-        settings.check()
-        self.items = decontamination.items
-        self.parts = [
-            part
-            for number, item in enumerate(self.items)
-            for part in _parts(number, item, SEARCHED[settings.match])
-            if part.text
-        ]
-        table, pool = _table()
-        self._index = NgramIndex(
-            table=table,
-            pool=pool,
-            ignore_numbers=settings.ignore_numbers,
-            no_words=NO_WORDS,
-            fractions=FRACTIONS,
-            length=settings.ngram,
-            shortest=settings.min_words,
-        )
-        places, self._num_words = self._index.build([part.text for part in self.parts])
-        order = np.argsort(places[:, 2], kind="stable")
-        self._places = np.ascontiguousarray(places[order, :2].astype(np.int32))
-        self._starts = np.searchsorted(places[order, 2], np.arange(self._index.num_ngrams + 1))
+        self.settings = decontamination.settings
+        self.settings.check()
+        self.index = decontamination.index or build_index(self.settings, decontamination.items)
+        self.items = self.index.items
+        self._index, self._num_words = self.index.ngrams, self.index.num_words
+        self._places, self._starts = self.index.places, self.index.starts
 
     @property
     def num_bytes(self) -> int:
         """Return the memory of the index in bytes, without the texts of the items."""
-        return int(self._index.bytes + self._places.nbytes + self._starts.nbytes + self._num_words.nbytes)
+        return self.index.num_bytes
 
     @property
     def num_ngrams(self) -> int:
         """Return the number of different n-grams."""
-        return int(self._index.num_ngrams)
+        return self.index.num_ngrams
 
-    @property
-    def _searched_kinds(self) -> dict[int, set[str]]:
-        """Parts with enough words of each item, by their kinds."""
-        kinds: dict[int, set[str]] = defaultdict(set)
-        for part, words in zip(self.parts, self._num_words.tolist(), strict=True):
-            if words >= self.settings.min_words:
-                kinds[part.item].add(part.kind)
-        return kinds
+    def is_searched(self) -> npt.NDArray[np.bool_]:
+        """Return a mask of the items [items]: True for those that have enough words for the chosen way to match."""
+        is_long = self._num_words >= self.settings.min_words
+        found = np.zeros(len(self.items), np.bool_)
+        if self.settings.match != BOTH:
+            found[self.index.part_items[is_long]] = True
+            return found
+        questions = self.index.part_items[is_long & (self.index.part_kinds == KINDS.index(QUESTION))]
+        found[[item for item in questions.tolist() if self.words(self.items.answer(item))]] = True
+        return found
 
     def searched_items(self) -> set[int]:
-        """Return the numbers of the items that have enough words for the chosen way to match."""
-        kinds = self._searched_kinds
-        if self.settings.match != BOTH:
-            return set(kinds)
-        return {item for item in kinds if QUESTION in kinds[item] and self.words(self.items[item].answer)}
+        """Return the numbers of the items of `is_searched`."""
+        return set(np.flatnonzero(self.is_searched()).tolist())
 
     def check_items(self) -> None:
         """Raise UsageError if no item is long enough, so that nothing would be found."""
@@ -179,7 +117,7 @@ class Searcher:
 
     def words(self, text: str) -> list[str]:
         """Return the normalized words of a text."""
-        return list(self._index.words(text)[0])
+        return self.index.words(text)
 
     def search(self, texts: Sequence[str]) -> dict[int, list[Passage]]:
         """Return the passages of the contaminated ones of some texts, by their number, in the order of the text."""
@@ -195,22 +133,24 @@ class Searcher:
         near = [(part, cluster) for part, hits in by_part.items() for cluster in self._clusters(part, hits)]
         if not near:
             return []
-        words, spans = self._index.words(text)
+        around = ANSWER_DISTANCE_WORDS + 1
+        ends = [(part[0].word, max(hit.word + hit.length for hit in part)) for _, part in near]
+        words = NearWords(self._index, text, ((first - around, end + around) for first, end in ends))
         found = []
         for part, cluster in near:
-            of_part = self._part_words(part)
+            of_part = self.index.part_words(part)
             exact = [
                 hit
                 for hit in cluster
-                if words[hit.word : hit.word + hit.length] == of_part[hit.part_word : hit.part_word + hit.length]
+                if words.words(hit.word, hit.word + hit.length) == of_part[hit.part_word : hit.part_word + hit.length]
             ]
             for same in self._clusters(part, exact):
                 if _telling_words(same, of_part) < self.settings.telling_words:
                     continue
                 first, last = same[0].word, max(hit.word + hit.length for hit in same) - 1
-                begin, end = int(spans[first][0]), int(spans[last][1])
-                item, kind, _ = self.parts[part]
-                found.append(Passage(item, kind, round(self._share(part, same), 4), begin, end, first, last))
+                begin, end = words.span(first, last)
+                item, score = self.index.item(part), round(self._share(part, same), 4)
+                found.append(Passage(item, self.index.kind(part), score, begin, end, first, last))
         return self._matching(
             sorted(found, key=lambda passage: (passage.begin, passage.end, passage.item, passage.kind)), words
         )
@@ -254,10 +194,7 @@ class Searcher:
             covered |= ((1 << hit.length) - 1) << hit.part_word
         return covered.bit_count() / int(self._num_words[part])
 
-    def _part_words(self, part: int) -> list[str]:
-        return list(self._index.words(self.parts[part].text)[0])
-
-    def _matching(self, passages: list[Passage], words: list[str]) -> list[Passage]:
+    def _matching(self, passages: list[Passage], words: NearWords) -> list[Passage]:
         """Return the passages of the items that match in the chosen way. One found with its answer has the kind `both`."""
         kinds: dict[int, set[str]] = defaultdict(set)
         for passage in passages:
@@ -274,12 +211,12 @@ class Searcher:
             if passage.item in wanted
         ]
 
-    def _has_short_answer(self, passage: Passage, words: list[str]) -> bool:
-        answer = self.words(self.items[passage.item].answer)
+    def _has_short_answer(self, passage: Passage, words: NearWords) -> bool:
+        answer = self.words(self.items.answer(passage.item))
         if not 0 < len(answer) < self.settings.min_words:
             return False
-        before = words[max(0, passage.first_word - ANSWER_DISTANCE_WORDS) : passage.first_word]
-        after = words[passage.last_word + 1 : passage.last_word + 1 + ANSWER_DISTANCE_WORDS]
+        before = words.words(passage.first_word - ANSWER_DISTANCE_WORDS, passage.first_word)
+        after = words.words(passage.last_word + 1, passage.last_word + 1 + ANSWER_DISTANCE_WORDS)
         return any(
             side[start : start + len(answer)] == answer
             for side in (before, after)
@@ -297,15 +234,6 @@ def _fields(passage: Passage, kind: str) -> tuple[Any, ...]:
     return (passage.item, kind, passage.score, passage.begin, passage.end, passage.first_word, passage.last_word)
 
 
-def _parts(number: int, item: EvaluationItem, kinds: Sequence[str]) -> Iterator[Part]:
-    if QUESTION in kinds:
-        yield Part(number, QUESTION, item.question)
-    if ANSWER in kinds:
-        yield Part(number, ANSWER, item.answer)
-    if CHOICE in kinds:
-        yield from (Part(number, CHOICE, choice) for choice in item.choices)
-
-
 def _by_text(hits: Any) -> Iterator[tuple[int, Any]]:
     """Yield (number of the text, its rows) of the rows of a search."""
     if not len(hits):
@@ -314,8 +242,3 @@ def _by_text(hits: Any) -> Iterator[tuple[int, Any]]:
     borders = np.flatnonzero(np.diff(numbers)) + 1
     for rows in np.split(hits, borders):
         yield int(rows[0, 0]), rows
-
-
-@cache
-def _table() -> tuple[list[int], str]:
-    return fold_table()

@@ -1,15 +1,24 @@
 """The items of all evaluation sets in a folder, and of JSON lines of the user, as a search for contamination needs them."""
 
+import hashlib
+import json
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_ledom import __version__
 from megatron_ledom.contamination.items import EvaluationItem
+from megatron_ledom.contamination.search import Decontamination
+from megatron_ledom.contamination.settings import SearchSettings
+from megatron_ledom.contamination.stored_index import request_of_index, stored_decontamination
 from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.evaluation.tasks import benchmarks, loading
 from megatron_ledom.evaluation.tasks.benchmarks import TASKS
 from megatron_ledom.evaluation.tasks.loading import ENDINGS, parse_row, read_rows
 from megatron_ledom.evaluation.tasks.task import Item, Row, Task
+from megatron_ledom.storage.hashes import sha256_of
 
 logger = logging.getLogger(__name__)
 BY_FILE = {task.file: task for task in TASKS}
@@ -21,6 +30,35 @@ def read_known_items(paths: Sequence[str]) -> list[EvaluationItem]:
 
     Raises UsageError for a path without a set, and DataError for a damaged file.
     """
+    return _items_of_files(files_of_items(paths), paths)
+
+
+def known_decontamination(settings: SearchSettings, paths: Sequence[str], index_folder: str | None = None) -> Decontamination:
+    """Return the search for the items of the paths. index_folder: keep the index there, and use the one that is there.
+
+    The key of an index has the content of the files, the code that reads them, and the settings; dates and folders make no difference.
+    """
+    if index_folder is None:
+        return Decontamination(settings, read_known_items(paths))
+    files = files_of_items(paths)
+    content = [(file.name, sha256_of(file)) for file in files]
+    code = [sha256_of(str(module.__file__)) for module in (benchmarks, loading, sys.modules[__name__])]
+    request = [__version__, code, request_of_index(settings), content]
+
+    def read_unchanged() -> list[EvaluationItem]:
+        """Return the items. Raises DataError if a file is not the one that was hashed."""
+        items = _items_of_files(files, paths)
+        if changed := [file for file, (_, digest) in zip(files, content, strict=True) if sha256_of(file) != digest]:
+            raise DataError(f"{changed[0]} was replaced while it was read; start again when it is complete")
+        return items
+
+    return stored_decontamination(
+        index_folder, hashlib.sha256(json.dumps(request).encode()).hexdigest(), settings, read_unchanged
+    )
+
+
+def files_of_items(paths: Sequence[str]) -> list[Path]:
+    """Return the files of each path, as `read_known_items` chooses them, each once. Raises UsageError for a path without a set."""
     files: list[Path] = []
     for name in paths:
         path = Path(name)
@@ -39,7 +77,11 @@ def read_known_items(paths: Sequence[str]) -> list[EvaluationItem]:
             raise UsageError(
                 f"{path} does not exist; give a folder as for `ledom evaluate --data`, or JSON lines with `question`"
             )
-    items = [item for file in dict.fromkeys(files) for item in _items_of(file)]
+    return list(dict.fromkeys(files))
+
+
+def _items_of_files(files: Sequence[Path], paths: Sequence[str]) -> list[EvaluationItem]:
+    items = [item for file in files for item in _items_of(file)]
     if not items:
         raise DataError(f"{', '.join(paths)} have no items; give files with questions")
     return items

@@ -6,7 +6,7 @@
 Copies of items, changed by kind, are planted into pages of a clean corpus; --sets is a folder as for `ledom evaluate --data`. A copy
 counts as found if its document is contaminated; a document without a copy that is contaminated is a false positive and is printed. datatrove
 runs in another environment (pip install datatrove spacy regex xxhash==3.5.0), with
-the same n. Cost: preprocessing alternates with and without the search.
+the same n. Cost: preprocessing alternates without the search, with it, and with a stored index, which the first round builds.
 Without --corpus and --tokenizer small ones are made from this Python installation.
 """
 
@@ -30,7 +30,8 @@ from preprocess_corpus import build_corpus, train_byte_level
 from process_tree import measure
 
 from megatron_ledom.contamination.items import EvaluationItem
-from megatron_ledom.contamination.search import Decontamination, Searcher, SearchSettings
+from megatron_ledom.contamination.search import Decontamination, Searcher
+from megatron_ledom.contamination.settings import SearchSettings
 from megatron_ledom.evaluation.known_items import read_known_items
 
 OTHER = Path(__file__).with_name("decontaminate_datatrove.py")
@@ -184,7 +185,8 @@ def speed(arguments: argparse.Namespace, work: Path, corpus: Path, items: list[E
     print(f"\n{len(items):,} items, {searcher.num_ngrams:,} n-grams, index of {searcher.num_bytes / 1e6:.1f} MB")
     command = [sys.executable, "-c", "from megatron_ledom.cli.main import main; main()", "preprocess-data", "--overwrite"]
     command += ["--input", str(corpus), "--tokenizer", tokenizer, "--workers", "1", "--output-prefix", str(work / "out")]
-    ways = {"without": command, "with": [*command, "--decontaminate", *arguments.sets]}
+    filtered = [*command, "--decontaminate", *arguments.sets]
+    ways = {"without": command, "with": filtered, "with a stored index": [*filtered, "--index-folder", str(work / "index")]}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(arguments.rounds + 1):
         for name, way in ways.items():
@@ -192,11 +194,13 @@ def speed(arguments: argparse.Namespace, work: Path, corpus: Path, items: list[E
             if number:  # the first round fills caches
                 seconds[name].append(used.cpu_seconds)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    pairs = [after / before for before, after in zip(seconds["without"], seconds["with"], strict=True)]
-    print(f"corpus {corpus.stat().st_size / 1e6:.0f} MB; CPU seconds without {seconds['without']}, with {seconds['with']}")
-    print(
-        f"medians {medians}: ratio {medians['with'] / medians['without']:.3f}; of each round {[round(pair, 3) for pair in pairs]}"
-    )
+    print(f"corpus {corpus.stat().st_size / 1e6:.0f} MB; CPU seconds in alternating rounds, ratios to those without")
+    for name, values in seconds.items():
+        pairs = [round(after / before, 3) for before, after in zip(seconds["without"], values, strict=True)]
+        ratio = medians[name] / medians["without"]
+        print(
+            f"{name}: {[round(value, 2) for value in values]}, median {medians[name]:.2f}, ratio {ratio:.3f}, of rounds {pairs}"
+        )
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ errors:
 lazy:
 provenance: direction errors
 storage: errors
-contamination: _helpers errors
+contamination: _helpers errors storage
 markdown: errors storage
 tables:
 tokenizers: _helpers direction errors lazy provenance storage

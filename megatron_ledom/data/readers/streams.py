@@ -2,6 +2,7 @@
 
 import bz2
 import contextlib
+import functools
 import hashlib
 import lzma
 import os
@@ -250,6 +251,30 @@ def _counted(byte_range: ByteRange, progress: Progress, read: Callable[..., Iter
         position += len(block)
 
 
+class LineCounter:
+    """Counter of the lines before positions of a file that is not compressed. Rising positions read the file once."""
+
+    def __init__(self, source: InputPath) -> None:
+        self._source = source
+        self._position, self._ends, self._last = 0, 0, b""
+
+    def lines_before(self, start: int) -> int:
+        """Return the number of lines that begin before byte `start`, including one that continues there."""
+        if start < self._position:
+            self._position, self._ends, self._last = 0, 0, b""
+        for block in raw_blocks(self._source, self._position, start) if start > self._position else ():
+            self._ends += block.count(b"\n")
+            self._last = block[-1:]
+            self._position += len(block)
+        return self._ends + (self._last not in (b"", b"\n"))
+
+
+@functools.lru_cache(maxsize=64)
+def _line_counter(source: InputPath) -> LineCounter:
+    """Return the counter of a file, which this process keeps: a record of each part of a file may have to be named."""
+    return LineCounter(source)
+
+
 class LineReader:
     """Reader of the lines that begin in a byte range, as blocks of whole lines."""
 
@@ -354,6 +379,8 @@ class LineReader:
         """Return the number of lines that begin before the byte range, including one that continues into it."""
         if not self.byte_range.start:
             return 0
+        if not self.byte_range.source.compression:
+            return _line_counter(self.byte_range.source).lines_before(self.byte_range.start)
         before, last = 0, b""
         for mark, content in marked_blocks(ByteRange(self.byte_range.source, 0, self.byte_range.start), Progress()):
             if mark >= self.byte_range.start:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from megatron_ledom.data.shards.decontamination import joined_decontamination
 from megatron_ledom.data.shards.indexed_files import Block, IndexedFiles, shard_blocks
 from megatron_ledom.data.shards.prefixes import check_not_an_input, check_same_inputs, check_tasks_complete, expand_prefixes
 from megatron_ledom.data.shards.shard import (
@@ -73,7 +74,7 @@ def merge_shards(settings: MergeSettings) -> ShardManifest:
                     f"{prefix}.bin has eod {manifest.eod_id} not only at the end of its documents; see which with"
                     f" ledom inspect-shard {prefix} --verify, and make the shard again with ledom preprocess-data --overwrite"
                 )
-        merged = writer.finalize(_joined_counts(manifests))
+        merged = writer.finalize(_joined_counts(prefixes, manifests))
     _log_result(settings.output_prefix, merged, len(prefixes), time.monotonic() - started)
     return merged
 
@@ -209,7 +210,7 @@ def _reverse_ours(settings: ReverseSettings) -> ShardManifest:
 
     with _writing(settings, reverser) as writer:
         _reverse_all(writer, reverser, blocks(), sum(manifest.num_tokens for manifest in manifests))
-        result = writer.finalize(_joined_counts(manifests))
+        result = writer.finalize(_joined_counts(prefixes, manifests))
     _log_result(settings.output_prefix, result, len(prefixes), time.monotonic() - started)
     return result
 
@@ -311,7 +312,7 @@ def _open_alike(patterns: Sequence[str], output_prefix: str, overwrite: bool) ->
     return prefixes, manifests
 
 
-def _joined_counts(manifests: Sequence[ShardManifest]) -> Counts:
+def _joined_counts(prefixes: Sequence[str], manifests: Sequence[ShardManifest]) -> Counts:
     """Return the counts for the manifest of the merged shard: sums, and all input files in order."""
     skipped: Counter[str] = Counter()
     for manifest in manifests:
@@ -327,25 +328,9 @@ def _joined_counts(manifests: Sequence[ShardManifest]) -> Counts:
         bos_token=manifests[0].bos_token,
         text_template=" | ".join(dict.fromkeys(manifest.text_template for manifest in manifests if manifest.text_template)),
         skipped_inputs=[*distinct.values()],
-        decontamination=_joined_decontamination(manifests),
+        decontamination=joined_decontamination(prefixes, manifests),
         source=manifests[0].source if all(manifest.source == manifests[0].source for manifest in manifests) else {},
     )
-
-
-def _joined_decontamination(manifests: Sequence[ShardManifest]) -> dict[str, Any]:
-    """Return settings and numbers of documents if all shards were searched in the same way, else an empty object.
-
-    The touched items do not add up, because two shards may have the same item; PREFIX.contamination of each has them.
-    """
-    all_found = [manifest.decontamination for manifest in manifests]
-    if len(all_found) == 1:
-        return all_found[0]
-    if not all(found and found["settings"] == all_found[0]["settings"] for found in all_found):
-        return {}
-    documents: Counter[str] = Counter()
-    for found in all_found:
-        documents.update(found["documents"])
-    return {"settings": all_found[0]["settings"], "documents": dict(documents)}
 
 
 def _log_result(prefix: str, manifest: ShardManifest, num_inputs: int, seconds: float) -> None:

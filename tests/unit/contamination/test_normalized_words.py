@@ -15,7 +15,8 @@ from megatron_ledom.contamination.normalization import (
     WORDS_BY_CHARACTER,
     fold,
 )
-from megatron_ledom.contamination.search import Decontamination, Searcher, SearchSettings
+from megatron_ledom.contamination.search import Decontamination, Searcher
+from megatron_ledom.contamination.settings import SearchSettings
 
 SAME = {
     "case": ("The Cat sat", "THE cat SAT"),

@@ -1,14 +1,18 @@
 """Passages of evaluation items in texts: what is found, how much of an item is needed, and what is cut."""
 
 import random
+import subprocess
+import sys
 from collections.abc import Iterable
 
 import pytest
 
 from megatron_ledom.contamination.cutting import pieces_without
 from megatron_ledom.contamination.items import EvaluationItem, items_sha256
+from megatron_ledom.contamination.near_words import NearWords
 from megatron_ledom.contamination.report import ContaminationCounts, report_of
-from megatron_ledom.contamination.search import Decontamination, Searcher, SearchSettings
+from megatron_ledom.contamination.search import Decontamination, Searcher
+from megatron_ledom.contamination.settings import SearchSettings
 from megatron_ledom.errors import UsageError
 
 
@@ -113,6 +117,9 @@ def test_equal_hashes_are_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
         def words(self, text: str) -> object:
             return index.words(text)
 
+        def words_in(self, text: str, ranges: object) -> object:
+            return index.words_in(text, ranges)
+
     monkeypatch.setattr(found_by, "_index", Lying())
     assert found_by.search([words(7000, 60)]) == {}
 
@@ -164,6 +171,52 @@ def test_a_cut_text_leaves_pieces_without_the_passage_and_its_surroundings() -> 
     assert all(not text.replace(piece, "").startswith(piece) for piece in pieces)
     assert set(" ".join(pieces).split()) <= set(text.split()) - set(words(100, 40).split())
     assert len(text) - sum(map(len, pieces)) >= len(words(100, 40)) + 400
+
+
+def test_the_words_in_ranges_are_those_of_the_whole_text() -> None:
+    chance, index = random.Random(8), searcher().index
+    text = " ".join(chance.choices(["one", "\\quad", "1,000", "中文", "½", "naïve,", "x-\ny", "..."], k=200))
+    words, spans = index.ngrams.words(text)
+    for _ in range(100):
+        firsts = [chance.randrange(-20, len(words)) for _ in range(3)]
+        ranges = [(first, first + chance.randrange(1, 40)) for first in firsts]
+        near = NearWords(index.ngrams, text, ranges)
+        for first, end in ranges:
+            assert near.words(first, end) == words[max(0, first) : max(0, end)]
+            last = min(end, len(words)) - 1
+            if 0 <= first <= last:
+                assert near.span(first, last) == (spans[first][0], spans[last][1])
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "中", "👍"])
+def test_a_cut_of_any_letters_is_at_the_passage(letter: str) -> None:
+    text = f"{letter * 300} {words(100, 40)} {letter * 300}"
+    (passage,) = searcher().search([text])[0]
+    begin = len(f"{letter * 300} ".encode())
+    assert (passage.begin, passage.end) == (begin, begin + len(words(100, 40)))
+    spaced = f"{f'{letter * 9} ' * 60}{words(100, 40)}{f' {letter * 9}' * 60}"
+    first, second = pieces_without(spaced, searcher().search([spaced])[0])
+    assert first == second == " ".join([letter * 9] * 40)
+
+
+MEMORY = """
+import resource
+from megatron_ledom.contamination.cutting import pieces_without
+from megatron_ledom.contamination.report import ContaminationCounts
+from tests.unit.contamination.test_search import searcher, words
+text = f"é {words(10000, 2000) * 600} {words(100, 40)} {words(10000, 2000) * 600}"
+found_by, counts = searcher(), ContaminationCounts()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+(passages,) = found_by.search([text]).values()
+counts.add_document("a", text, passages)
+assert len(pieces_without(text, passages)) == 2
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / len(text))
+"""
+
+
+def test_a_long_contaminated_document_takes_few_times_its_size() -> None:
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 3
 
 
 def test_short_pieces_are_dropped_and_a_text_of_many_pieces_as_a_whole() -> None:

@@ -125,6 +125,8 @@ RUN_BY_TESTS = {
     "ledom preprocess-data --input cleaned/documents/*.jsonl.gz --tokenizer data/tokenizer --output-prefix data/web": (
         "tests/unit/data/preprocess/test_preprocess.py"
     ),
+    "ledom preprocess-data --input corpus/*.jsonl --tokenizer data/tokenizer --output-prefix data/web"
+    " --decontaminate evaluation_sets --index-folder data/indexes": "tests/unit/contamination/test_stored_index.py",
     "ledom evaluate --list --data evaluation_sets": RUN_HERE,
     "ledom evaluate --model quickstart/models/reverse --tasks gsm8k,svamp --data evaluation_sets --num-fewshot 4 --show 2": RUN_HERE,
     "ledom evaluate --model quickstart/models/reverse --tasks gsm8k,hellaswag --data evaluation_sets --limit 200 --num-fewshot 4"

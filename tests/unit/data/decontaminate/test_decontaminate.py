@@ -18,7 +18,8 @@ import pytest
 import zstandard
 
 from megatron_ledom.contamination.items import EvaluationItem
-from megatron_ledom.contamination.search import Action, Decontamination, SearchSettings
+from megatron_ledom.contamination.search import Decontamination
+from megatron_ledom.contamination.settings import Action, SearchSettings
 from megatron_ledom.data.decontaminate.command import DecontaminateSettings, decontaminate
 from megatron_ledom.errors import DataError, UsageError
 from tests.support.legible import legible_documents
@@ -44,7 +45,8 @@ UNPACK: dict[str, Callable[[bytes], bytes]] = {
 RUN = """
 import json, os, signal, sys
 from megatron_ledom.contamination.items import EvaluationItem
-from megatron_ledom.contamination.search import Decontamination, SearchSettings
+from megatron_ledom.contamination.search import Decontamination
+from megatron_ledom.contamination.settings import SearchSettings
 from megatron_ledom.data.decontaminate.command import DecontaminateSettings, decontaminate
 given, die_at = json.loads(sys.argv[1]), int(sys.argv[2])
 parent, calls, rename = os.getpid(), [], os.replace

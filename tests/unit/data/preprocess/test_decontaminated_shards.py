@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from megatron_ledom.contamination.items import EvaluationItem
-from megatron_ledom.contamination.search import Action, Decontamination, SearchSettings
+from megatron_ledom.contamination.search import Decontamination
+from megatron_ledom.contamination.settings import Action, SearchSettings
 from megatron_ledom.data.preprocess.pipeline import preprocess
 from megatron_ledom.data.preprocess.task import PreprocessSettings
 from megatron_ledom.data.shards.rewriting import MergeSettings, merge_shards
@@ -118,6 +119,36 @@ def test_merged_shards_keep_the_settings_if_all_have_the_same(tmp_path: Path, to
     merged = merge_shards(MergeSettings(input=[f"{tmp_path}/out/a-*"], output_prefix=f"{tmp_path}/merged"))
     assert merged.decontamination["documents"] == {"searched": 18, "contaminated": 4, "pieces_of_cut_documents": 0}
     assert merged.decontamination["settings"]["action"] == "drop"
+
+
+def test_merged_shards_of_different_searches_list_them_with_a_warning(
+    tmp_path: Path, tokenizer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_jsonl(tmp_path / "a.jsonl", PAGES)
+    other = [EvaluationItem(set="own", number=0, question=PAGES[3])]
+    for name, items in (("plain", []), ("dropped", [ITEM]), ("again", [ITEM]), ("other", other)):
+        preprocess(settings(tmp_path, tokenizer, name, items=items))
+
+    def merged(target: str, *names: str) -> dict[str, Any]:
+        inputs = [f"{tmp_path}/out/{name}" for name in names]
+        merge_shards(MergeSettings(input=inputs, output_prefix=f"{tmp_path}/out/{target}"))
+        return load_manifest(f"{tmp_path}/out/{target}").decontamination
+
+    assert merged("same", "dropped", "again")["documents"]["contaminated"] == 4
+    assert not caplog.text.count("same way")
+    parts = merged("mixed", "plain", "dropped", "again")["parts"]
+    assert [(part["shards"], part["num_documents"]) for part in parts] == [(["plain"], 9), (["dropped", "again"], 14)]
+    assert parts[0]["settings"] == parts[0]["documents"] == {}
+    assert parts[1]["documents"] == {"searched": 18, "contaminated": 4, "pieces_of_cut_documents": 0}
+    assert "plain (9 documents): not searched; dropped, again (14 documents): 1 items of hash" in caplog.text
+    parts = merged("all", "mixed", "other", "plain")["parts"]
+    hashes = [part["settings"].get("items_sha256") for part in parts]
+    assert hashes == [
+        None,
+        Decontamination(SearchSettings(), [ITEM]).items_sha256,
+        Decontamination(SearchSettings(), other).items_sha256,
+    ]
+    assert [part["num_documents"] for part in parts] == [18, 14, 8]
 
 
 def test_the_command_takes_a_folder_or_lines_of_items(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:

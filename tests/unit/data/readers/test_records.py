@@ -8,6 +8,7 @@ import lzma
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -17,8 +18,8 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from megatron_ledom.data.readers import byte_ranges
-from megatron_ledom.data.readers.byte_ranges import ByteRange, byte_ranges_of_task, parts_of
+from megatron_ledom.data.readers import byte_ranges, streams
+from megatron_ledom.data.readers.byte_ranges import ByteRange, InputPath, byte_ranges_of_task, parts_of
 from megatron_ledom.data.readers.input_files import expand_inputs
 from megatron_ledom.data.readers.records import ReadSettings, RecordReader, read_texts
 from megatron_ledom.data.readers.streams import LineReader
@@ -356,3 +357,22 @@ def test_many_bad_lines_far_into_a_file_do_not_read_it_again_and_again(tmp_path:
         1,
         f"{path}:1010: malformed JSON (unexpected end of data: line 1 column 2 (char 1))",
     )
+
+
+def test_naming_a_line_of_every_part_reads_the_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"".join(b"x" * (n % 7) + b"\n" for n in range(1000)) + b"open")
+    content, reads = path.read_bytes(), []
+    whole_read = streams.raw_blocks
+
+    def counted(file: InputPath, start: int, end: int, size: int = 1 << 20) -> Iterator[bytes]:
+        reads.append(end - start)
+        return whole_read(file, start, end, size)
+
+    monkeypatch.setattr(streams, "raw_blocks", counted)
+    starts = [*range(0, len(content), 97), len(content) - 1, 5, 50]  # the last two begin again
+    for start in starts:
+        reader = LineReader(ByteRange(source(path), start, len(content)), 1 << 20)
+        before = content[:start].count(b"\n") + (start > 0 and content[start - 1] != 10)
+        assert reader.name_line(3) == f"{path}:{before + 4}"
+    assert sum(reads) == len(content) - 1 + 50
