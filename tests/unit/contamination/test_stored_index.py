@@ -25,7 +25,7 @@ from tests.support.tool_runs import run_tool
 
 
 def sentences(chance: random.Random, count: int) -> str:
-    syllables = ["ba", "ce", "di", "fo", "gu", "ka", "le", "mi", "no", "pu", "ra", "se", "ti", "vo", "zu"]
+    syllables = ["ba", "ce", "di", "fa", "gu", "ka", "le", "mi", "no", "pu", "ra", "se", "ti", "vo", "zu"]
     words = ["".join(chance.choices(syllables, k=chance.randrange(1, 4))) for _ in range(count)]
     return " ".join(f"{word}{chance.choice(['', '', '', ',', '.', chr(10)])}" for word in words)
 
