@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ledom.contamination.search import Decontamination, SearchSettings
+from megatron_ledom.contamination.search import Decontamination
+from megatron_ledom.contamination.settings import SearchSettings
 from megatron_ledom.corpus.addresses import INSTALLED, is_commit, is_hub, root_of
 from megatron_ledom.corpus.listing import (
     Listing,
@@ -30,7 +31,7 @@ from megatron_ledom.data.readers.remote import is_remote
 from megatron_ledom.data.readers.streams import MAX_RECORD_BYTES
 from megatron_ledom.data.shards.shard import ShardManifest
 from megatron_ledom.errors import ConfigError, LedomError, TransientError, UsageError, VerificationError
-from megatron_ledom.evaluation.known_items import read_known_items
+from megatron_ledom.evaluation.known_items import known_decontamination
 from megatron_ledom.platform.slurm import array_task_id
 from megatron_ledom.storage.files import write_file
 from megatron_ledom.storage.locks import LOCK_SUFFIX, Lock, output_folder_lock
@@ -280,7 +281,7 @@ def _decontamination(paths: list[str] | None, filters: Any) -> Decontamination |
     given: Mapping[str, Any] = {
         key: value for key in ("action", "match", "ngram", "threshold") if (value := getattr(filters, key)) is not None
     }
-    return Decontamination(SearchSettings(**given), read_known_items(paths))
+    return known_decontamination(SearchSettings(**given), paths)
 
 
 def _exact(path: str) -> str:

@@ -17,7 +17,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from megatron_ledom.config.load import merged_values, whole_numbers
 from megatron_ledom.config.problems import describe_type
 from megatron_ledom.config.schema import STRICT, NotNegative, Positive, PositiveFloat
-from megatron_ledom.contamination.search import Action, Match
+from megatron_ledom.contamination.settings import Action, Match
 from megatron_ledom.corpus.addresses import INSTALLED, check_address
 from megatron_ledom.data.readers.records import OnError
 from megatron_ledom.data.shards.shard import DtypeName
