@@ -4,16 +4,18 @@ import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from commands import ROOT, module, tool
+from commands import ROOT, QuickstartError, module, tool
 from corpora import Corpora
 from settings import Settings
 from steps import Step
 from twins import DIRECTIONS, read_metrics
 
+from megatron_ledom.checkpoint.folder import finished_checkpoints
 from megatron_ledom.evaluation.intervals import t_interval
 
 ISOLATED = ("data.reset_attention_mask=true", "data.reset_position_ids=true")
@@ -85,7 +87,23 @@ def train_step(twins: Twins, run: Path, corpus: str, model: str, seed: int, inpu
     config = ROOT / "examples/study/recipe.yaml"
     overrides = [*paths, *data, *settings.models[model].overrides(), *length]
     command = module("megatron_ledom.pretrain", "--config", config, *overrides)
-    return Step(name=f"train_{run.name}", inputs=[*inputs, tokenizer, config], outputs=[run], commands=[command], resumes=True)
+    return Step(
+        name=f"train_{run.name}",
+        inputs=[*inputs, tokenizer, config],
+        outputs=[run],
+        commands=[command],
+        resumes=True,
+        check=partial(check_complete, run, settings.train_iters[corpus]),
+    )
+
+
+def check_complete(run: Path, train_iters: int) -> None:
+    """Raise QuickstartError if a run stopped before its end: after a signal, training saves and exits with 0."""
+    saved = max(finished_checkpoints(str(run / "checkpoints")), default=0)
+    if saved < train_iters:
+        raise QuickstartError(
+            f"{run} was stopped and saved at iteration {saved} of {train_iters}; run the study again to resume it"
+        )
 
 
 def export_step(run: Path, model: Path) -> Step:

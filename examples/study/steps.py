@@ -38,6 +38,8 @@ class Step:
     settings: Any = field(default=None)
     resumes: bool = False
     """True: a killed command resumes. False: its unfinished outputs are removed first."""
+    check: Work | None = None
+    """Raises an error if the commands ended well but did not finish."""
 
 
 def steps_for(stages: Sequence[Sequence[Step]], wanted: Sequence[Step]) -> list[list[Step]]:
@@ -127,6 +129,8 @@ class Runner:
                 )
             code = done.returncode
             check_exit(command, code, log)
+        if step.check is not None:
+            step.check()
 
     def all_notes(self) -> dict[str, dict[str, Any]]:
         """Return the note of each step of this study, by name."""

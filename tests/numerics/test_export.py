@@ -258,6 +258,19 @@ def test_the_slurm_script_exports(exported: Exported, tmp_path: Path, python: Pa
     assert (tmp_path / "hf/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
+def test_the_export_of_a_run_that_was_stopped_says_so(
+    data: TinyData, shard: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stopped = [*SETTINGS, f"data.train_blend=[[1.0,{shard}]]", "train.train_iters=3", "train.exit_interval=2"]
+    for said in (["iter_0000002 is iteration 2 of 3"], []):  # the second start completes the run
+        caplog.clear()
+        run_on_ranks(data.config, tmp_path / "run", *stopped)
+        export_hf(str(tmp_path / "run"), str(tmp_path / "hf"), overwrite=True, verify=None)
+        warned = [record.getMessage() for record in caplog.records if "not complete" in record.getMessage()]
+        assert len(warned) == len(said)
+        assert all(text in one for text, one in zip(said, warned, strict=True))
+
+
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
 def test_the_model_card_describes_the_run_and_its_examples_work(
     data: TinyData, tmp_path: Path, direction: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -206,6 +206,35 @@ print(times)
     assert run_python(code, tmp_path).splitlines()[-1] == "['a', 'bad', 'b', 'b', 'b']"
 
 
+def test_a_training_that_a_signal_stopped_is_not_finished_and_runs_again(tmp_path: Path) -> None:
+    code = """
+import sys
+from functools import partial
+from pathlib import Path
+from commands import QuickstartError
+from losses import check_complete
+from steps import Runner, Step
+run = Path("run")
+train = '''
+from pathlib import Path
+folders = [Path("run/checkpoints", name) for name in ("iter_0000019", "iter_0000450")]
+folder = folders[folders[0].exists()]
+folder.mkdir(parents=True)
+(folder / "manifest.json").write_text("{}")
+'''
+step = Step(name="t", outputs=[run], commands=[[sys.executable, "-c", train]], resumes=True, check=partial(check_complete, run, 450))
+try:
+    Runner(Path("notes"), 1).run([step])
+except QuickstartError as error:
+    print(error)
+Runner(Path("notes"), 1).run([step])
+print(sorted(path.name for path in Path("run/checkpoints").iterdir()))
+"""
+    told = run_python(code, tmp_path)
+    assert "run was stopped and saved at iteration 19 of 450; run the study again to resume it" in told
+    assert told.splitlines()[-1] == "['iter_0000019', 'iter_0000450']"
+
+
 def test_running_steps_of_a_killed_study_end_before_the_next_study_begins(tmp_path: Path) -> None:
     code = """
 import sys
