@@ -258,7 +258,7 @@ def test_the_slurm_script_exports(exported: Exported, tmp_path: Path, python: Pa
     assert (tmp_path / "hf/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
-def test_the_export_of_a_run_that_was_stopped_says_so(
+def test_the_export_of_a_run_that_was_stopped_is_reported(
     data: TinyData, shard: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     stopped = [*SETTINGS, f"data.train_blend=[[1.0,{shard}]]", "train.train_iters=3", "train.exit_interval=2"]
