@@ -1,5 +1,6 @@
 """The endpoints of the server."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -43,7 +44,7 @@ def build_app(settings: ServeSettings, models: ServedModels, metrics: Metrics) -
     async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         queue.start()
         yield
-        queue.end()
+        await asyncio.to_thread(queue.end)
 
     app = FastAPI(
         title="ledom serve",

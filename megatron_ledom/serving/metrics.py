@@ -22,7 +22,11 @@ class Metrics:
         self.waiting = Gauge("ledom_waiting_requests", "Requests that wait for the models", registry=registry)
         self.batch_rows = Histogram("ledom_batch_sequences", "Sequences in a batch", ["kind"], buckets=ROWS, registry=registry)
         self.batch_seconds = Histogram(
-            "ledom_batch_seconds", "Seconds of a batch", ["kind"], buckets=SECONDS, registry=registry
+            "ledom_batch_seconds",
+            "Seconds of a batch, with the wait for the one before it",
+            ["kind"],
+            buckets=SECONDS,
+            registry=registry,
         )
         self.tokens = Counter("ledom_tokens", "Tokens that a model read or wrote", ["direction", "kind"], registry=registry)
 

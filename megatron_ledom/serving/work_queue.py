@@ -25,6 +25,10 @@ Compute = Callable[[Sequence[Any], Settle], None]
 """Computes the payloads of several jobs with one key, and settles each."""
 
 
+END_SECONDS = 30.0
+"""Time that running batches get at the end, when nobody waits for them any more. One that hangs must not keep the server."""
+
+
 class QueueFull(TransientError):
     """The queue has no place for a further request."""
 
@@ -94,8 +98,9 @@ class WorkQueue:
         """True while jobs are accepted."""
         return all(thread.is_alive() for thread in self._threads) and not self._is_ended
 
-    def end(self) -> None:
-        """End each thread after its current batch; jobs that still wait fail."""
+    def end(self, seconds: float = END_SECONDS) -> None:
+        """End each thread after its current batch, or after some seconds leave it; jobs that still wait fail."""
+        deadline = time.monotonic() + seconds
         with self._changed:
             self._is_ended = True
             for job in self._waiting:
@@ -104,7 +109,7 @@ class WorkQueue:
             self._changed.notify_all()
         for thread in self._threads:
             if thread.is_alive():
-                thread.join()
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     def submit(self, job: Job) -> None:
         """Put a job into the queue. Raises QueueFull or Ending."""

@@ -3,21 +3,23 @@
 torch takes Python's lock between any two operations, so other threads of its process slow a model down. A process of its own has a
 lock of its own. The caller keeps tokenizer and texts; token ids and requests go to the process, log-probabilities and rows come back.
 
-The process is a fork, so it starts at once. It must be made before the caller uses torch's threads or a GPU. It ignores the signals that
-end the caller, and ends when the caller does.
+The process is a fork, so it starts at once. It must be made before the caller uses torch's threads or a GPU, in the main thread. It ignores
+the signals that end the caller, and ends when the caller does, however the caller ends.
 """
 
 import atexit
+import ctypes
 import logging
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ log = logging.getLogger(__name__)
 Load = Callable[[Direction, Path], LanguageModel]
 LOOK_SECONDS = 0.02
 """Time between two looks for rows that nobody wants any more."""
+SET_PARENT_DEATH_SIGNAL = 1
+"""prctl's number, from linux/prctl.h."""
 END_SECONDS = 30.0
 """Time that the process gets to end its call."""
 
@@ -94,9 +98,11 @@ class ModelProcess:
 
     def __init__(self, load: Load, batch_size: int) -> None:
         context = multiprocessing.get_context("fork")
+        caller = os.getpid() if threading.current_thread() is threading.main_thread() else None
         ours, theirs = context.Pipe()
-        self._process = context.Process(target=_run, args=(theirs, ours, load, batch_size), name="models", daemon=True)
-        self._channel, self._lock, self._is_ended = _Channel(ours, self._process), threading.Lock(), False
+        self._process = context.Process(target=_run, args=(theirs, ours, caller, load, batch_size), name="models", daemon=True)
+        self._channel, self._lock = _Channel(ours, self._process), threading.Lock()
+        self._is_ended = self._is_interrupted = False
         self._process.start()
         theirs.close()
         atexit.register(self.end)
@@ -120,9 +126,11 @@ class ModelProcess:
         self, direction: Direction, requests: Sequence[RowRequest], on_step: OnStep, on_end: OnEnd, is_wanted: IsWanted
     ) -> list[RowResult]:
         """See `RowWriter.write_rows`."""
-        with self._lock:
+        with self._turn():
             self._channel.send("write", direction, list(requests))
-            return _GrowingRows(self._channel, len(requests), on_step, on_end, is_wanted).read()
+            outcome = _GrowingRows(self._channel, len(requests), on_step, on_end, is_wanted).read()
+        rows: list[RowResult] = _result_of(*outcome)
+        return rows
 
     def watch(self, on_lost: Callable[[ModelProcessLost], None]) -> None:
         """Call `on_lost` in a thread if the process ends without `end`."""
@@ -135,19 +143,34 @@ class ModelProcess:
         threading.Thread(target=_watch, name="models-watch", daemon=True).start()
 
     def end(self) -> None:
-        """End the process after its call; kill it if that takes too long."""
+        """End the process after its call; kill it if that takes too long, or if nobody reads the result of that call."""
         self._is_ended = True
         atexit.unregister(self.end)
         self._channel.close()
-        self._process.join(END_SECONDS)
+        self._process.join(0 if self._is_interrupted else END_SECONDS)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
 
     def _call(self, *message: Any) -> Any:
-        with self._lock:
+        with self._turn():
             self._channel.send(*message)
-            return _result_of(*(self._channel.receive() or ()))
+            outcome = self._channel.receive()
+        return _result_of(*(outcome or ()))
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Let one thread make a call. After a call that was left early, its messages would answer the next one: then refuse all others."""
+        with self._lock:
+            if self._is_interrupted:
+                raise ModelProcessLost("a call of the models was interrupted before its end; start the program again")
+            try:
+                yield
+            except ModelProcessLost:
+                raise
+            except BaseException:
+                self._is_interrupted = True
+                raise
 
 
 def _result_of(kind: str, content: Any) -> Any:
@@ -165,45 +188,46 @@ class _GrowingRows:
         self._open, self._looked = set(range(num)), time.monotonic()
         self._error: Exception | None = None
 
-    def read(self) -> list[RowResult]:
-        """Return the results. An error of the caller's own functions ends all rows first."""
+    def read(self) -> tuple[str, Any]:
+        """Return the outcome. An error of the caller's own functions ends all rows; what they wrote until then is nobody's result."""
         while True:
             message = self._channel.receive(LOOK_SECONDS)
             if message is not None and message[0] in ("result", "error"):
-                break
-            if message is not None:
-                self._handle(*message)
-            if time.monotonic() - self._looked > LOOK_SECONDS:
-                self._look()
-        results: list[RowResult] = _result_of(*message)
-        if self._error is not None:
-            raise self._error
-        return results
+                return ("error", self._error) if self._error is not None else (message[0], message[1])
+            if self._error is not None:
+                continue
+            try:
+                if message is not None:
+                    self._handle(*message)
+                if time.monotonic() - self._looked > LOOK_SECONDS:
+                    self._look()
+            except ModelProcessLost:
+                raise
+            except Exception as error:
+                self._error = error
+                self._drop(self._open)
 
     def _handle(self, kind: str, index: int, content: Any) -> None:
-        try:
-            if kind == "end":
-                self._open.discard(index)
-                self._on_end(index, content)
-            elif not self._on_step(index, lambda: content):
-                self._drop([index])
-        except Exception as error:
-            self._error = self._error or error
-            self._drop(list(self._open))
+        if kind == "end":
+            self._open.discard(index)
+            self._on_end(index, content)
+        elif not self._on_step(index, lambda: content):
+            self._drop([index])
 
     def _look(self) -> None:
         self._looked = time.monotonic()
         self._drop([index for index in self._open if not self._is_wanted(index)])
 
-    def _drop(self, indices: list[int]) -> None:
-        for index in self._open.intersection(indices):
-            self._open.discard(index)
-            self._channel.send("drop", index)
+    def _drop(self, indices: Iterable[int]) -> None:
+        if dropped := self._open.intersection(indices):
+            self._open -= dropped
+            self._channel.send("drop", dropped)
 
 
-def _run(connection: Connection, of_caller: Connection, load: Load, batch_size: int) -> None:
+def _run(connection: Connection, of_caller: Connection, caller: int | None, load: Load, batch_size: int) -> None:
     """Serve the calls of the caller until it closes the connection. The body of the process."""
     of_caller.close()
+    _end_with(caller)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     keep_freed_memory()
@@ -216,12 +240,22 @@ def _run(connection: Connection, of_caller: Connection, load: Load, batch_size: 
     os._exit(0)  # without the exit functions of the caller
 
 
+def _end_with(caller: int | None) -> None:
+    """Let Linux kill this process when the thread that forked it ends, even in the middle of a call."""
+    if caller is not None:
+        ctypes.CDLL(None, use_errno=True).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        if os.getppid() != caller:  # it ended before
+            os._exit(0)
+
+
 def _outcome(connection: Connection, *call: Any) -> tuple[str, Any]:
     try:
         return "result", _answer(connection, *call)
-    except LedomError as error:
-        return "error", error
     except Exception as error:
+        if isinstance(error, LedomError | OSError):
+            with suppress(Exception):
+                ForkingPickler.loads(ForkingPickler.dumps(error))
+                return "error", error
         log.exception("an error in the process of the models")
         return "error", RuntimeError(f"{type(error).__name__}: {error}")  # others may not survive the way
 
@@ -251,7 +285,9 @@ class _WrittenRows:
         """Send the text of a row that is shown while it grows; return False for a row that nobody wants."""
         if time.monotonic() - self._looked > LOOK_SECONDS:
             while self._connection.poll(0):
-                self._dropped.add(self._connection.recv()[1])
+                kind, indices = self._connection.recv()
+                assert kind == "drop", kind
+                self._dropped |= indices
             self._looked = time.monotonic()
         if index in self._dropped:
             return False

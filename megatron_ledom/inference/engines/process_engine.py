@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import UsageError
@@ -25,13 +26,15 @@ class ProcessEngine(RemoteEngine):
         loaded = process.load(direction, folder)
         super().__init__(folder, direction, unrecorded)
         self.num_positions, self.leading_ids, self.stop_ids = loaded.num_positions, loaded.leading_ids, loaded.stop_ids
-        self._process = process
+        self._process, self._usage_lock = process, Lock()
         self.rows = ProcessRows(self, process)
 
     def _logprobs(self, spans: list[Span]) -> list[list[float]]:
         with naming_text(self.tokenizer, self.direction):
             values = self._process.logprobs(self.direction, spans)
-        self.usage.tokens += sum(len(span.tokens) for span in spans if len(span.tokens) > span.num_context)
+        num_read = sum(len(span.tokens) for span in spans if len(span.tokens) > span.num_context)
+        with self._usage_lock:
+            self.usage.tokens += num_read
         return values
 
     def _written(self, answers: list[PartialAnswer], sampling: Sampling) -> list[tuple[str, int]]:

@@ -1,5 +1,6 @@
 """The process of the models: the results of a model in this process, given-up rows, errors of both sides, and the ends."""
 
+import errno
 import math
 import os
 import signal
@@ -35,12 +36,14 @@ from megatron_ledom.inference import ReverseLM
 from megatron_ledom.inference.engines.model_process import ModelProcess
 process = ModelProcess(lambda direction, folder: time.sleep(3600), 1)
 print(__import__("os").getpid(), process.pid, flush=True)
-time.sleep(3600)
+process.load(None, None)
 """
 
 
 def load(direction: Direction, folder: Path) -> LanguageModel:
     """Load a reverse model; an error that cannot be pickled for a folder of the name `bad`."""
+    if folder.name == "full":
+        raise OSError(errno.ENOSPC, "no space", "weights")
     if folder.name == "bad":
         raise type("LocalError", (Exception,), {})("of a class that only one process knows")
     return ReverseLM.from_pretrained(folder, device="cpu")
@@ -112,19 +115,43 @@ def test_a_row_that_nobody_wants_ends_and_the_others_do_not(process: ModelProces
     assert again.generation == whole[0].generation  # a late message about an ended row changes nothing
 
 
-def test_an_error_of_the_caller_ends_its_rows_and_is_raised(process: ModelProcess, folder: Path) -> None:
+@pytest.mark.parametrize("place", ["step", "wanted"])
+def test_an_error_of_the_caller_ends_all_rows_and_gives_no_result(process: ModelProcess, folder: Path, place: str) -> None:
     process.load(Direction.REVERSE, folder)
-    requests = [RowRequest("Paris is nice.", Sampling(max_new_tokens=300), str(n), is_shown=True) for n in range(2)]
-    steps = []
+    requests = [RowRequest("Paris is nice.", Sampling(max_new_tokens=300), str(n), is_shown=n == 0) for n in range(2)]
+    ended: list[int] = []
 
-    def _on_step(index: int, read: Callable[[], Generation]) -> bool:
-        steps.append(index)
-        raise KeyError("of the caller")
+    def _fail(where: str) -> bool:
+        if where == place:
+            raise KeyError("of the caller")
+        return True
 
     with pytest.raises(KeyError, match="of the caller"):
-        process.write_rows(Direction.REVERSE, requests, _on_step, lambda *_: None, lambda _: True)
-    assert len(steps) < 200
-    assert len(rows_of(process, requests)[0]) == 2
+        process.write_rows(
+            Direction.REVERSE,
+            requests,
+            lambda *_: _fail("step"),
+            lambda index, _: ended.append(index),
+            lambda _: _fail("wanted"),
+        )
+    assert ended == []  # a cut text is no result
+    assert [result.num_new for result in rows_of(process, requests)[0]] == [300, 300]
+
+
+def test_after_an_interrupted_call_no_other_gets_its_answer(folder: Path) -> None:
+    process = ModelProcess(load, BATCH)
+    process.load(Direction.REVERSE, folder)
+    requests = [RowRequest("Paris is nice.", Sampling(max_new_tokens=300), "0", is_shown=True)]
+
+    def _interrupt(index: int, read: Callable[[], Generation]) -> bool:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        process.write_rows(Direction.REVERSE, requests, _interrupt, lambda *_: None, lambda _: True)
+    with pytest.raises(ModelProcessLost, match="interrupted before its end"):
+        process.load(Direction.REVERSE, folder)
+    process.end()
+    assert not psutil.pid_exists(process.pid)
 
 
 def test_errors_of_the_process_are_raised_and_the_next_call_is_answered(process: ModelProcess, folder: Path) -> None:
@@ -133,6 +160,9 @@ def test_errors_of_the_process_are_raised_and_the_next_call_is_answered(process:
         process.load(Direction.REVERSE, other)
     with pytest.raises(RuntimeError, match="LocalError: of a class that only one process knows"):
         process.load(Direction.REVERSE, folder / "bad")
+    with pytest.raises(OSError, match="no space") as full:
+        process.load(Direction.REVERSE, folder / "full")
+    assert (full.value.errno, full.value.filename) == (errno.ENOSPC, "weights")
     assert process.load(Direction.REVERSE, folder).stop_ids
 
 

@@ -161,6 +161,17 @@ def test_the_next_call_of_the_local_models_is_prepared_when_its_batch_is_full() 
     queue.end()
 
 
+def test_a_call_that_hangs_does_not_keep_the_end() -> None:
+    queue, recorder = WorkQueue(max_jobs=6, window_seconds=0, metrics=Metrics()), Recorder()
+    queue.start()
+    queue.submit(recorder.job(1))
+    until(lambda: recorder.calls == [[1]])
+    start = time.monotonic()
+    queue.end(seconds=0.2)
+    assert time.monotonic() - start < 10
+    recorder.latch.set()
+
+
 def test_at_the_end_waiting_jobs_fail_and_no_further_one_is_accepted() -> None:
     recorder = Recorder()
     queue = WorkQueue(max_jobs=6, window_seconds=0, metrics=Metrics())
