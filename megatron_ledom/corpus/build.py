@@ -272,6 +272,7 @@ def description(recipe: Recipe, name: str, revision: str | None) -> dict[str, An
         "address": source.address,
         "revision": revision,
         **{key: getattr(source, key) for key in ("licence", "terms", "domain", "origin", "language")},
+        "settings": recipe.settings_of(source),
     }
 
 

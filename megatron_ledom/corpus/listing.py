@@ -6,6 +6,7 @@ network.
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ledom import __version__
-from megatron_ledom.corpus.addresses import INSTALLED, is_hub, root_of
+from megatron_ledom.corpus.addresses import INSTALLED, is_commit, is_hub, root_of
 from megatron_ledom.corpus.installed_text import installed_lines
 from megatron_ledom.corpus.recipe import Recipe, Source
+from megatron_ledom.data.readers.byte_ranges import InputPath
 from megatron_ledom.data.readers.input_files import find_inputs
 from megatron_ledom.data.readers.remote import is_remote
 from megatron_ledom.errors import DataError, MismatchError, UsageError
@@ -24,6 +26,8 @@ from megatron_ledom.storage.locks import output_file_lock
 
 FORMAT_VERSION = 1
 LOCK_ENDING = ".lock.json"
+CHANGED_AT = "mtime_ns="
+"""Beginning of the `blob_id` of a file on a disk; the rest is the time of its last change in nanoseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +38,7 @@ class ListedFile:
     """Relative to the address of the source."""
     num_bytes: int
     blob_id: str | None = None
-    """Hash of the content by the hub or the object store; None on a disk."""
+    """Hash of the content by the hub or the object store; on a disk `mtime_ns=` and the time of the last change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,14 @@ class SourceListing:
     patterns: list[str]
     files: list[ListedFile] | None
     """Sorted by path; None if they are unknown."""
+    asked: str | None = None
+    """`revision` of the recipe, a branch or tag, that was looked up."""
+    most_bytes: int | None = None
+    """That of the recipe for the text of the installed packages, whose files it shortens; None elsewhere."""
+
+    def is_at(self, revision: str | None) -> bool:
+        """Return True if a recipe that asks for this revision means the listed commit."""
+        return self.asked == revision or (is_commit(revision) and self.revision in (None, revision))
 
     def chosen(self, source: Source) -> list[ListedFile] | None:
         """Return the files to read, sorted by path: all, or those that `sample` and `most_bytes` choose by a hash of their names."""
@@ -83,19 +95,19 @@ class Listing:
         for key, then, now in (
             ("address", found.address, source.address),
             ("files", found.patterns, source.files),
+            ("most_bytes", found.most_bytes, _shortening(source)),
         ):
             if then != now:
                 raise MismatchError(f"sources.{name}.{key} was {then!r} when {where} was made and is {now!r}; {advice}")
-        if is_hub(source.address) and source.revision and found.revision and not same_revision(source.revision, found.revision):
-            raise MismatchError(
-                f"sources.{name}.revision is {source.revision!r}, {where} lists the files of {found.revision!r}; {advice}"
-            )
+        if is_hub(source.address) and not found.is_at(source.revision):
+            of = repr(found.revision) + (f", looked up for {found.asked!r}" if found.asked != found.revision else "")
+            raise MismatchError(f"sources.{name}.revision is {source.revision!r}, {where} lists the files of {of}; {advice}")
         return found
 
 
-def same_revision(asked: str, listed: str) -> bool:
-    """Return False if a recipe asks for another commit than the listed one. A branch may have been resolved to any."""
-    return len(asked) != 40 or asked == listed
+def _shortening(source: Source) -> int | None:
+    """Return the `most_bytes` that changed the listed files themselves, not the choice among them."""
+    return source.most_bytes if source.address == INSTALLED else None
 
 
 def lock_path(recipe_path: str) -> Path:
@@ -112,7 +124,7 @@ def list_source(name: str, source: Source, revision: str | None) -> SourceListin
     """Return the files of a source as they are now. Raise UsageError with its name if a pattern has no match."""
     if source.address == INSTALLED:
         files = [ListedFile(file, sum(map(len, lines))) for file, lines in installed_files(source).items()]
-        return SourceListing(source.address, None, source.files, files)
+        return SourceListing(source.address, None, source.files, files, most_bytes=_shortening(source))
     root = root_of(source.address, revision)
     try:
         found, _ = find_inputs([root + pattern for pattern in source.files])
@@ -121,11 +133,17 @@ def list_source(name: str, source: Source, revision: str | None) -> SourceListin
     if is_hub(source.address) and found:  # the listing has looked up the commit of a branch
         revision = found[0].path.removeprefix(f"{source.address}@").split("/")[0]
         root = root_of(source.address, revision)
-    files = [
-        ListedFile(_relative(entry.path, root), entry.num_bytes, (entry.version or None) if is_remote(entry.path) else None)
-        for entry in found
-    ]
-    return SourceListing(source.address, revision, source.files, sorted(files, key=lambda file: file.path))
+    files = [ListedFile(_relative(entry.path, root), entry.num_bytes, _version(entry)) for entry in found]
+    asked = source.revision if is_hub(source.address) else None
+    return SourceListing(source.address, revision, source.files, sorted(files, key=lambda file: file.path), asked)
+
+
+def _version(entry: InputPath) -> str | None:
+    """Return what tells a changed file from the listed one: a hash, or on a disk the time of its last change.
+
+    A disk has no hashes, and reading whole files for them would take each task of an array hours.
+    """
+    return (entry.version or None) if is_remote(entry.path) else f"{CHANGED_AT}{os.stat(entry.path).st_mtime_ns}"
 
 
 def installed_files(source: Source) -> dict[str, list[bytes]]:
@@ -158,6 +176,11 @@ def check_present(name: str, source: Source, listed: SourceListing, now: SourceL
                 f"sources.{name}: {file.path} has {found.num_bytes:,} bytes, {where} has {file.num_bytes:,}; {advice}"
             )
         if found.blob_id and file.blob_id and found.blob_id != file.blob_id:
+            if file.blob_id.startswith(CHANGED_AT):
+                raise DataError(
+                    f"sources.{name}: {file.path} was changed after {where} was made, at the same size ({found.blob_id}, listed"
+                    f" {file.blob_id}); {advice}, which is right too if its time alone changed"
+                )
             raise DataError(f"sources.{name}: {file.path} has the hash {found.blob_id}, {where} has {file.blob_id}; {advice}")
 
 
@@ -171,7 +194,8 @@ def listing_text(listing: Listing) -> str:
     """Return a listing as JSON with a line for each file."""
     parts = []
     for name, source in listing.sources.items():
-        head = {"address": source.address, "revision": source.revision, "patterns": source.patterns}
+        head: dict[str, Any] = {"address": source.address, "revision": source.revision, "patterns": source.patterns}
+        head |= {key: value for key in ("asked", "most_bytes") if (value := getattr(source, key)) is not None}
         text = f"{json.dumps(name)}: {json.dumps(head)[:-1]}, " + '"files": '
         if source.files is None:
             parts.append(f"{text}null}}")
@@ -208,4 +232,11 @@ def read_listing(path: str | Path) -> Listing:
 def _source(values: dict[str, Any]) -> SourceListing:
     rows = values["files"]
     files = None if rows is None else [ListedFile(str(path), int(size), blob) for path, size, blob in rows]
-    return SourceListing(str(values["address"]), values["revision"], list(values["patterns"]), files)
+    return SourceListing(
+        str(values["address"]),
+        values["revision"],
+        list(values["patterns"]),
+        files,
+        values.get("asked"),
+        values.get("most_bytes"),
+    )

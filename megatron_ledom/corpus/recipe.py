@@ -6,7 +6,7 @@ sources.NAME.key=value` changes one.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,6 +20,7 @@ from megatron_ledom.config.schema import STRICT, NotNegative, Positive, Positive
 from megatron_ledom.contamination.settings import Action, Match
 from megatron_ledom.corpus.addresses import INSTALLED, check_address
 from megatron_ledom.data.readers.records import OnError
+from megatron_ledom.data.shards.prefixes import TASK
 from megatron_ledom.data.shards.shard import DtypeName
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import ConfigError
@@ -30,12 +31,19 @@ ORIGINS: dict[Origin, str] = {
     "inferred": "our reading of what the original LEDOM used",
     "ours": "a choice of this project",
 }
+MOST_NAMED = 8
+"""Limit on the sources that a message names."""
+RESERVED = ("recipe.lock",)
+"""Names of sources whose manifest would have the name of another file of a published corpus."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
 
 
 @dataclass(kw_only=True, slots=True)
 class Filters:
-    """Choice of documents, by the options of `ledom preprocess-data`. A key of a source replaces the one of the recipe."""
+    """Choice of documents, by the options of `ledom preprocess-data`.
+
+    A key of a source replaces the one of the recipe, also if it is null, which switches the filter off.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -62,10 +70,9 @@ class Filters:
     max_record_bytes: Positive | None = None
     """Longest record; a longer one is bad."""
 
-    def over(self, defaults: "Filters") -> "Filters":
-        """Return these filters, with `defaults` for the keys that are not set."""
-        mine = {name: value for name, value in asdict(self).items() if value is not None}
-        return Filters(**{**asdict(defaults), **mine})
+    def over(self, defaults: "Filters", given: Collection[str]) -> "Filters":
+        """Return these filters, with `defaults` for the keys that are not `given` in the file."""
+        return Filters(**{**asdict(defaults), **{name: getattr(self, name) for name in given}})
 
 
 @dataclass(kw_only=True, slots=True)
@@ -124,6 +131,7 @@ class Source:
     text_per_byte: PositiveFloat | None = None
     """UTF-8 bytes of text per stored byte, for the plan; default: by the format, see docs."""
     filters: Filters = field(default_factory=Filters)
+    """`load_recipe` puts those of the recipe into the keys that a source does not name."""
     expected: Expected = field(default_factory=Expected)
 
 
@@ -137,8 +145,8 @@ class Estimates:
     """UTF-8 bytes of text per token."""
     tokens_per_core_second: PositiveFloat = 12_600_000.0
     """Tokens that one core encodes and writes in a second."""
-    bytes_per_id: Positive = 2
-    """Stored bytes of a token: 2 for a vocabulary below 65,500, else 4."""
+    bytes_per_id: Positive | None = None
+    """Stored bytes of a token; null: by `dtype` and the vocabulary, as shards are written."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -161,7 +169,7 @@ class Recipe:
     """Description of the corpus, for its card."""
     direction: Direction = Direction.REVERSE
     tokens: Positive | None = None
-    """Tokens of the run; needed for `share`. Default: the sum over the sources."""
+    """Tokens of the run; needed for `share`, and equal to what the sources add up to. Default: their sum."""
     eod_token: str | None = None
     """Token that ends each document; default: the tokenizer's eos."""
     bos_token: str | None = None
@@ -173,14 +181,40 @@ class Recipe:
     estimates: Estimates = field(default_factory=Estimates)
 
     def filters_of(self, source: Source) -> Filters:
-        """Return the filters of a source, with those of the recipe for keys that it does not set."""
-        return source.filters.over(self.filters)
+        """Return the filters of a source, with those of the recipe for keys that it does not name."""
+        return source.filters
+
+    def settings_of(self, source: Source) -> dict[str, Any]:
+        """Return the settings that decide which text of a source is in its shards, as plain values for their manifests."""
+        keys = ("files", "text_key", "text_template", "sample", "most_bytes")
+        filters = {key: value for key, value in asdict(self.filters_of(source)).items() if value is not None}
+        return {**{key: getattr(source, key) for key in keys}, "shuffle_seed": self.shuffle_seed, "filters": filters}
 
     def wanted(self, source: Source) -> int | None:
         """Return the tokens wanted from a source; None for all that it has."""
         if source.share is not None and self.tokens is not None:
             return round(source.share * self.tokens)
         return source.tokens
+
+    def problem_of_sum(self, wanted: Mapping[str, int | None]) -> str | None:
+        """Return the problem of wanted tokens that do not add up to `tokens`, beyond the rounding of shares; None if there is none.
+
+        wanted: tokens by source; None for a source that gives all that it has, which is known once it is built.
+        """
+        known = {name: number for name, number in wanted.items() if number is not None}
+        total, whole = sum(known.values()), [name for name in wanted if name not in known]
+        shares = sum(source.share is not None for source in self.sources.values())
+        rounding = shares / 2 + 1e-9 * (self.tokens or 0) * bool(shares)
+        if self.tokens is None or (total < self.tokens if whole else abs(total - self.tokens) <= rounding):
+            return None
+        named = ", ".join(f"{name} {number:,}" for name, number in list(known.items())[:MOST_NAMED])
+        more = ", ..." * (len(known) > MOST_NAMED)
+        rest = f", and nothing is left for {', '.join(whole[:MOST_NAMED])}" if whole else ""
+        return (
+            f"the sources want {total:,} tokens ({named}{more}){rest}, tokens={self.tokens:,} is the whole run, so other numbers"
+            f" would be drawn than wanted; change tokens or share of the sources, or set tokens to {total:,} or, without shares,"
+            " to null"
+        )
 
 
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
@@ -195,6 +229,7 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         found = [_problem(one["type"], one["loc"], values) for one in error.errors(include_url=False)]
     else:
+        _fill_filters(recipe, values)
         found = _relations(recipe)
     if found:
         lines = list(dict.fromkeys(found))
@@ -202,6 +237,12 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
             f"{where}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{where} has {len(lines)} problems:", *lines])
         )
     return recipe
+
+
+def _fill_filters(recipe: Recipe, values: Mapping[str, Any]) -> None:
+    """Put the filters of the recipe into the sources, for the keys that a source does not name. A null is named."""
+    for name, source in recipe.sources.items():
+        source.filters = source.filters.over(recipe.filters, values["sources"][name].get("filters", {}).keys())
 
 
 def to_values(recipe: Recipe) -> dict[str, Any]:
@@ -221,6 +262,8 @@ def _relations(recipe: Recipe) -> list[str]:
             found.append(f"{key} has both tokens={source.tokens} and share={source.share:g}; give one of them")
         if source.share is not None and recipe.tokens is None:
             found.append(f"{key}.share={source.share:g} needs the tokens of the run; set tokens")
+        if recipe.wanted(source) == 0:
+            found.append(f"{key}.share={source.share:g} of tokens={recipe.tokens} is no token; raise it or remove the source")
         if source.share is not None and source.share > 1:
             found.append(f"{key}.share={source.share:g} is above 1; it is a share of the tokens of the run")
         if source.sample is not None and source.sample > 1:
@@ -231,13 +274,28 @@ def _relations(recipe: Recipe) -> list[str]:
             found.append(f"{key}.tasks={source.tasks}; {INSTALLED} are collected by one process, so use 1")
         if problem := check_address(source.address, source.files, source.revision):
             found.append(f"{key}.{problem}")
+    found += _problems_of_names(recipe)
+    total = sum(source.share or 0.0 for source in recipe.sources.values())
+    if total > 1 + 1e-9:
+        found.append(f"the shares of the sources add up to {total:g}; they can be at most 1")
+    elif recipe.sources and (
+        problem := recipe.problem_of_sum({name: recipe.wanted(one) for name, one in recipe.sources.items()})
+    ):
+        found.append(problem)
+    return found
+
+
+def _problems_of_names(recipe: Recipe) -> list[str]:
+    """Return the problems of names whose files would be those of something else."""
+    found = []
     folded: dict[str, str] = {}
     for name in recipe.sources:
         if (other := folded.setdefault(name.casefold(), name)) != name:
             found.append(f"sources.{name} and sources.{other} differ only in case, so their files may be one; rename one")
-    total = sum(source.share or 0.0 for source in recipe.sources.values())
-    if total > 1 + 1e-9:
-        found.append(f"the shares of the sources add up to {total:g}; they can be at most 1")
+        if TASK.fullmatch(name):
+            found.append(f"sources.{name} has a name like that of one shard of an array; rename it")
+        if name.casefold() in RESERVED:
+            found.append(f"sources.{name} would be {name}.json, which a published corpus has for its listing; rename it")
     return found
 
 

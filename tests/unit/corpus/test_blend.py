@@ -1,16 +1,18 @@
 """The blend of a recipe: config lines that draw what the recipe wants, checked against what the shards have."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
 
 from megatron_ledom.cli.main import run
 from megatron_ledom.config.load import load_config
-from megatron_ledom.corpus.blend import CorpusBlendSettings, corpus_blend
+from megatron_ledom.corpus.blend import CorpusBlendSettings, built_shards, corpus_blend
 from megatron_ledom.corpus.build import BuildSettings, build
+from megatron_ledom.corpus.recipe import load_recipe
 from megatron_ledom.errors import MismatchError, UsageError, VerificationError
 from tests.support.corpus_recipes import source, two_sources, write_recipe
-from tests.support.legible import write_jsonl
+from tests.support.legible import legible_documents, write_jsonl
 
 
 def built(folder: Path, tokenizer: str, *overrides: str) -> str:
@@ -87,3 +89,74 @@ def test_missing_shards_and_shards_of_two_directions_are_refused(tmp_path: Path,
     build(BuildSettings(recipe=recipe, workers=1, source=["code"], overrides=["direction=forward"]))
     with pytest.raises(MismatchError, match=r"out/code is forward, the shard .*out/web is reverse"):
         corpus_blend(CorpusBlendSettings(recipe=recipe))
+
+
+def test_shards_of_one_source_from_different_files_are_refused(tmp_path: Path, tokenizer: str) -> None:
+    recipe, tasks = two_sources(tmp_path, tokenizer), ["sources.web.tasks=2"]
+    build(BuildSettings(recipe=recipe, workers=1, overrides=tasks, source=["code"]))
+    build(BuildSettings(recipe=recipe, workers=1, overrides=tasks, source=["web"], task_id=0))
+    write_jsonl(tmp_path / "web/9.jsonl", legible_documents(10, 5))
+    build(BuildSettings(recipe=recipe, workers=1, overrides=tasks, source=["web"], task_id=1, overwrite=True))
+    with pytest.raises(MismatchError, match=r"web-00001-of-00002 and .*web-00000-of-00002 were made from different inputs"):
+        built_shards(load_recipe(recipe, tasks))
+
+
+def test_an_empty_source_is_refused(tmp_path: Path, tokenizer: str) -> None:
+    recipe = two_sources(tmp_path, tokenizer)
+    wrong = ["sources.web.text_key=other", "sources.web.filters.on_error=skip", "sources.web.tasks=2"]
+    with contextlib.suppress(VerificationError):
+        build(BuildSettings(recipe=recipe, workers=1, overrides=wrong))
+    for more in ([], ["sources.web.tokens=null"]):
+        with pytest.raises(VerificationError, match=r"these sources are empty:\n  sources\.web: 0 tokens stored, .*\ncheck"):
+            corpus_blend(CorpusBlendSettings(recipe=recipe, overrides=[*wrong, *more], allow_repeats=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ("sources.code.licence=GPL-3.0", "sources.code.licence: built with 'MIT', the recipe has 'GPL-3.0'"),
+        ("sources.code.terms=pay", "sources.code.terms: built with 'none', the recipe has 'pay'"),
+        ("sources.code.address=elsewhere", "sources.code.address: built with .*/code', the recipe has 'elsewhere'"),
+        ("sources.code.filters.min_tokens=9", "sources.code.filters.min_tokens: built with None, the recipe has 9"),
+        ("sources.code.sample=0.5", "sources.code.sample: built with None, the recipe has 0.5"),
+        ("shuffle_seed=3", "shuffle_seed: built with None, the recipe has 3"),
+        ("bos_token=<b>", "bos_token: built with '', the recipe has '<b>'"),
+        ("dtype=int32", "dtype: built with 'uint16', the recipe has 'int32'"),
+        ("name=other", "name: built with 'test', the recipe has 'other'"),
+        ("direction=forward", "is reverse, the recipe is forward"),
+        ("tokenizer=nowhere direction=forward", "direction: built with 'reverse', the recipe has 'forward'"),
+    ],
+)
+def test_shards_of_another_recipe_are_refused(change: str, line: str, shared: str) -> None:
+    with pytest.raises(MismatchError, match=line):
+        built_shards(load_recipe(shared, change.split()))
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> str:
+    """Return a recipe whose sources are built, for tests that write nothing."""
+    return built(tmp_path_factory.mktemp("shared") / "corpus", tokenizer)
+
+
+def test_the_same_recipe_and_one_without_the_tokenizer_are_accepted(shared: str) -> None:
+    assert list(built_shards(load_recipe(shared))) == ["web", "code"]
+    assert list(built_shards(load_recipe(shared, ["tokenizer=nowhere", "sources.web.tokens=7"]))) == ["web", "code"]
+
+
+def test_a_whole_source_beside_tokens_of_the_run_must_fit(shared: str) -> None:
+    whole = ["sources.web.tokens=null", "tokens=200"]
+    with pytest.raises(VerificationError, match=r"want 250 tokens \(web 210, code 40\), tokens=200 .*; web without tokens"):
+        corpus_blend(CorpusBlendSettings(recipe=shared, overrides=whole))
+    plan = corpus_blend(CorpusBlendSettings(recipe=shared, overrides=[whole[0], "tokens=250"]))
+    assert [(one.weight, one.drawn) for one in plan.sources] == [(210, 210), (40, 40)]
+
+
+def test_the_advice_about_whole_samples_works(shared: str) -> None:
+    whole = ["sources.web.tokens=null", "sources.code.tokens=null"]
+    size = {"seq_length": 10, "global_batch_size": 1}
+    message = r"sources\.code: all wanted, at most 90 can be drawn \(.*out/code 1\.\d+ times\)\nset their tokens to less in the recipe"
+    with pytest.raises(VerificationError, match=message):
+        corpus_blend(CorpusBlendSettings(recipe=shared, overrides=whole, **size))
+    less = ["sources.web.tokens=200", "sources.code.tokens=90"]
+    plan = corpus_blend(CorpusBlendSettings(recipe=shared, overrides=less, **size))
+    assert [one.drawn for one in plan.sources] == [200, 90]

@@ -65,6 +65,15 @@ def test_every_manifest_records_source_licence_and_revision(tmp_path: Path, toke
         "domain": "code",
         "origin": "ours",
         "language": None,
+        "settings": {
+            "files": ["**/*.jsonl"],
+            "text_key": "text",
+            "text_template": None,
+            "sample": None,
+            "most_bytes": None,
+            "shuffle_seed": None,
+            "filters": {},
+        },
     }
     assert len(check_shard(str(tmp_path / "out/web")).input_files) == 3
 

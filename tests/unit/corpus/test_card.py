@@ -31,7 +31,9 @@ def recipe(tmp_path: Path, tokenizer: str) -> str:
     """Return a recipe whose sources are built, with 10 duplicates in one of them."""
     path = two_sources(tmp_path, tokenizer, filters={"deduplicate": True}, summary="A corpus of numbers.")
     write_jsonl(tmp_path / "web/3.jsonl", legible_documents(10, 5))
-    build(BuildSettings(recipe=path, overrides=["sources.code.language=fr"], workers=1))
+    values = Path(path).read_text(encoding="utf-8")
+    Path(path).write_text(values.replace("licence: MIT\n", "licence: MIT\n    language: fr\n"), encoding="utf-8")
+    build(BuildSettings(recipe=path, workers=1))
     return path
 
 
@@ -68,9 +70,7 @@ def test_a_card_has_sources_counts_removed_documents_and_hashes(recipe: str, tmp
 def test_a_card_takes_the_report_of_filters_that_ran_before(recipe: str, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     report.write_text(json.dumps(REPORT), encoding="utf-8")
-    card = write_card(CardSettings(recipe=recipe, report=[f"web={report}"], overrides=["sources.code.language=fr"])).read_text(
-        encoding="utf-8"
-    )
+    card = write_card(CardSettings(recipe=recipe, report=[f"web={report}"])).read_text(encoding="utf-8")
     assert yaml.safe_load(card.split("---")[1])["language"] == ["de", "en", "fr"]
     assert tables(card)["Languages"] == {"language": ["documents"], "en": ["39"], "fr": ["10"], "de": ["1"]}
     assert "| web | filters before the build | near duplicate | 7 |" in card

@@ -1,6 +1,7 @@
 """Plans: from a stored listing without network, with nothing invented."""
 
 import json
+import os
 import socket
 from pathlib import Path
 
@@ -8,7 +9,15 @@ import pytest
 import yaml
 
 from megatron_ledom.cli.main import run
-from megatron_ledom.corpus.listing import ListedFile, Listing, SourceListing, listing_text, read_listing
+from megatron_ledom.corpus.listing import (
+    ListedFile,
+    Listing,
+    SourceListing,
+    check_present,
+    list_source,
+    listing_text,
+    read_listing,
+)
 from megatron_ledom.corpus.plan import CorpusPlanSettings, describe, plan_corpus
 from megatron_ledom.corpus.recipe import load_recipe
 from megatron_ledom.errors import DataError, MismatchError, UsageError
@@ -58,6 +67,10 @@ def test_disk_and_core_hours_follow_from_the_estimates(tmp_path: Path) -> None:
     plan = plan_corpus(CorpusPlanSettings(recipe=recipe, overrides=overrides, listing=str(tmp_path / "listing.json")))
     assert plan.sources[0].tokens == 8000
     assert plan.disk_bytes == (32_000, 32_000)
+    tasks = [*overrides, "sources.web.tasks=4"]
+    assert plan_corpus(
+        CorpusPlanSettings(recipe=recipe, overrides=tasks, listing=str(tmp_path / "listing.json"))
+    ).disk_bytes == (32_000, 8_000)
     assert plan.core_hours == pytest.approx(8 / 3600)
 
 
@@ -102,7 +115,10 @@ def test_a_listing_that_does_not_fit_the_recipe_is_refused(tmp_path: Path) -> No
     with pytest.raises(MismatchError, match=rf"sources\.web\.revision is '{'c' * 40}', .* lists the files of '{COMMIT}'"):
         plan(f"sources.web.revision={'c' * 40}")
     plan(f"sources.web.revision={COMMIT}")
-    plan("sources.web.revision=main")
+    with pytest.raises(
+        MismatchError, match=rf"sources\.web\.revision is 'main', .* lists the files of '{COMMIT}', .* for None"
+    ):
+        plan("sources.web.revision=main")
     with pytest.raises(UsageError, match=r"the listing nowhere\.json does not exist"):
         read_listing("nowhere.json")
     listing.write_text(json.dumps({"format_version": 2}), encoding="utf-8")
@@ -121,10 +137,111 @@ def test_the_plan_of_the_435b_recipe_needs_no_network(
     run(["corpus", "plan", str(folder / "ledom_435b.yaml"), "--listing", str(folder / "ledom_435b.listing.json")])
     shown = capsys.readouterr().out
     rows = {line.split()[0]: line.split() for line in shown.splitlines() if line}
-    assert rows["all"][3:5] == ["722,668,628,110", "435,373,905,853"]
+    assert rows["all"][3:5] == [">=420,863,621,177", "435,373,905,853"]
     assert rows["dclm_01"][2:8] == ["unknown", "unknown", "288,703,527,564", "259,833,174,808", "59.68%", "0.900"]
-    assert "1.45 TB of shards" in shown
-    assert "15.93 to encode" in shown
+    assert "841.73 GB of shards for the others; unknown for code_000, code_002; 2 bytes per token, assumed" in shown
+    assert "9.28 to encode" in shown
+    assert "tokens=435,373,905,853, " in shown
     base = yaml.safe_load((ROOT / "examples/configs/ledom_base.yaml").read_text(encoding="utf-8"))
     wanted = {Path(prefix).name: tokens for tokens, prefix in base["data"]["train_blend"]}
     assert {name: source.tokens for name, source in load_recipe(str(folder / "ledom_435b.yaml")).sources.items()} == wanted
+
+
+def test_stated_numbers_that_the_listing_contradicts_are_not_believed(tmp_path: Path, tokenizer: str) -> None:
+    recipe = two_sources(tmp_path, tokenizer)
+    size = (tmp_path / "code/all.jsonl").stat().st_size
+    stated = ["sources.code.expected.files=5", "sources.code.expected.tokens=1000000"]
+    plan = plan_corpus(CorpusPlanSettings(recipe=recipe, overrides=stated))
+    code = plan.sources[1]
+    assert (code.tokens, code.basis) == (round(size * 0.95 / 3.4), "estimated")
+    shown = describe(plan)
+    assert "WARNING: sources.code.expected.files=5, the listing has 1" in shown
+    assert f"code: 1,000,000 tokens are stated, its bytes give ~{code.tokens:,}" in shown
+    far = plan_corpus(CorpusPlanSettings(recipe=recipe, overrides=stated[1:]))
+    assert far.sources[1].tokens == 1_000_000
+    assert "WARNING: sources.code: its bytes give" in describe(far)
+    fits = [f"sources.code.expected.bytes={size}", f"sources.code.expected.tokens={code.tokens}"]
+    assert "WARNING" not in describe(plan_corpus(CorpusPlanSettings(recipe=recipe, overrides=fits)))
+
+
+def test_two_sources_of_the_same_files_are_named(tmp_path: Path, tokenizer: str) -> None:
+    recipe = two_sources(tmp_path, tokenizer)
+    (tmp_path / "link").symlink_to(tmp_path / "web")
+    same = [f"sources.code.address={tmp_path / 'link'}", "sources.code.files=['[01].jsonl']"]
+    shown = describe(plan_corpus(CorpusPlanSettings(recipe=recipe, overrides=same)))
+    assert f"WARNING: web and code both read {tmp_path / 'web/0.jsonl'} and 1 more, so its text would be there twice" in shown
+    hub, listing = hub_recipe(tmp_path), tmp_path / "listing.json"
+    stored = json.loads(listing.read_text(encoding="utf-8"))
+    for one in stored["sources"].values():
+        one |= {"address": "hf://datasets/o/web", "patterns": ["*.parquet"], "files": None}
+    listing.write_text(json.dumps(stored), encoding="utf-8")
+    unlisted = [
+        f"sources.{name}.{key}" for name in ("web", "math") for key in ("address=hf://datasets/o/web", "files=['*.parquet']")
+    ]
+    shown = describe(plan_corpus(CorpusPlanSettings(recipe=hub, overrides=unlisted, listing=str(listing))))
+    assert "WARNING: web and math both read hf://datasets/o/web/*.parquet" in shown
+
+
+def test_the_disk_follows_from_the_type_of_the_ids(tmp_path: Path, tokenizer: str) -> None:
+    recipe = two_sources(tmp_path, tokenizer)
+
+    def disk(*overrides: str) -> int:
+        return plan_corpus(CorpusPlanSettings(recipe=recipe, overrides=overrides)).disk_bytes[0]
+
+    large = ("tokenizer=nowhere", "tokenizer_vocab_size=65500")
+    assert disk() * 2 == disk("dtype=int32") == disk(*large) == disk("estimates.bytes_per_id=4")
+    assert disk("tokenizer=nowhere", "tokenizer_vocab_size=65499") == disk("dtype=uint16") == disk()
+    with pytest.raises(UsageError, match="--dtype uint16 stores ids up to 65,535"):
+        disk("tokenizer=nowhere", "tokenizer_vocab_size=70000", "dtype=uint16")
+
+
+def test_the_disk_names_its_peak_and_what_it_leaves_out(tmp_path: Path, tokenizer: str) -> None:
+    recipe = two_sources(tmp_path, tokenizer)
+    known = ["sources.code.expected.documents=10", "tokens=160", "sources.web.tasks=2"]
+    plan = plan_corpus(CorpusPlanSettings(recipe=recipe, overrides=known))
+    total, largest = plan.disk_bytes
+    shown = describe(plan)
+    assert f"{largest:,} bytes more for the largest shard, if one task runs at a time" in shown
+    assert f"up to {total:,} bytes more if all tasks of all arrays run at once" in shown
+    assert "without the .idx of web: 20 bytes for each document" in shown
+    assert "2 sources, tokens=160, listed now" in shown
+
+
+def test_a_listing_of_another_branch_or_another_limit_is_refused(tmp_path: Path, tokenizer: str) -> None:
+    recipe, listing = hub_recipe(tmp_path), tmp_path / "listing.json"
+    stored = json.loads(listing.read_text(encoding="utf-8"))
+    stored["sources"]["web"]["asked"] = "main"
+    listing.write_text(json.dumps(stored), encoding="utf-8")
+
+    def plan(*overrides: str) -> None:
+        plan_corpus(CorpusPlanSettings(recipe=recipe, overrides=overrides, listing=str(listing)))
+
+    plan("sources.web.revision=main")
+    plan(f"sources.web.revision={COMMIT}")
+    for other in ("v9", COMMIT[:7]):
+        message = rf"revision is '{other}', .* lists the files of '{COMMIT}', looked up for 'main'; .*ledom corpus pin"
+        with pytest.raises(MismatchError, match=message):
+            plan(f"sources.web.revision={other}")
+    text = {"prose": source("installed-packages", ["prose.jsonl"], most_bytes=20000)}
+    recipe = write_recipe(tmp_path / "text.yaml", tokenizer, text)
+    plan_corpus(CorpusPlanSettings(recipe=recipe, write_listing=str(tmp_path / "text.json")))
+    listing = tmp_path / "text.json"
+    plan()
+    with pytest.raises(MismatchError, match=r"sources\.prose\.most_bytes was 20000 when .* and is 5000; .*corpus pin"):
+        plan("sources.prose.most_bytes=5000")
+
+
+def test_a_local_file_that_changed_at_the_same_size_is_found(tmp_path: Path, tokenizer: str) -> None:
+    recipe = two_sources(tmp_path, tokenizer)
+    loaded = load_recipe(recipe)
+    stored = tmp_path / "listing.json"
+    plan_corpus(CorpusPlanSettings(recipe=recipe, write_listing=str(stored)))
+    listed = read_listing(stored).of("web", loaded.sources["web"], "L")
+    check_present("web", loaded.sources["web"], listed, list_source("web", loaded.sources["web"], None), "L")
+    path = tmp_path / "web/1.jsonl"
+    before, size = path.stat().st_mtime_ns, path.stat().st_size
+    path.write_bytes(path.read_bytes().replace(b"1", b"2"))
+    os.utime(path, ns=(before + 1, before + 1))
+    assert path.stat().st_size == size
+    with pytest.raises(DataError, match=r"sources\.web: 1\.jsonl was changed after L was made, at the same size .*corpus pin"):
+        check_present("web", loaded.sources["web"], listed, list_source("web", loaded.sources["web"], None), "L")

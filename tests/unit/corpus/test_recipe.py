@@ -92,3 +92,73 @@ def test_a_shipped_recipe_names_licence_terms_and_origin_of_every_source(path: P
     for one in recipe.sources.values():
         assert one.licence
         assert len(one.terms) > 20
+
+
+def test_wanted_tokens_must_add_up_to_those_of_the_run(tmp_path: Path) -> None:
+    def problem(tokens: int | None, *keys: dict[str, Any]) -> str:
+        sources = {f"s{number}": source("a", ["*"], **one) for number, one in enumerate(keys)}
+        path = write_recipe(tmp_path / "recipe.yaml", "t", sources, tokens=tokens)
+        try:
+            load_recipe(path)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    advice = "change tokens or share of the sources, or set tokens to"
+    shares = problem(150, {"share": 0.4}, {"share": 0.1})
+    assert "the sources want 75 tokens (s0 60, s1 15), tokens=150 is the whole run" in shares
+    assert f"{advice} 75" in shares
+    assert f"{advice} 160" in problem(200, {"tokens": 120}, {"tokens": 40})
+    assert "want 120 tokens" in problem(200, {"tokens": 20}, {"share": 0.5})
+    assert "want 199 tokens" in problem(200, {"tokens": 120}, {"tokens": 79})
+    assert "and nothing is left for s1" in problem(200, {"tokens": 200}, {})
+    assert "s0.share=0.001 of tokens=100 is no token" in problem(100, {"share": 0.001}, {"tokens": 100})
+    fitting: list[tuple[int | None, list[dict[str, Any]]]] = [
+        (200, [{"tokens": 100}, {"share": 0.5}]),
+        (100, [{"share": 1 / 3}, {"share": 1 / 3}, {"share": 1 / 3}]),
+        (435373905853, [{"share": 0.653}, {"share": 0.347}]),
+        (None, [{"tokens": 120}, {"tokens": 40}]),
+        (200, [{"tokens": 120}, {}]),
+    ]
+    for tokens, keys in fitting:
+        assert problem(tokens, *keys) == ""
+
+
+def test_a_null_of_a_source_switches_a_filter_of_the_recipe_off(tmp_path: Path) -> None:
+    sources = {
+        "off": source("a", ["*"], filters={"min_tokens": None, "decontaminate": None}),
+        "other": source("b", ["*"], filters={"min_tokens": 9}),
+        "same": source("c", ["*"]),
+    }
+    filters = {"min_tokens": 5, "decontaminate": ["items"], "deduplicate": True}
+    path = write_recipe(tmp_path / "recipe.yaml", "t", sources, filters=filters)
+
+    def found(*overrides: str) -> list[tuple[int | None, list[str] | None, bool | None]]:
+        recipe = load_recipe(path, overrides)
+        every = [recipe.filters_of(one) for one in recipe.sources.values()]
+        return [(one.min_tokens, one.decontaminate, one.deduplicate) for one in every]
+
+    assert found() == [(None, None, True), (9, ["items"], True), (5, ["items"], True)]
+    assert found("sources.same.filters.min_tokens=null", "sources.other.filters.deduplicate=false") == [
+        (None, None, True),
+        (9, ["items"], False),
+        (None, ["items"], True),
+    ]
+
+
+def test_names_whose_files_would_be_others_are_refused(tmp_path: Path) -> None:
+    sources = {name: source("a", ["*"], tasks=2) for name in ("web", "web-00000-of-00002", "Recipe.lock")}
+    path = write_recipe(tmp_path / "recipe.yaml", "t", sources)
+    with pytest.raises(ConfigError) as raised:
+        load_recipe(path)
+    assert "sources.web-00000-of-00002 has a name like that of one shard of an array; rename it" in str(raised.value)
+    assert "sources.Recipe.lock would be Recipe.lock.json, which a published corpus has for its listing" in str(raised.value)
+
+
+def test_shipped_recipes_build_enough_and_not_ten_times_what_they_want() -> None:
+    for path in SHIPPED:
+        recipe = load_recipe(str(path))
+        for name, one in recipe.sources.items():
+            if one.expected.tokens is not None:
+                built = one.expected.tokens * (one.sample or 1)
+                assert (recipe.wanted(one) or 0) <= built < 2 * (recipe.wanted(one) or built), (path, name)
