@@ -1,10 +1,12 @@
 """Files of a source that a corpus does not have, and why: not chosen by `sample` or `most_bytes`, or of a kind that is not read."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from megatron_ledom.corpus.addresses import INSTALLED
+from megatron_ledom.corpus.addresses import INSTALLED, root_of
 from megatron_ledom.corpus.listing import SourceListing, list_source, lock_path, read_listing
 from megatron_ledom.corpus.recipe import Recipe
+from megatron_ledom.data.readers.input_files import find_inputs
 from megatron_ledom.data.readers.remote import is_remote
 from megatron_ledom.data.shards.shard import ShardManifest
 
@@ -16,7 +18,7 @@ LeftOut = tuple[str, int | None, list[str]]
 
 def files_left_out(recipe: Recipe, name: str, recipe_path: str, manifests: Sequence[ShardManifest]) -> list[LeftOut]:
     """Return the files of a source that were left out, by reason."""
-    return [*_not_chosen(recipe, name, recipe_path), *_skipped(manifests)]
+    return [*_not_chosen(recipe, name, recipe_path), *_skipped(recipe, name, manifests)]
 
 
 def _not_chosen(recipe: Recipe, name: str, recipe_path: str) -> list[LeftOut]:
@@ -31,7 +33,7 @@ def _not_chosen(recipe: Recipe, name: str, recipe_path: str) -> list[LeftOut]:
     if listed is None or listed.files is None:
         return [(f"{reason}; not counted, because the recipe is not pinned", None, [])]
     chosen = {file.path for file in listed.chosen(source) or []}
-    others = [file.path for file in listed.files if file.path not in chosen]
+    others = [file.path.removeprefix("./") for file in listed.files if file.path not in chosen]
     return [(reason, len(others), others[:MOST_NAMES])] if others else []
 
 
@@ -40,15 +42,25 @@ def _listing(recipe: Recipe, name: str, recipe_path: str) -> SourceListing | Non
     source, path = recipe.sources[name], lock_path(recipe_path)
     if path.exists() and name in (listing := read_listing(path)).sources:
         return listing.of(name, source, str(path))
-    return None if is_remote(source.address) else list_source(name, source, None)
+    if is_remote(source.address) or not Path(source.address).is_dir():
+        return None
+    return list_source(name, source, None)
 
 
-def _skipped(manifests: Sequence[ShardManifest]) -> list[LeftOut]:
-    """Return the inputs that preprocessing did not read. Every task of a source names all of them."""
+def _skipped(recipe: Recipe, name: str, manifests: Sequence[ShardManifest]) -> list[LeftOut]:
+    """Return the inputs that are not read: by the manifests (each task names all), and by a listing of the disk now.
+
+    A build from a listing gives preprocessing the files to read only, so that its manifests name none of the others.
+    """
+    source = recipe.sources[name]
     numbers: dict[tuple[str, str], int] = {}
     for manifest in manifests:
         for entry in manifest.skipped_inputs:
             numbers[str(entry["reason"]), str(entry["path"])] = int(entry.get("num_files", 1))
+    if not numbers and source.address != INSTALLED and not is_remote(source.address) and Path(source.address).is_dir():
+        root = root_of(source.address, None)
+        for skipped in find_inputs([root + pattern for pattern in source.files])[1]:
+            numbers[skipped.reason, skipped.path] = skipped.num_files
     found: list[LeftOut] = []
     for reason in sorted({reason for reason, _ in numbers}):
         paths = sorted(path for other, path in numbers if other == reason)
