@@ -24,7 +24,8 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     _add_card(commands)
     _add_publish(commands)
     _add_make(commands)
-    _command(commands, "tasks", "print the name and the number of tasks of every source, for a SLURM script")
+    text = "print the name and the number of tasks of every source, for a SLURM script; options of build have no effect"
+    _add_build_options(_command(commands, "tasks", text))
     return parser
 
 
@@ -60,15 +61,20 @@ def _add_plan(commands: Any) -> None:
 
 def _add_build(commands: Any) -> None:
     parser = _command(commands, "build", "make the shards; the same command resumes", of_sources=True)
-    _add_listing(parser)
-    parser.add_argument("--copies", metavar="DIR", help="folder of `ledom corpus fetch`, to read instead of the sources")
-    parser.add_argument("--workers", type=int, metavar="N", help="number of processes (default: the number of available cores)")
+    _add_build_options(parser)
     parser.add_argument(
         "--task-id",
         type=int,
         metavar="I",
         help="task of the one --source, from 0 (default: SLURM_ARRAY_TASK_ID; outside an array all tasks in turn)",
     )
+
+
+def _add_build_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `build` for every source and task."""
+    _add_listing(parser)
+    parser.add_argument("--copies", metavar="DIR", help="folder of `ledom corpus fetch`, to read instead of the sources")
+    parser.add_argument("--workers", type=int, metavar="N", help="number of processes (default: the number of available cores)")
     parser.add_argument(
         "--hash-only", action="store_true", help="first pass of filters.deduplicate for a source of several tasks"
     )
@@ -112,7 +118,12 @@ def _add_publish(commands: Any) -> None:
     parser = _command(commands, "publish", "copy shards, card and recipe to a folder or the hub; asks before it writes")
     parser.add_argument("--to", required=True, metavar="PLACE", help="new folder, or hf://datasets/OWNER/NAME")
     parser.add_argument("--yes", action="store_true", help="do not ask; the terms of the sources are printed all the same")
-    parser.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
+    parser.add_argument(
+        "--public", action="store_true", help="make a new repository public, or write to a public one (default: private)"
+    )
+    parser.add_argument(
+        "--replace", action="store_true", help="replace all files of a hub repository that has some, in one commit"
+    )
     _add_report(parser)
 
 

@@ -7,6 +7,7 @@ processes never write the same source, and a build of all sources excludes every
 import contextlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from megatron_ledom.contamination.search import Decontamination
 from megatron_ledom.contamination.settings import SearchSettings
 from megatron_ledom.corpus.addresses import INSTALLED, is_commit, is_hub, root_of
+from megatron_ledom.corpus.copies import copy_path, problem_of_copy
 from megatron_ledom.corpus.listing import (
     Listing,
     SourceListing,
@@ -29,8 +31,9 @@ from megatron_ledom.data.preprocess.pipeline import preprocess
 from megatron_ledom.data.preprocess.task import PreprocessSettings
 from megatron_ledom.data.readers.remote import is_remote
 from megatron_ledom.data.readers.streams import MAX_RECORD_BYTES
-from megatron_ledom.data.shards.shard import ShardManifest
-from megatron_ledom.errors import ConfigError, LedomError, TransientError, UsageError, VerificationError
+from megatron_ledom.data.shards.prefixes import task_prefix
+from megatron_ledom.data.shards.shard import ShardManifest, check_shard
+from megatron_ledom.errors import ConfigError, DataError, LedomError, TransientError, UsageError, VerificationError, may_pass
 from megatron_ledom.evaluation.known_items import known_decontamination
 from megatron_ledom.platform.slurm import array_task_id
 from megatron_ledom.storage.files import write_file
@@ -76,7 +79,8 @@ def build(settings: BuildSettings) -> dict[str, list[ShardManifest]]:
         for name in names:
             job = SourceBuild(recipe, name, settings, listing, where)
             try:
-                made[name] = job.run(tasks[name])
+                with _named(name):
+                    made[name] = job.run(tasks[name])
             except LedomError as error:
                 if len(names) == 1:
                     raise
@@ -90,6 +94,21 @@ def build(settings: BuildSettings) -> dict[str, list[ShardManifest]]:
             " them, then run the same command again: it keeps what is finished"
         )
     return made
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Raise an error of the file system as a LedomError that names the source."""
+    try:
+        yield
+    except OSError as error:
+        is_missing = isinstance(error, FileNotFoundError | NotADirectoryError | FileExistsError | IsADirectoryError)
+        kind = TransientError if may_pass(error) and not is_missing else DataError
+        place = f"{error.filename}: " if error.filename is not None else ""
+        raise kind(
+            f"sources.{name}: {place}{error.strerror or error}; check that it exists and that you may use it, then run the same"
+            " command again"
+        ) from error
 
 
 def chosen_names(recipe: Recipe, wanted: Sequence[str]) -> list[str]:
@@ -144,9 +163,15 @@ def _output_lock(output: str, *, is_shared: bool) -> Iterator[None]:
         with output_folder_lock(output, "output"):
             yield
         return
-    os.makedirs(output, exist_ok=True)
     lock = Lock(os.path.join(os.path.realpath(output), LOCK_SUFFIX))
-    if not lock.take(is_shared=True):
+    try:
+        os.makedirs(output, exist_ok=True)
+        is_free = lock.take(is_shared=True)
+    except OSError as error:
+        raise UsageError(
+            f"output {output} cannot be made or locked ({error.strerror}); name a folder that you may write to"
+        ) from error
+    if not is_free:
         raise UsageError(
             f"output {output} is being written by {lock.holder()}, which builds all sources; wait until it ends, stop it, or name"
             " another output"
@@ -168,7 +193,7 @@ class SourceBuild:
     def run(self, tasks: Sequence[int]) -> list[ShardManifest]:
         """Build the tasks and return their manifests."""
         revision = pinned_revision(self.name, self.source, self._listed())
-        inputs = self.inputs()
+        inputs = self.inputs(tasks)
         filters = self.recipe.filters_of(self.source)
         if self.settings.hash_only and not filters.deduplicate:
             raise UsageError(f"--hash-only needs sources.{self.name}.filters.deduplicate=true")
@@ -179,19 +204,40 @@ class SourceBuild:
         if self.settings.hash_only:
             return []
         made = [preprocess(self._preprocess_settings(inputs, revision, number)) for number in tasks]
+        self._check_stored()
         return [manifest for manifest in made if manifest is not None]
+
+    def _check_stored(self) -> None:
+        """Raise VerificationError if all shards of the source are there and none has a document. A single shard can be empty."""
+        prefixes = prefixes_of(self.recipe, self.name)
+        if not all(Path(f"{prefix}.json").exists() for prefix in prefixes):
+            return  # the task that ends last sees all of them
+        manifests = [check_shard(prefix) for prefix in prefixes]
+        if any(manifest.num_documents for manifest in manifests):
+            return
+        skipped: Counter[str] = Counter()
+        for manifest in manifests:
+            skipped.update(manifest.skipped)
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in sorted(skipped.items())) or "none"
+        raise VerificationError(
+            f"sources.{self.name} has no document in any of its {len(prefixes)} shards (skipped: {reasons}); check"
+            f" sources.{self.name}.text_key={self.source.text_key!r} and its filters, then build it with --overwrite"
+        )
 
     def _listed(self) -> SourceListing | None:
         return self._listing.of(self.name, self.source, self.where) if self._listing is not None else None
 
-    def inputs(self) -> list[str]:
-        """Return the path of every file to read, after a comparison with the stored listing."""
+    def inputs(self, tasks: Sequence[int] | None = None) -> list[str]:
+        """Return the path of every file to read, after a comparison with the stored listing.
+
+        tasks: those that will run, default all. Of copies each task reads its share to compare the hashes, and all tasks read all.
+        """
         source, name, listed = self.source, self.name, self._listed()
         revision = pinned_revision(name, source, listed)
-        if self.settings.copies is not None:
-            return self._copies(listed)
-        if source.address == INSTALLED:
+        if source.address == INSTALLED:  # fetch copies none of it
             return self._collected()
+        if self.settings.copies is not None:
+            return self._copies(listed, range(source.tasks) if tasks is None else tasks)
         root = root_of(source.address, revision)
         if is_hub(source.address) and source.sample is None and source.most_bytes is None:
             return [root + pattern for pattern in source.files]  # one request for each folder, not for each file
@@ -201,18 +247,22 @@ class SourceBuild:
         files = (listed if listed is not None and listed.files is not None else now).chosen(source) or []
         return [_exact(root + file.path) for file in files]
 
-    def _copies(self, listed: SourceListing | None) -> list[str]:
-        folder = Path(self.settings.copies or "", self.name)
+    def _copies(self, listed: SourceListing | None, tasks: Sequence[int]) -> list[str]:
+        folder, name = self.settings.copies or "", self.name
         if listed is None or (files := listed.chosen(self.source)) is None:
             raise UsageError(
                 f"--copies needs the listing that they were fetched by, {self.where}; run `ledom corpus pin RECIPE`"
             )
-        for file in files:
-            path = folder / file.path
-            if not path.is_file() or path.stat().st_size != file.num_bytes:
-                found = f"has {path.stat().st_size:,} bytes" if path.is_file() else "is missing"
-                raise UsageError(f"{path} {found}, {self.where} has {file.num_bytes:,}; run `ledom corpus fetch` again")
-        return [str(folder / file.path) for file in files]
+        for number, file in enumerate(files):
+            target = copy_path(folder, name, file.path)
+            if number % self.source.tasks in tasks:
+                problem = problem_of_copy(folder, name, file, file.blob_id)
+            else:  # another task reads it
+                is_whole = target.is_file() and target.stat().st_size == file.num_bytes
+                problem = None if is_whole else f"is missing or does not have {file.num_bytes:,} bytes"
+            if problem is not None:
+                raise UsageError(f"{target} {problem} ({self.where}); run `ledom corpus fetch` again")
+        return [str(copy_path(folder, name, file.path)) for file in files]
 
     def _collected(self) -> list[str]:
         """Write the text of the installed packages, unless the same is there, and return the paths."""
@@ -261,6 +311,12 @@ class SourceBuild:
 def output_prefix(recipe: Recipe, name: str) -> str:
     """Return the prefix of the shards of a source."""
     return str(Path(recipe.output, name))
+
+
+def prefixes_of(recipe: Recipe, name: str) -> list[str]:
+    """Return the prefix of every shard of a source."""
+    base, count = output_prefix(recipe, name), recipe.sources[name].tasks
+    return [task_prefix(base, number, count) for number in range(count)] if count > 1 else [base]
 
 
 def description(recipe: Recipe, name: str, revision: str | None) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """The data card of a corpus, in the format of the hub: sources, licences, counts, what was removed and why, hashes."""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import yaml
 
 from megatron_ledom import __version__
 from megatron_ledom.corpus.blend import built_shards
+from megatron_ledom.corpus.left_out import files_left_out
+from megatron_ledom.corpus.licences import licence_metadata
 from megatron_ledom.corpus.listing import lock_path
-from megatron_ledom.corpus.recipe import ORIGINS, Recipe, load_recipe
+from megatron_ledom.corpus.recipe import ORIGINS, Recipe, load_recipe, to_values
 from megatron_ledom.data.shards.shard import ShardManifest
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.storage.files import write_file
@@ -88,6 +91,11 @@ def read_reports(recipe: Recipe, given: Sequence[str]) -> dict[str, FilterReport
                 f"--report {text}: {report.documents_in:,} documents less the removed {sum(report.removed.values()):,} are not"
                 f" {report.documents_out:,}; make the report again"
             )
+        if report.languages and sum(report.languages.values()) != report.documents_out:
+            raise DataError(
+                f"--report {text}: its languages have {sum(report.languages.values()):,} documents, documents_out is"
+                f" {report.documents_out:,}; count those of unknown language as {UNKNOWN!r}"
+            )
         reports[name] = report
     return reports
 
@@ -97,6 +105,7 @@ def card_text(
 ) -> str:
     """Return the whole card."""
     totals = {name: _total(manifests.values()) for name, manifests in shards.items()}
+    _check_reports(totals, reports)
     parts = [
         f"---\n{_metadata(recipe, totals, reports)}---\n",
         f"# {recipe.name}\n\n{recipe.summary}\n",
@@ -107,10 +116,22 @@ def card_text(
         f"## Domains\n\n{_domains(recipe, totals)}\n",
         f"## Languages\n\n{_languages(recipe, totals, reports)}\n",
         f"## Removed documents\n\n{_removed(totals, reports)}\n",
+        f"## Files left out\n\n{_left_out(recipe, recipe_path, shards)}\n",
         f"## How it was made\n\n{_how(recipe, recipe_path, shards)}\n",
         f"## Files\n\n{_files(shards)}\n",
     ]
     return "\n".join(parts)
+
+
+def _check_reports(totals: Mapping[str, "_Total"], reports: Mapping[str, FilterReport]) -> None:
+    """Raise DataError for a report whose remaining documents are not those that the build read."""
+    for name, report in reports.items():
+        read = totals[name].documents + totals[name].skipped.total()
+        if report.documents_out != read:
+            raise DataError(
+                f"--report {name}: documents_out is {report.documents_out:,}, the build read {read:,} documents of {name}"
+                f" ({totals[name].documents:,} stored, {totals[name].skipped.total():,} skipped); give the report of these files"
+            )
 
 
 @dataclass(slots=True)
@@ -135,20 +156,16 @@ def _total(manifests: Any) -> _Total:
 
 def _metadata(recipe: Recipe, totals: Mapping[str, _Total], reports: Mapping[str, FilterReport]) -> str:
     """Return the YAML that the hub reads."""
-    licences = {source.licence for source in recipe.sources.values()}
     languages = sorted(code for code in _language_counts(recipe, totals, reports) if code != UNKNOWN)
     documents = sum(total.documents for total in totals.values())
     values: dict[str, Any] = {
         "pretty_name": recipe.name,
-        "license": next(iter(licences)).lower() if len(licences) == 1 else "other",
+        **licence_metadata(source.licence for source in recipe.sources.values()),
         **({"language": languages} if languages else {}),
         "task_categories": ["text-generation"],
         "size_categories": [next((name for limit, name in SIZES if documents < limit), "n>1T")],
         "tags": ["megatron-ledom", f"{recipe.direction}-language-model", "token-ids"],
     }
-    if len(licences) > 1:
-        values["license_name"] = "licences-of-the-sources"
-        values["license_link"] = "#sources"
     return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
@@ -235,11 +252,20 @@ def _removed(totals: Mapping[str, _Total], reports: Mapping[str, FilterReport]) 
     return markdown_table(rows, "lllr") if len(rows) > 1 else "None."
 
 
+def _left_out(recipe: Recipe, recipe_path: str, shards: Mapping[str, Mapping[str, ShardManifest]]) -> str:
+    rows = [["source", "reason", "number of files", "files"]]
+    for name in recipe.sources:
+        for reason, number, named in files_left_out(recipe, name, recipe_path, list(shards[name].values())):
+            more = "" if number is None or len(named) >= number else ", ..." if named else ""
+            rows.append([name, reason, UNKNOWN if number is None else f"{number:,}", ", ".join(named) + more])
+    return markdown_table(rows, "llrl") if len(rows) > 1 else "None."
+
+
 def _how(recipe: Recipe, recipe_path: str, shards: Mapping[str, Mapping[str, ShardManifest]]) -> str:
     first = next(manifest for manifests in shards.values() for manifest in manifests.values())
     lines = [
-        f"- megatron_ledom {__version__}: `ledom corpus build` with the recipe {Path(recipe_path).name}"
-        f" (SHA-256 {sha256_of(recipe_path)})",
+        f"- megatron_ledom {__version__}: `ledom corpus build` with the recipe {Path(recipe_path).name}; with all overrides it has the"
+        f" SHA-256 {hashlib.sha256(recipe_text(recipe).encode()).hexdigest()} (recipe.yaml of a publication)",
         f"- tokenizer {first.tokenizer_name}, SHA-256 {first.tokenizer_sha256}, {first.vocab_size:,} ids,"
         f" eod {first.eod_token!r} = {first.eod_id}",
         f"- direction {first.direction}",
@@ -248,6 +274,9 @@ def _how(recipe: Recipe, recipe_path: str, shards: Mapping[str, Mapping[str, Sha
     if lock.exists():
         lines.append(f"- files and revisions: {lock.name} (SHA-256 {sha256_of(str(lock))})")
     filters = {name: _set_filters(recipe, name) for name in recipe.sources}
+    lines += [f"- choice of {name}: {', '.join(_choices(recipe, name))}" for name in recipe.sources]
+    if recipe.shuffle_seed is not None:
+        lines.append(f"- documents of each shard shuffled with shuffle_seed={recipe.shuffle_seed}")
     lines += [f"- filters of {name}: {', '.join(found)}" for name, found in filters.items() if found]
     for name, manifests in shards.items():
         searched = [manifest.decontamination for manifest in manifests.values() if manifest.decontamination]
@@ -259,9 +288,26 @@ def _how(recipe: Recipe, recipe_path: str, shards: Mapping[str, Mapping[str, Sha
     return "\n".join(lines)
 
 
+def recipe_text(recipe: Recipe) -> str:
+    """Return the recipe with its base and all overrides as YAML: what was built, and what is published."""
+    return str(yaml.safe_dump(to_values(recipe), sort_keys=False, allow_unicode=True, width=120))
+
+
 def _set_filters(recipe: Recipe, name: str) -> list[str]:
     filters = recipe.filters_of(recipe.sources[name])
-    return [f"{key}={value}" for key in filters.__dataclass_fields__ if (value := getattr(filters, key)) is not None]
+    return [f"{key}={value}" for key in _names(filters) if (value := getattr(filters, key)) is not None]
+
+
+def _names(settings: Any) -> list[str]:
+    return [entry.name for entry in fields(settings)]
+
+
+def _choices(recipe: Recipe, name: str) -> list[str]:
+    """Return the settings by which the text of a source was chosen, other than filters."""
+    source = recipe.sources[name]
+    text = f"text_template={source.text_template!r}" if source.text_template is not None else f"text_key={source.text_key}"
+    parts = [f"files={source.files}", text]
+    return parts + [f"{key}={value}" for key in ("sample", "most_bytes") if (value := getattr(source, key)) is not None]
 
 
 def _files(shards: Mapping[str, Mapping[str, ShardManifest]]) -> str:

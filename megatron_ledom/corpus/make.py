@@ -12,7 +12,9 @@ from megatron_ledom.corpus.card import CardSettings, write_card
 from megatron_ledom.corpus.pin import PinSettings, pin
 from megatron_ledom.corpus.recipe import Recipe, load_recipe
 from megatron_ledom.data.preprocess.train_tokenizer import TrainTokenizerSettings, train_tokenizer
-from megatron_ledom.errors import UsageError
+from megatron_ledom.errors import MismatchError, UsageError
+from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
+from megatron_ledom.tokenizers.sentencepiece_bpe import SPECIALS
 
 logger = logging.getLogger(__name__)
 BLEND_NAME = "blend.yaml"
@@ -56,8 +58,19 @@ def make(settings: MakeSettings) -> Path:
 
 
 def _make_tokenizer(recipe: Recipe, settings: BuildSettings) -> None:
-    """Train the tokenizer on the sources if it does not exist and the recipe says how large it is."""
-    if Path(recipe.tokenizer).exists() or recipe.tokenizer_vocab_size is None:
+    """Train the tokenizer on the sources if it does not exist and the recipe says how large it is.
+
+    Raise MismatchError for an existing one of another size.
+    """
+    if recipe.tokenizer_vocab_size is None:
+        return
+    if Path(recipe.tokenizer).exists():
+        found = load_tokenizer(recipe.tokenizer, recipe.eod_token).vocab_size - len(SPECIALS)
+        if found != recipe.tokenizer_vocab_size:
+            raise MismatchError(
+                f"tokenizer {recipe.tokenizer} has {found:,} pieces, tokenizer_vocab_size={recipe.tokenizer_vocab_size:,}; name another"
+                " folder to train one of this size, or set tokenizer_vocab_size to null to use a tokenizer that is not trained here"
+            )
         return
     keys = {(source.text_key, source.text_template) for source in recipe.sources.values()}
     if len(keys) > 1:

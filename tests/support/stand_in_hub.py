@@ -10,7 +10,8 @@ host that large files are redirected to.
         subprocess.run([...], env=hub.environment())                         # another process
 
 It answers as the public hub does: the commit of a revision, pages of `tree`, `paths-info`, `auth-check`, and `resolve` with HEAD, GET and
-ranges. Files that match `hub.lfs` are redirected (302) to the other host with a signed address that needs no token, the others to
+ranges. With a known token it takes new repositories and commits (`hub_commits`).
+Files that match `hub.lfs` are redirected (302) to the other host with a signed address that needs no token, the others to
 `/api/resolve-cache` (307). Answers have ETag, X-Repo-Commit, X-Linked-Etag and X-Linked-Size; refusals have X-Error-Code.
 
     hub.tokens.add("hf_secret")                  # tokens that the hub knows; any other one gets 401
@@ -41,6 +42,8 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import pytest
 
+from tests.support.hub_commits import take
+
 Files = dict[str, bytes]
 SIGNATURE = "X-Amz-Signature"
 REPO = r"(?P<kind>models|datasets|spaces)/(?P<name>[^/]+/[^/]+)"
@@ -59,7 +62,7 @@ class Failure:
 
     on: str = ""
     """Kind of the request: `info` (a commit), `tree`, `paths-info`, `auth-check`, `resolve` (before the redirect), `content`
-    (the bytes of a file, from either host); empty for all."""
+    (the bytes of a file, from either host), `write`; empty for all."""
     method: str = ""
     path: str = "*"
     """Pattern of the path in the repository (of its file, for `content`)."""
@@ -306,7 +309,7 @@ class _HubHandler(_Handler):
             self.meets_failure("info" if on == "revision" else on, inside)
             if self.on and (repo := self.allowed(match["kind"], match["name"])):
                 self.api(on, repo, match, inside, {**query, **parse_qs(body.decode())})
-        else:
+        elif not self.meets_failure("write", path) and not take(self, path, body):
             self.on = "unknown"
             self.refuse(404, "", "not found")
 

@@ -1,5 +1,6 @@
 """Building the shards of a recipe: what preprocessing writes, one source or task at a time, and what is refused."""
 
+import errno
 import logging
 import os
 from pathlib import Path
@@ -14,7 +15,7 @@ from megatron_ledom.data.preprocess.pipeline import preprocess
 from megatron_ledom.data.preprocess.task import PreprocessSettings
 from megatron_ledom.data.shards.shard import check_shard
 from megatron_ledom.data.shards.verification import verify_shard
-from megatron_ledom.errors import ConfigError, DataError, MismatchError, UsageError, VerificationError
+from megatron_ledom.errors import ConfigError, DataError, MismatchError, TransientError, UsageError, VerificationError
 from megatron_ledom.storage.locks import output_folder_lock
 from tests.support.corpus_recipes import source, two_sources, write_recipe
 from tests.support.legible import legible_documents, write_jsonl
@@ -179,6 +180,38 @@ def test_a_source_that_fails_does_not_stop_the_others(tmp_path: Path, tokenizer:
     assert check_shard(str(tmp_path / "out/code")).num_documents == 10
     assert run(["corpus", "build", recipe, "--set", "sources.web.filters.on_error=skip", "--workers", "1"]) is None
     assert check_shard(str(tmp_path / "out/web")).skipped == {"text_is_not_a_string": 1}
+
+
+def test_a_source_without_any_stored_document_is_refused_by_the_task_that_ends_last(tmp_path: Path, tokenizer: str) -> None:
+    recipe = two_sources(tmp_path, tokenizer)
+    wrong = ("sources.web.text_key=body", "sources.web.filters.on_error=skip", "sources.web.tasks=2")
+    message = r"sources\.web has no document in any of its 2 shards \(skipped: 30 .*\); check sources\.web\.text_key='body'"
+    build(settings(recipe, *wrong, source=["web"], task_id=1))
+    for _ in range(2):  # and again, when nothing is left to do
+        with pytest.raises(VerificationError, match=message):
+            build(settings(recipe, *wrong, source=["web"], task_id=0))
+    with pytest.raises(VerificationError, match=rf"1 of 2 sources failed \(web\).*{message}"):
+        build(settings(recipe, *wrong))
+
+
+def test_an_error_of_the_file_system_is_one_of_its_source(
+    tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    recipe = two_sources(tmp_path, tokenizer)
+    for chosen in ([], ["web"]):
+        with pytest.raises(UsageError, match=r"output .*file/out cannot be made.*name a folder that you may write to"):
+            build(settings(recipe, f"output={tmp_path}/file/out", source=chosen))
+
+    def preprocess_or_fail(given: PreprocessSettings) -> object:
+        if given.output_prefix.endswith("web"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), "/disk/file")
+        return preprocess(given)
+
+    monkeypatch.setattr("megatron_ledom.corpus.build.preprocess", preprocess_or_fail)
+    with pytest.raises(TransientError, match=r"1 of 2 sources failed \(web\).*sources\.web: /disk/file: Input/output error"):
+        build(settings(recipe))
+    assert check_shard(str(tmp_path / "out/code")).num_documents == 10
 
 
 def test_unknown_sources_and_a_missing_tokenizer_are_refused_at_once(tmp_path: Path, tokenizer: str) -> None:

@@ -12,9 +12,14 @@ import yaml
 from megatron_ledom.cli.main import run
 from megatron_ledom.corpus.build import BuildSettings, build
 from megatron_ledom.corpus.card import CardSettings, write_card
+from megatron_ledom.corpus.left_out import files_left_out
+from megatron_ledom.corpus.listing import list_sources, lock_path, write_listing
 from megatron_ledom.corpus.publish import PublishSettings, publish
+from megatron_ledom.corpus.recipe import load_recipe
 from megatron_ledom.data.shards.shard import check_shard
 from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.storage.hashes import sha256_of
+from megatron_ledom.storage.locks import output_folder_lock
 from tests.support.corpus_recipes import two_sources
 from tests.support.legible import legible_documents, write_jsonl
 
@@ -56,6 +61,7 @@ def test_a_card_has_sources_counts_removed_documents_and_hashes(recipe: str, tmp
     card = path.read_text(encoding="utf-8")
     head = yaml.safe_load(card.split("---")[1])
     assert (head["license"], head["license_name"]) == ("other", "licences-of-the-sources")
+    assert head["license_link"] == "LICENSE.md"
     assert head["size_categories"] == ["n<1K"]
     found = tables(card)
     assert found["Counts"]["web"][:3] == ["general", "30", "210"]
@@ -81,6 +87,11 @@ def test_a_card_takes_the_report_of_filters_that_ran_before(recipe: str, tmp_pat
     ("change", "message"),
     [
         ({"documents_out": 41}, r"50 documents less the removed 10 are not 41"),
+        (
+            {"documents_in": 910, "documents_out": 900, "languages": {}},
+            r"documents_out is 900, the build read 40 documents of web",
+        ),
+        ({"languages": {"en": 30}}, r"its languages have 30 documents, documents_out is 40"),
         ({"removed": [3]}, r"expected JSON with documents_in, documents_out, removed"),
     ],
 )
@@ -114,11 +125,59 @@ def test_a_published_folder_has_usable_shards_card_and_recipe(recipe: str, tmp_p
     run(["corpus", "publish", recipe, "--to", str(place), "--yes"])
     assert {path.name for path in place.iterdir()} == {
         *(f"{name}{ending}" for name in ("web", "code") for ending in (".bin", ".idx", ".json")),
-        *("README.md", "recipe.yaml"),
+        *("README.md", "LICENSE.md", "recipe.yaml"),
     }
+    assert "- **code** " in (place / "LICENSE.md").read_text(encoding="utf-8")
     assert check_shard(str(place / "web")) == check_shard(str(tmp_path / "out/web"))
-    assert (place / "recipe.yaml").read_bytes() == Path(recipe).read_bytes()
+    assert load_recipe(str(place / "recipe.yaml")) == load_recipe(recipe)
     with pytest.raises(UsageError, match="exists already; name a new folder"):
         publish(PublishSettings(recipe=recipe, to=str(place), yes=True))
     with pytest.raises(UsageError, match="is not a dataset of the hub"):
         publish(PublishSettings(recipe=recipe, to="hf://datasets/only-a-name", yes=True))
+
+
+def test_the_published_recipe_is_the_one_that_was_built(recipe: str, tmp_path: Path) -> None:
+    place, child = tmp_path / "published", tmp_path / "child.yaml"
+    child.write_text("base: recipe.yaml\nsummary: A corpus with a base.\n", encoding="utf-8")
+    changes = ["shuffle_seed=7", "sources.web.text_key=text", f"output={tmp_path}/other"]
+    build(BuildSettings(recipe=str(child), overrides=changes, workers=1))
+    publish(PublishSettings(recipe=str(child), overrides=changes, to=str(place), yes=True))
+    found = load_recipe(str(place / "recipe.yaml"))
+    assert found == load_recipe(str(child), changes)
+    assert (found.summary, found.shuffle_seed) == ("A corpus with a base.", 7)
+    card = (place / "README.md").read_text(encoding="utf-8")
+    assert f"SHA-256 {sha256_of(place / 'recipe.yaml')}" in card
+    assert "shuffle_seed=7" in card
+
+
+def test_a_damaged_shard_or_one_that_is_being_written_is_not_published(recipe: str, tmp_path: Path) -> None:
+    place, shard = tmp_path / "published", tmp_path / "out/code.idx"
+    with output_folder_lock(tmp_path / "out"), pytest.raises(UsageError, match=r"out is being written by process"):
+        publish(PublishSettings(recipe=recipe, to=str(place), yes=True))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DataError):
+        publish(PublishSettings(recipe=recipe, to=str(place), yes=True))
+    (tmp_path / "out/web.bin").write_bytes(bytes((tmp_path / "out/web.bin").stat().st_size))
+    with pytest.raises(DataError, match=r"web\.bin has the SHA-256 \w{64}, its manifest has \w{64}: the shard is damaged"):
+        publish(PublishSettings(recipe=recipe, to=str(place), yes=True))
+    assert not place.exists()
+
+
+def test_a_card_names_choices_filters_and_the_files_that_were_left_out(tmp_path: Path, tokenizer: str) -> None:
+    recipe = two_sources(tmp_path, tokenizer, filters={"min_tokens": 2})
+    (tmp_path / "web/notes.xyz").write_text("not read", encoding="utf-8")
+    changes = ["sources.web.sample=0.34", "sources.web.files=['.']"]
+    build(BuildSettings(recipe=recipe, overrides=changes, workers=1))
+    card = write_card(CardSettings(recipe=recipe, overrides=changes)).read_text(encoding="utf-8")
+    assert "- filters of web: min_tokens=2\n" in card
+    assert "__pydantic" not in card
+    assert "- choice of web: files=['.'], text_key=text, sample=0.34" in card
+    read = [Path(file.path).name for file in check_shard(str(tmp_path / "out/web")).input_files]
+    others = sorted({"0.jsonl", "1.jsonl", "2.jsonl"} - set(read))
+    assert f"| web | not chosen by sample=0.34 | 2 | {', '.join(others)} |" in card
+    assert f"| web | unknown ending | 1 | {tmp_path}/web/**/*.xyz |" in card
+    loaded = load_recipe(recipe, changes)
+    write_listing(list_sources(loaded, list(loaded.sources), {}), lock_path(recipe), "--write-listing")
+    assert files_left_out(loaded, "web", recipe, [])[0] == ("not chosen by sample=0.34", 2, others)

@@ -8,6 +8,7 @@ import yaml
 
 from megatron_ledom.cli.main import run
 from megatron_ledom.data.shards.shard import check_shard
+from megatron_ledom.errors import MismatchError
 from tests.support.paths import ROOT
 from tests.support.source_texts import FILES
 from tests.support.stand_in_hub import stand_in_hub
@@ -34,6 +35,8 @@ def test_one_command_makes_a_blend_that_trains(tmp_path: Path, monkeypatch: pyte
         commit = hub.commit("datasets/org/web", {"a.jsonl": "\n".join(lines).encode()})
         options = [word for change in changes for word in ("--set", change)]
         run(["corpus", "make", "small.yaml", *options, "--workers", "1", "--seq-length", "32", "--global-batch-size", "8"])
+        with pytest.raises(MismatchError, match=r"small_tokenizer has 500 pieces, tokenizer_vocab_size=600; name another"):
+            run(["corpus", "make", "small.yaml", *options, "--set", "tokenizer_vocab_size=600"])
     assert check_shard("corpus/small/web").source["revision"] == commit
     Path("run.yaml").write_text(
         "base: corpus/small/blend.yaml\nrun_dir: run\n"

@@ -464,17 +464,18 @@ def test_the_corpus_script_submits_an_array_for_each_source_and_builds_its_task(
     tokenizer = str(legible_tokenizer(tmp_path / "tokenizer"))
     recipe = two_sources(tmp_path, tokenizer)
     text = Path(recipe).read_text(encoding="utf-8")
-    Path(recipe).write_text(text.replace("    tokens: 120\n", "    tokens: 120\n    tasks: 3\n"), encoding="utf-8")
+    Path(recipe).write_text(text.replace("    tokens: 120\n", "    tokens: 120\n    tasks: 2\n"), encoding="utf-8")
     (cluster.folder / "sbatch").write_text('#!/bin/bash\necho "$SOURCE" "$@" >> "$RECORD/submitted"\n')
-    done = cluster.submit("corpus.sbatch", "--set", "direction=forward", RECIPE=recipe)
+    options = ("--set", "direction=forward", "--set", "sources.web.tasks=3", "--overwrite")
+    done = cluster.submit("corpus.sbatch", *options, RECIPE=recipe)
     assert done.returncode == 0, done.stderr
-    script = "examples/slurm/corpus.sbatch --set direction=forward"
+    script = f"examples/slurm/corpus.sbatch {' '.join(options)}"
     assert cluster.recorded("submitted").splitlines() == [
         f"web --job-name=ledom-corpus-web --array=0-2 {script}",
         f"code --job-name=ledom-corpus-code --array=0-0 {script}",
     ]
     task = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "1", "SLURM_ARRAY_TASK_ID": "2", "SOURCE": "web", "RECIPE": recipe}
-    done = cluster.submit("corpus.sbatch", "--set", "direction=forward", **task)
+    done = cluster.submit("corpus.sbatch", *options, **task)
     assert done.returncode == 0, done.stderr
     assert check_shard(str(tmp_path / "out/web-00002-of-00003")).direction == "forward"
     assert cluster.submit("corpus.sbatch", RECIPE="missing.yaml").returncode == 2
