@@ -67,7 +67,9 @@ def export_hf(
         write_config(part, CONFIG + PART_SUFFIX, hf_config)
     log.info("exported %s to %s as %s", checkpoint, save, hf_config.architectures[0])
     if manifest.iteration < config.train.train_iters:
-        log.warning("the run is not complete: %s is iteration %d of %d", checkpoint, manifest.iteration, config.train.train_iters)
+        log.warning(
+            "the run is not complete: %s is iteration %d of %d", checkpoint, manifest.iteration, config.train.train_iters
+        )
     return check
 
 
