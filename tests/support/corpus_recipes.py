@@ -1,15 +1,22 @@
 """Recipes of a corpus for tests: legible documents in a folder, and the YAML that names them."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tests.support.legible import legible_documents, write_jsonl
+from tests.support.paths import ROOT
+
+TUTORIAL = ROOT / "docs/tutorials/corpus_recipe.md"
 
 TUTORIAL_COMMANDS = {
     "ledom corpus plan examples/corpus/small.yaml": "tests/unit/corpus/test_small_recipe.py",
     "ledom corpus make examples/corpus/small.yaml": "tests/unit/corpus/test_small_recipe.py",
+    "ledom train --config run_small.yaml": "tests/unit/corpus/test_small_recipe.py",
+    "ledom corpus plan mine.yaml": "tests/unit/corpus/test_tutorial.py",
+    "ledom corpus make mine.yaml": "tests/unit/corpus/test_tutorial.py",
     "ledom corpus pin examples/corpus/ledom_435b.yaml": "tests/unit/corpus/test_hub.py",
     "ledom corpus plan examples/corpus/ledom_435b.yaml --listing examples/corpus/ledom_435b.listing.json": "tests/unit/corpus/test_plan.py",
     "bash examples/slurm/corpus.sbatch": "tests/unit/examples/test_slurm_scripts.py",
@@ -18,6 +25,13 @@ TUTORIAL_COMMANDS = {
     "ledom corpus publish examples/corpus/small.yaml --to published/small --yes": "tests/unit/corpus/test_card.py",
 }
 """Command of docs/tutorials/corpus_recipe.md -> the test that runs the same or a similar command."""
+
+
+def tutorial_file(first_line: str) -> str:
+    """Return the file that a text block of the tutorial shows, by its first line."""
+    blocks = re.findall(r"```text\n(.*?)```", TUTORIAL.read_text(encoding="utf-8"), re.DOTALL)
+    [found] = [block for block in blocks if block.startswith(f"{first_line}\n")]
+    return str(found)
 
 
 def source(address: str, files: list[str], **keys: Any) -> dict[str, Any]:

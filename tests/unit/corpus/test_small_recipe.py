@@ -7,8 +7,10 @@ import pytest
 import yaml
 
 from megatron_ledom.cli.main import run
+from megatron_ledom.config.load import load_config
 from megatron_ledom.data.shards.shard import check_shard
 from megatron_ledom.errors import MismatchError
+from tests.support.corpus_recipes import tutorial_file
 from tests.support.paths import ROOT
 from tests.support.source_texts import FILES
 from tests.support.stand_in_hub import stand_in_hub
@@ -38,21 +40,19 @@ def test_one_command_makes_a_blend_that_trains(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(MismatchError, match=r"small_tokenizer has 500 pieces, tokenizer_vocab_size=600; name another"):
             run(["corpus", "make", "small.yaml", *options, "--set", "tokenizer_vocab_size=600"])
     assert check_shard("corpus/small/web").source["revision"] == commit
-    Path("run.yaml").write_text(
-        "base: corpus/small/blend.yaml\nrun_dir: run\n"
-        "model: {num_layers: 2, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 4, params_dtype: fp32}\n"
-        "optimizer: {lr: 3e-3, lr_warmup_iters: 2}\n"
-        "train: {micro_batch_size: 8, num_threads: 1}\nlogging: {log_interval: 1, tensorboard: false}\n",
-        encoding="utf-8",
-    )
+    Path("run_small.yaml").write_text(tutorial_file("base: corpus/small/blend.yaml"), encoding="utf-8")
+    load_config("run_small.yaml")
     blend = yaml.safe_load(Path("corpus/small/blend.yaml").read_text(encoding="utf-8"))
     assert blend["train"]["train_iters"] == 60_000 // (32 * 8)
     absolute = [[weight, str(tmp_path / prefix)] for weight, prefix in blend["data"]["train_blend"]]
     records = run_on_ranks(
-        tmp_path / "run.yaml",
+        tmp_path / "run_small.yaml",
         tmp_path / "run",
         *(
             "train.train_iters=12",
+            "data.seq_length=32",
+            "optimizer.lr_warmup_iters=2",
+            "logging.log_interval=1",
             f"data.train_blend={json.dumps(absolute)}",
             f"data.tokenizer={tmp_path}/corpus/small_tokenizer",
         ),
