@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,7 @@ def test_a_card_names_choices_filters_and_the_files_that_were_left_out(tmp_path:
     read = [Path(file.path).name for file in check_shard(str(tmp_path / "out/web")).input_files]
     others = sorted({"0.jsonl", "1.jsonl", "2.jsonl"} - set(read))
     assert f"| web | not chosen by sample=0.34 | 2 | {', '.join(others)} |" in card
-    assert f"| web | unknown ending | 1 | {tmp_path}/web/**/*.xyz |" in card
+    assert re.search(r"\| web \| unknown ending \| 1 \| \S*/web/\S*\.xyz \|", card)
     loaded = load_recipe(recipe, changes)
     write_listing(list_sources(loaded, list(loaded.sources), {}), lock_path(recipe), "--write-listing")
     assert files_left_out(loaded, "web", recipe, [])[0] == ("not chosen by sample=0.34", 2, others)
