@@ -12,10 +12,10 @@ import yaml
 
 from megatron_ledom import __version__
 from megatron_ledom.corpus.blend import built_shards
-from megatron_ledom.corpus.left_out import files_left_out
 from megatron_ledom.corpus.licences import licence_metadata
 from megatron_ledom.corpus.listing import lock_path
 from megatron_ledom.corpus.recipe import ORIGINS, Recipe, load_recipe, to_values
+from megatron_ledom.corpus.skipped_files import files_skipped
 from megatron_ledom.data.shards.shard import ShardManifest
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.storage.files import write_file
@@ -116,7 +116,7 @@ def card_text(
         f"## Domains\n\n{_domains(recipe, totals)}\n",
         f"## Languages\n\n{_languages(recipe, totals, reports)}\n",
         f"## Removed documents\n\n{_removed(totals, reports)}\n",
-        f"## Files left out\n\n{_left_out(recipe, recipe_path, shards)}\n",
+        f"## Skipped files\n\n{_skipped_files(recipe, recipe_path, shards)}\n",
         f"## How it was made\n\n{_how(recipe, recipe_path, shards)}\n",
         f"## Files\n\n{_files(shards)}\n",
     ]
@@ -252,10 +252,10 @@ def _removed(totals: Mapping[str, _Total], reports: Mapping[str, FilterReport]) 
     return markdown_table(rows, "lllr") if len(rows) > 1 else "None."
 
 
-def _left_out(recipe: Recipe, recipe_path: str, shards: Mapping[str, Mapping[str, ShardManifest]]) -> str:
+def _skipped_files(recipe: Recipe, recipe_path: str, shards: Mapping[str, Mapping[str, ShardManifest]]) -> str:
     rows = [["source", "reason", "number of files", "files"]]
     for name in recipe.sources:
-        for reason, number, named in files_left_out(recipe, name, recipe_path, list(shards[name].values())):
+        for reason, number, named in files_skipped(recipe, name, recipe_path, list(shards[name].values())):
             more = "" if number is None or len(named) >= number else ", ..." if named else ""
             rows.append([name, reason, UNKNOWN if number is None else f"{number:,}", ", ".join(named) + more])
     return markdown_table(rows, "llrl") if len(rows) > 1 else "None."

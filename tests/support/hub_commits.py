@@ -1,4 +1,4 @@
-"""The writing half of the stand-in hub: new repositories, the check of a card, and commits of small files."""
+"""The writing half of the hub for tests: new repositories, the check of a card, and commits of small files."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""Publication in a hub, with the real client against a stand-in on loopback that keeps its repositories."""
+"""Publication in a hub, with the real client against a replacement on loopback that keeps its repositories."""
 
 import io
 import sys

@@ -12,16 +12,16 @@ from megatron_ledom.data.shards.shard import ShardManifest
 
 MOST_NAMES = 10
 """Names of files that are given for one reason; the listing beside the recipe has all."""
-LeftOut = tuple[str, int | None, list[str]]
+Skipped = tuple[str, int | None, list[str]]
 """Reason, number of files (None: unknown), names of the first ones."""
 
 
-def files_left_out(recipe: Recipe, name: str, recipe_path: str, manifests: Sequence[ShardManifest]) -> list[LeftOut]:
-    """Return the files of a source that were left out, by reason."""
+def files_skipped(recipe: Recipe, name: str, recipe_path: str, manifests: Sequence[ShardManifest]) -> list[Skipped]:
+    """Return the files of a source that were skipped, by reason."""
     return [*_not_chosen(recipe, name, recipe_path), *_skipped(recipe, name, manifests)]
 
 
-def _not_chosen(recipe: Recipe, name: str, recipe_path: str) -> list[LeftOut]:
+def _not_chosen(recipe: Recipe, name: str, recipe_path: str) -> list[Skipped]:
     source = recipe.sources[name]
     set_keys = [f"{key}={value}" for key in ("sample", "most_bytes") if (value := getattr(source, key)) is not None]
     if not set_keys:
@@ -47,7 +47,7 @@ def _listing(recipe: Recipe, name: str, recipe_path: str) -> SourceListing | Non
     return list_source(name, source, None)
 
 
-def _skipped(recipe: Recipe, name: str, manifests: Sequence[ShardManifest]) -> list[LeftOut]:
+def _skipped(recipe: Recipe, name: str, manifests: Sequence[ShardManifest]) -> list[Skipped]:
     """Return the inputs that are not read: by the manifests (each task names all), and by a listing of the disk now.
 
     A build from a listing gives preprocessing the files to read only, so that its manifests name none of the others.
@@ -61,7 +61,7 @@ def _skipped(recipe: Recipe, name: str, manifests: Sequence[ShardManifest]) -> l
         root = root_of(source.address, None)
         for skipped in find_inputs([root + pattern for pattern in source.files])[1]:
             numbers[skipped.reason, skipped.path] = skipped.num_files
-    found: list[LeftOut] = []
+    found: list[Skipped] = []
     for reason in sorted({reason for reason, _ in numbers}):
         paths = sorted(path for other, path in numbers if other == reason)
         found.append((reason, sum(numbers[reason, path] for path in paths), paths[:MOST_NAMES]))
