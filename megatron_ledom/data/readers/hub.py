@@ -10,11 +10,10 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote
 
+from megatron_ledom.data.readers.answers import check_range, completed
 from megatron_ledom.data.readers.byte_ranges import InputPath
 from megatron_ledom.data.readers.remote import (
     OFFLINE,
-    BrokenOffError,
-    UnusableAnswerError,
     changed,
     described,
     is_refusal,
@@ -28,7 +27,6 @@ PREFIXES = {"dataset": "datasets/", "space": "spaces/", "model": ""}
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 EXAMPLE = "hf://datasets/ORG/NAME@REVISION/PATH"
-CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 TIMEOUT_SECONDS = 30
 """Longest silence of the hub."""
 MOST_NAMED = 8
@@ -42,14 +40,17 @@ class Commits:
         self._found: dict[tuple[str, str, str], str] = {}
 
     def pinned(self, pattern: str) -> str:
-        """Return an address or glob with the commit in place of its revision. An address in a bucket stays: it has none.
+        """Return an address or glob with the commit in place of its revision.
 
-        Raises UsageError for a repository or revision that is missing or may not be read.
+        Raises UsageError for a bucket, and for a repository or revision that is missing or may not be read.
         """
+        if pattern.removeprefix("hf://").split("/")[0] == "buckets":
+            raise UsageError(
+                f"input {pattern} is in a bucket, which has no commits, so no manifest could name what was read; give a dataset"
+                f" ({EXAMPLE}), or download the files"
+            )
         explain = _explainer(pattern)
         place = repeated(lambda: remote_file_system(pattern).resolve_path(pattern), pattern, explain=explain)
-        if not hasattr(place, "revision"):
-            return pattern
         key = (place.repo_type, place.repo_id, place.revision)
         name = f"hf://{PREFIXES.get(place.repo_type, f'{place.repo_type}s/')}{place.repo_id}"
         if key not in self._found:
@@ -160,21 +161,10 @@ def open_file(source: InputPath) -> Any:
                     answer.read()
                 hf_raise_for_status(answer)
                 _check_version(source, answer)
-                _check_range(answer, start, end, source.num_bytes)
+                check_range(answer.status_code, answer.headers, start, end, source.num_bytes)
                 return _content(answer, end - start)
 
     return CheckedFile(remote_file_system(source.path), source.path, cache_type="none", size=source.num_bytes)
-
-
-def _check_range(answer: Any, start: int, end: int, size: int) -> None:
-    """Raise UnusableAnswerError if an answer is not bytes [start, end) of the file."""
-    found = CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
-    is_whole = answer.status_code == 200 and (start, end) == (0, size)
-    if not is_whole and not (answer.status_code == 206 and found is not None and int(found[1]) == start):
-        raise UnusableAnswerError(
-            f"asked for bytes {start:,} to {end:,}, the server sent status {answer.status_code} with"
-            f" {answer.headers.get('Content-Range', 'no Content-Range')}"
-        )
 
 
 def _content(answer: Any, num_bytes: int) -> bytes:
@@ -184,12 +174,8 @@ def _content(answer: Any, num_bytes: int) -> bytes:
         for block in answer.iter_bytes():
             content += block
     except Exception as error:
-        raise BrokenOffError(
-            f"the connection broke after {len(content):,} of {num_bytes:,} bytes: {error}", bytes(content)
-        ) from error
-    if len(content) < num_bytes:
-        raise BrokenOffError(f"the answer has {len(content):,} of {num_bytes:,} bytes", bytes(content))
-    return bytes(content[:num_bytes])
+        return completed(content, num_bytes, error)
+    return completed(content, num_bytes)
 
 
 def _check_version(source: InputPath, answer: Any) -> None:

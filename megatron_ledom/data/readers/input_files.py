@@ -286,7 +286,7 @@ def _known(entries: dict[str, Entry], folder: str, search: InputSearch) -> dict[
     """Return the entries with a known ending, and count the others."""
     for name in entries:
         if kind_of(name) is None and not name.endswith("/"):
-            search.others[folder, os.path.splitext(name)[1]] += 1
+            search.others[folder, os.path.splitext(re.split("[?#]", name)[0])[1]] += 1  # a link may have a signed query
     return {name: entry for name, entry in entries.items() if kind_of(name)}
 
 

@@ -8,9 +8,11 @@ message contains credentials, see `without_secrets`.
 
 import errno
 import logging
+import os
 import re
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from megatron_ledom.data.readers.byte_ranges import InputPath
@@ -35,14 +37,24 @@ OFFLINE = "OfflineModeIsEnabled"
 """Name of the error of huggingface_hub in offline mode."""
 LASTING_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, NotImplementedError)
 LASTING = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM)
-VERSIONS = ("ETag", "etag", "Content-MD5", "Digest", "xet_hash", "mtime", "LastModified", "Last-Modified")
+OTHER_DATES = ("last_modified", "last_write_time", "updated", "created")
+VERSIONS = ("ETag", "etag", "Content-MD5", "Digest", "mtime", "LastModified", "Last-Modified", *OTHER_DATES)
 """Keys of an entry of fsspec that change with the content, the best first."""
-USER = re.compile(r"(\w+://)[^/?#\s@'\"]*@")
-QUERY = re.compile(r"(\w+://[^\s?'\"<>]+)\?[^\s'\"<>)\]]*")
+USER = re.compile(r"(\w+)://([^/?#\s'\"]*)@")
+QUERY = re.compile(r"(https?://[^\s?#'\"<>]+|\w+://[^\s?'\"<>]+(?=\?[^\s'\"<>]*=))[?#][^\s'\"<>]*")
+"""A query of a web server; in other addresses `?` without `=` is a glob."""
 TOKEN = re.compile(r"\b(hf_|api_org_|Bearer\s+|Basic\s+)[\w.~+/=-]+")
 LIMIT = re.compile(r"\br=0\s*;\s*t=(\d+)")
 """The header RateLimit of a used-up limit, with the seconds until the next request."""
-SECRET_NAMES = re.compile(r"(?i)[?&][^=&]*(sig|token|key|cred|passw|secret|auth|policy|expires)[^=&]*=")
+SECRET_WORDS = r"sig|token|key|cred|passw|secret|auth|policy|expires|cookie"
+SECRET_NAMES = re.compile(rf"(?i)[?&#;][^=&]*({SECRET_WORDS})[^=&]*=")
+HARMLESS = {"branch", "dl", "download", "file", "filename", "format", "name", "path", "raw", "ref", "revision", "version"}
+"""Names of the parts of a query that say which file is meant."""
+ANY_USER = ("http", "https", "s3", "ftp")
+"""Protocols of which a user without a password is a token or an access key."""
+SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN")
+SHORTEST_SECRET = 6
+"""Characters of a secret that is found by its value; a shorter one would hide parts of words."""
 Result = TypeVar("Result")
 
 
@@ -81,21 +93,51 @@ def remote_file_system(path: str) -> Any:
             hub_logging.disable_propagation()  # it prints its warnings itself
         return fsspec.filesystem(protocol_of(path))
     except (ImportError, ValueError) as error:
-        raise UsageError(f"input {path}: {error}; for s3:// install s3fs (pip install 'megatron-ledom[s3]')") from error
+        raise UsageError(
+            f"input {without_secrets(path)}: {error}; for s3:// install s3fs (pip install 'megatron-ledom[s3]')"
+        ) from error
 
 
 def without_secrets(text: object) -> str:
-    """Return a text without the tokens, passwords and queries of the addresses in it."""
-    return TOKEN.sub(r"\1***", QUERY.sub(r"\1?***", USER.sub(r"\1***@", str(text))))
+    """Return a text without the tokens, passwords and queries of the addresses in it, and without those that this process sends."""
+    found = str(text)
+    for secret in sorted(_sent_secrets(), key=len, reverse=True):
+        found = found.replace(secret, "***")
+    return TOKEN.sub(r"\1***", QUERY.sub(r"\1?***", USER.sub(r"\1://***@", found)))
+
+
+def _sent_secrets() -> set[str]:
+    """Return the credentials that the clients of this process know. A server may repeat them in an answer."""
+    sent = {os.environ.get(name, "") for name in SECRET_VARIABLES}
+    if (hub := sys.modules.get("huggingface_hub")) is not None:
+        sent.add(hub.get_token() or "")
+    if (config := sys.modules.get("fsspec.config")) is not None:
+        sent.update(_secret_values(config.conf))
+    return {secret for secret in sent if len(secret) >= SHORTEST_SECRET}
+
+
+def _secret_values(settings: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _secret_values(value)
+        elif isinstance(value, str) and re.search(SECRET_WORDS, name, re.IGNORECASE):
+            yield value.removeprefix("Bearer ").removeprefix("Basic ").strip()
 
 
 def check_no_secrets(pattern: str) -> None:
-    """Raise UsageError for an address with a password or a signed query: it would be in manifests and logs."""
-    address = protocol_of(pattern) in ("http", "https", "s3", "ftp", "gs", "gcs", "az", "abfs")
-    if address and (USER.search(pattern) or SECRET_NAMES.search(pattern)):
+    """Raise UsageError for an address with a password or a query that may be signed: it would be in manifests and logs."""
+    users = any(name in ANY_USER or ":" in user for name, user in USER.findall(pattern))
+    if users or SECRET_NAMES.search(pattern):
         raise UsageError(
             f"input {without_secrets(pattern)} contains credentials, and the manifest records each address; give the address without"
             " them, and the credentials in ~/.config/fsspec or an environment variable (FSSPEC_HTTPS for https://, AWS_* for s3://)"
+        )
+    queries = re.findall(r"https?://[^?#]*[?#](.*)", pattern)
+    names = {part.split("=")[0].lower() for query in queries for part in re.split("[?#&;]", query)}
+    if not names <= HARMLESS:
+        raise UsageError(
+            f"input {without_secrets(pattern)} has a query that may contain credentials, and the manifest records each address; give"
+            f" an address without one, or download the file (permitted in a query: {', '.join(sorted(HARMLESS))})"
         )
 
 
@@ -108,6 +150,9 @@ def version_of(entry: Mapping[str, Any]) -> str:
 
 def described(error: BaseException) -> str:
     """Return what went wrong in one line, without secrets."""
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and cause is not None and status_of(cause) is not None:
+        error = cause  # fsspec's HTTP client only names the address
     status = status_of(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = without_secrets(": ".join(dict.fromkeys(lines[:1] + lines[-1:])) or type(error).__name__)
@@ -175,7 +220,7 @@ def repeated(
     error for the user if the failure lasts; None passes it on.
     Raises TransientError after the last try.
     """
-    started = time.monotonic()
+    started, path = time.monotonic(), without_secrets(path)
     waits = WAITS_SECONDS if waits is None else waits
     for number, wait in enumerate([*waits, None], 1):
         try:
@@ -207,14 +252,14 @@ def check_same(source: InputPath, entry: Mapping[str, Any]) -> None:
     size, version = entry.get("size"), version_of(entry)
     if size is not None and size != source.num_bytes:
         raise changed(source, f"has {size:,} bytes, it had {source.num_bytes:,} when this run began")
-    if version and source.version and version != source.version:
+    if version and source.version and version.removeprefix("W/") != source.version.removeprefix("W/"):
         raise changed(source, f"has another version ({version}) than when this run began ({source.version})")
 
 
 def changed(source: InputPath, found: str) -> DataError:
     """Return the error for a file that was replaced, because the corpus would mix its old and its new content."""
     return DataError(
-        f"{source.path} {found}: another program changes it; wait until it is complete, then start over with --overwrite"
+        f"{without_secrets(source.path)} {found}: another program changes it; wait until it is complete, then start over with --overwrite"
     )
 
 
@@ -228,6 +273,6 @@ def check_hash(source: InputPath, num_bytes: int, sha256: str) -> None:
     is_named = protocol_of(source.path) == "hf" and len(source.version) == len(sha256)
     if is_named and num_bytes == source.num_bytes and source.version != sha256:
         raise DataError(
-            f"{source.path} arrived with the SHA-256 {sha256}, the hub names {source.version}: the transfer damaged it, or a proxy"
+            f"{without_secrets(source.path)} arrived with the SHA-256 {sha256}, the hub names {source.version}: the transfer damaged it, or a proxy"
             " stored an old copy; run the same command again, or download the file and check it"
         )

@@ -16,6 +16,7 @@ from megatron_ledom.data.readers.remote import (
     remote_file_system,
     repeated,
     version_of,
+    without_secrets,
 )
 from megatron_ledom.errors import LedomError, UsageError
 
@@ -57,16 +58,9 @@ class RemoteListing:
                 return system.find(pattern, detail=True), True
             return {str(system._strip_protocol(pattern)): system.info(pattern)}, False
 
-        def _explain(
-            error: BaseException,
-        ) -> LedomError:  # each object store raises errors of its own: no credentials, no route
-            if isinstance(error, LedomError):
-                return error
-            return UsageError(f"input {pattern} cannot be listed ({described(error)}); check the address and the credentials")
-
         try:
             waits = WAITS_SECONDS[:CLIENT_TRIES] if protocol_of(pattern) == "hf" else None
-            return repeated(lambda: _unless_missing(_attempt), pattern, waits=waits, explain=_explain)
+            return repeated(lambda: _unless_missing(_attempt), pattern, waits=waits, explain=_explainer(pattern))
         except _MissingError:
             return {}, False
 
@@ -74,26 +68,38 @@ class RemoteListing:
         """Return the input file of an entry, with what the store calls its version. Raises UsageError if its size is unknown."""
         system = remote_file_system(pattern)
         path = str(system.unstrip_protocol(name))
+        check_no_secrets(path)  # a page of links may have signed ones
         if entry.get("size") is None or not version_of(entry):
-            entry = {**entry, **repeated(lambda: system.info(path), path, explain=lambda error: None)}
+            entry = {**entry, **repeated(lambda: system.info(path), path, explain=_explainer(path))}
         if entry.get("size") is None:
-            raise UsageError(f"input {path} has no size, and work is divided by file size; download it first")
+            raise UsageError(f"input {without_secrets(path)} has no size, and work is divided by file size; download it first")
         source = InputPath(path, int(entry["size"]), version_of(entry))
         if not source.version and not self._is_warned:
             self._is_warned = True
             logger.warning(
                 "%s: its server names neither a hash nor a date, so only a change of its size would be noticed; there may be more"
                 " such files",
-                path,
+                without_secrets(path),
             )
         return source
 
     def check_access(self, source: InputPath) -> None:
-        """Read a byte of the first file of each repository of the hub, before any work begins."""
+        """Read a byte of the first file that has one of each repository of the hub, before any work begins."""
         repo = source.path.split("@")[0]
-        if protocol_of(source.path) == "hf" and repo not in self._checked:
+        if protocol_of(source.path) == "hf" and source.num_bytes and repo not in self._checked:
             self._checked.add(repo)
             check_readable(source)
+
+
+def _explainer(pattern: str) -> Callable[[BaseException], LedomError]:
+    """Return the function that changes an error into one for the user: each store raises errors of its own."""
+    return lambda error: (
+        error
+        if isinstance(error, LedomError)
+        else UsageError(
+            f"input {without_secrets(pattern)} cannot be listed ({described(error)}); check the address and the credentials"
+        )
+    )
 
 
 class _MissingError(LedomError):
@@ -105,5 +111,5 @@ def _unless_missing(attempt: Callable[[], Found]) -> Found:
         return attempt()
     except FileNotFoundError as error:
         if is_missing(error):
-            raise _MissingError("") from error
+            raise _MissingError("") from None
         raise

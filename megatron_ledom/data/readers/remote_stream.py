@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
-from megatron_ledom.data.readers import hub
+from megatron_ledom.data.readers import hub, web_files
 from megatron_ledom.data.readers.byte_ranges import InputPath
 from megatron_ledom.data.readers.remote import (
     MOST_REFUSALS,
@@ -20,10 +20,26 @@ from megatron_ledom.data.readers.remote import (
     remote_file_system,
     repeated,
     status_of,
+    without_secrets,
 )
 from megatron_ledom.errors import DataError, LedomError
 
 REMOTE_READ_BYTES = 8 << 20  # one request to an object store
+CLIENTS = {
+    "adlfs",
+    "aiohttp",
+    "azure",
+    "botocore",
+    "fsspec",
+    "gcsfs",
+    "google",
+    "httpx",
+    "httpx2",
+    "huggingface_hub",
+    "paramiko",
+    "s3fs",
+}
+"""Packages whose errors are failures of a store."""
 
 
 class RemoteFile(io.RawIOBase):
@@ -68,7 +84,7 @@ class RemoteFile(io.RawIOBase):
             if not 0 <= inside < len(self._block):
                 ahead = max(wanted - len(gathered), min(self._read_bytes, self._end - self._position))
                 attempt = functools.partial(self._attempt, ahead)
-                self._block = repeated(attempt, self.source.path, refusals=MOST_REFUSALS, explain=self._explained)
+                self._block = repeated(attempt, self.source.path, refusals=MOST_REFUSALS, explain=self.explained)
                 self._block_start, inside = self._position, 0
             block = self._block[inside : inside + wanted - len(gathered)]
             self._position += len(block)
@@ -93,14 +109,13 @@ class RemoteFile(io.RawIOBase):
             self._drop()
             raise
 
-    def _explained(self, error: BaseException) -> LedomError | None:
+    def explained(self, error: BaseException) -> LedomError | None:
+        """Return the error for the user for one that lasts; None if it is not of a store."""
         if isinstance(error, LedomError):
             return error
-        with suppress(OSError):
-            system = remote_file_system(self.source.path)
-            system.invalidate_cache()
-            check_same(self.source, system.info(self.source.path))  # a server may only say that this version is gone
-        path, why = self.source.path, described(error)
+        if (replaced := _replaced(self.source)) is not None:  # a server may only say that this version is gone
+            return replaced
+        path, why = without_secrets(self.source.path), described(error)
         if is_refusal(error):
             return DataError(
                 f"{path} cannot be read: the server refuses the credentials ({why}); renew them, then run the same command again:"
@@ -122,28 +137,43 @@ class RemoteFile(io.RawIOBase):
         super().close()
 
 
+def _replaced(source: InputPath) -> LedomError | None:
+    """Return the error for a file that has changed; None if it has not, or if its store does not answer."""
+    try:
+        check_now(source)
+    except LedomError as error:
+        return error
+    except Exception:
+        return None
+    return None
+
+
+def check_now(source: InputPath) -> None:
+    """Ask the store, not the listing that the client keeps, and raise DataError if the file has changed."""
+    system = remote_file_system(source.path)
+    system.invalidate_cache()
+    check_same(source, system.info(source.path))
+
+
 def _is_of_io(error: BaseException) -> bool:
-    return isinstance(error, OSError) or status_of(error) is not None or "HTTP" in str(error)
+    modules = {base.__module__.split(".")[0] for base in type(error).__mro__}
+    return isinstance(error, OSError) or status_of(error) is not None or bool(modules & CLIENTS)
 
 
 def open_checked(source: InputPath) -> Any:
     """Open a remote file with its library, after a check of its size and version. Each read is one request."""
     if protocol_of(source.path) == "hf":
         return hub.open_file(source)
+    if is_http(source):
+        return web_files.open_file(source)
     system = remote_file_system(source.path)
     check_same(source, system.info(source.path))
-    known = (
-        {"size": source.num_bytes} if is_http(source) else {}
-    )  # without it the client asks for it again; s3fs checks the ETag
-    return system.open(source.path, "rb", cache_type="none", **known)
+    return system.open(source.path, "rb", cache_type="none")
 
 
 def opened_remote(source: InputPath, read_bytes: int, end: int) -> Iterator[RemoteFile]:
-    """Yield a remote file, once, and check at the end that it has not changed if no request did. See `RemoteFile`."""
+    """Yield a remote file, once, and check at the end that it has not changed. See `RemoteFile`."""
     with RemoteFile(source, min(read_bytes, REMOTE_READ_BYTES), end, open_checked) as remote:
         yield remote
-    if is_http(source):  # s3fs sends If-Match, and the hub's answers are checked one by one
-        system = remote_file_system(source.path)
-        repeated(
-            lambda: check_same(source, system.info(source.path)), source.path, refusals=MOST_REFUSALS, explain=lambda _: None
-        )
+    if protocol_of(source.path) != "hf":  # the hub's answers are checked one by one, and a commit does not change
+        repeated(lambda: check_now(source), source.path, refusals=MOST_REFUSALS, explain=remote.explained)

@@ -227,6 +227,39 @@ def test_a_whole_file_in_place_of_a_range_is_not_taken_for_the_range(hub: StandI
     assert hub.failures[0].met == 1
 
 
+def test_a_short_page_in_place_of_the_whole_file_is_not_taken_for_its_start(hub: StandInHub) -> None:
+    (source,) = expand_inputs([f"hf://{SET}/a.jsonl"])
+    hub.failures = [Failure(on="content", ignore_range=True, wrong=True, short=540)]
+    assert list(read_texts([source])) == TEXTS
+    assert hub.failures[0].met == 1
+
+
+def test_a_gated_set_is_noticed_even_if_its_first_file_is_empty(hub: StandInHub) -> None:
+    hub.commit("datasets/org/gated", {"a.jsonl": b"", "b.jsonl": LINES})
+    hub.repo("datasets/org/gated").gated_for = {"hf_owner"}
+    with pytest.raises(UsageError, match="datasets/org/gated is gated"):
+        expand_inputs(["hf://datasets/org/gated"])
+
+
+def test_a_bucket_is_refused_before_any_request(hub: StandInHub) -> None:
+    with pytest.raises(UsageError, match=r"buckets/org/name/a.jsonl is in a bucket, which has no commits.*give a dataset"):
+        expand_inputs(["hf://buckets/org/name/a.jsonl"])
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("on", ["info", "tree"])
+def test_a_token_of_another_form_is_hidden_by_its_value(on: str, hub: StandInHub, caplog: pytest.LogCaptureFixture) -> None:
+    token = "plain-secret-value"
+    hub.tokens.add(token)
+    hub.failures = [
+        Failure(on=on, status=503, message=f"busy for {token}"),
+        Failure(on=on, status=400, message=f"not for {token}", times=None),
+    ]
+    with hub.used_here(token), pytest.raises(UsageError, match=r"not for \*\*\*") as caught:
+        expand_inputs([f"hf://{SET}"])
+    assert token not in str(caught.value) + caplog.text
+
+
 def test_a_token_that_expires_is_read_again(hub: StandInHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.tokens |= {"hf_before", "hf_after"}
     hub.repo(SET).readers = hub.tokens

@@ -99,6 +99,7 @@ def test_an_object_that_was_replaced_by_one_of_equal_size_is_refused(tmp_path: P
         bucket.pipe("corpus/replaced/a.jsonl", content.replace(b"1", b"2"))
         with pytest.raises(DataError, match=r"another version .* than when this run began"):
             stream.read(5000)
+        break  # else the check at the end finds it, too
     with pytest.raises(DataError, match=r"another version .* than when this run began"):
         list(read_texts([source]))
     with pytest.raises(UsageError, match=r"a.jsonl has changed since \(same size, written again\)"):
