@@ -18,6 +18,16 @@ if TYPE_CHECKING:
 KINDS = (QUESTION, ANSWER, CHOICE)
 """Kinds of the texts of an item, by their place in it; all further ones are choices."""
 
+LAYOUTS = {
+    **{name: (np.dtype("<i4"), 1) for name in ("sets", "part_texts", "num_words", "starts")},
+    **{name: (np.dtype("<i8"), 1) for name in ("numbers", "firsts", "offsets")},
+    "bytes": (np.dtype(np.uint8), 1),
+    "places": (np.dtype("<i4"), 2),
+}
+"""Type and dimensions of arrays; the C++ index checks those that only it reads."""
+MOST_WORDS_PER_BYTE = 2
+"""A text has fewer words than this times its bytes, also one of characters that fold to several words."""
+
 
 class ItemIndex:
     """Parts (searched texts of items) and their n-grams.
@@ -117,16 +127,50 @@ def index_version() -> int:
     return int(NgramIndex.version)
 
 
-def is_consistent(index: ItemIndex) -> bool:
-    """Return True if the arrays of an index fit together, so that no look-up leaves them."""
-    items, places, starts = index.items, index.places, index.starts
-    firsts, offsets = items.arrays["firsts"], items.arrays["offsets"]
-    borders: list[tuple[npt.NDArray[Any], int]] = [(firsts, len(offsets) - 1), (offsets, len(items.arrays["bytes"]))]
-    borders.append((starts, len(places)))
-    are_borders = all(
-        len(border) > 0 and border[0] == 0 and border[-1] == last and bool((np.diff(border) >= 0).all())
-        for border, last in borders
-    )
-    are_counts = len(starts) == index.num_ngrams + 1 and len(index.num_words) == len(index.part_texts)
-    are_parts = places[:, 0].min(initial=0) >= 0 and places[:, 0].max(initial=-1) < len(index.num_words)
-    return are_borders and are_counts and bool(are_parts)
+def check_arrays(items: ItemTable, arrays: Arrays, num_ngrams: int, length: int) -> None:
+    """Raise ValueError or LookupError if arrays of a file do not fit together, so that a look-up would leave them.
+
+    num_ngrams: different ones. length: words of an n-gram.
+    """
+    for name, (dtype, dimensions) in LAYOUTS.items():
+        array = items.arrays[name] if name in items.arrays else arrays[name]
+        if array.dtype != dtype or array.ndim != dimensions or (dimensions == 2 and array.shape[1] != 2):
+            raise ValueError(f"{name} has the type {array.dtype} and the shape {array.shape}")
+    _check_items(items)
+    part_texts, num_words, places = arrays["part_texts"], arrays["num_words"], arrays["places"]
+    _check_borders("starts", arrays["starts"], len(places))
+    _check(len(arrays["starts"]) == num_ngrams + 1, "there are more or fewer n-grams than their places")
+    _check(len(num_words) == len(part_texts), "not each part has its number of words")
+    _check_numbers("part_texts", part_texts, len(items.arrays["offsets"]) - 1)
+    _check(bool((np.diff(part_texts) > 0).all()), "the parts are not in order")
+    longest = MOST_WORDS_PER_BYTE * items.lengths()[part_texts]
+    _check(bool(((num_words >= 0) & (num_words <= longest)).all()), "a part has more words than its text")
+    parts, words = places[:, 0], places[:, 1].astype(np.int64)
+    _check_numbers("the parts of n-grams", parts, len(part_texts))
+    of_part = num_words[parts].astype(np.int64)
+    are_inside = (words >= 0) & (of_part > 0) & (words + np.minimum(of_part, length) <= of_part)
+    _check(bool(are_inside.all()), "an n-gram is not inside its part")
+
+
+def _check_items(items: ItemTable) -> None:
+    arrays = items.arrays
+    _check_borders("firsts", arrays["firsts"], len(arrays["offsets"]) - 1)
+    _check_borders("offsets", arrays["offsets"], len(arrays["bytes"]))
+    _check(bool((np.diff(arrays["firsts"]) >= QUESTION_AND_ANSWER).all()), "an item has no question and answer")
+    _check(len(arrays["sets"]) == len(arrays["numbers"]) == len(items), "not each item has its set and number")
+    _check(all(isinstance(name, str) for name in items.sets), "a set has no name")
+    _check_numbers("sets", arrays["sets"], len(items.sets))
+
+
+def _check_borders(name: str, borders: npt.NDArray[Any], last: int) -> None:
+    is_good = len(borders) > 0 and borders[0] == 0 and borders[-1] == last and bool((borders[:-1] <= borders[1:]).all())
+    _check(is_good, f"{name} does not rise from 0 to {last}")
+
+
+def _check_numbers(name: str, numbers: npt.NDArray[Any], end: int) -> None:
+    _check(numbers.min(initial=0) >= 0 and numbers.max(initial=-1) < end, f"{name} are not from 0 to below {end}")
+
+
+def _check(is_good: bool, problem: str) -> None:
+    if not is_good:
+        raise ValueError(problem)

@@ -2,15 +2,18 @@
 
 File: PREFIX, the header as JSON, and the arrays of the items and of the index, each at a multiple of 64 bytes, little-endian. The name is
 the key, a hash of all that determines the content, so a file of other items or settings is never used. The whole file is compared with its
-checksum when it is opened. A damaged file is built again.
+checksum when it is opened, and its numbers with their ranges. A damaged file is built again.
 """
 
+import errno
 import json
 import logging
 import os
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,16 +24,16 @@ from megatron_ledom.contamination import normalization
 from megatron_ledom.contamination.item_index import (
     ItemIndex,
     build_index,
+    check_arrays,
     fold_pool,
     index_version,
-    is_consistent,
     ngram_index,
 )
 from megatron_ledom.contamination.item_table import Arrays, ItemTable
 from megatron_ledom.contamination.items import EvaluationItem
 from megatron_ledom.contamination.search import Decontamination
 from megatron_ledom.contamination.settings import SearchSettings
-from megatron_ledom.errors import UsageError, cannot_write
+from megatron_ledom.errors import LedomError, TransientError, UsageError, cannot_write, may_pass
 from megatron_ledom.storage.files import new_file
 from megatron_ledom.storage.hashes import sha256_of
 from megatron_ledom.storage.locks import Lock, hold
@@ -44,15 +47,26 @@ ALIGNMENT = 64
 ITEM_ARRAYS = ("sets", "numbers", "firsts", "offsets", "bytes")
 PATIENCE_SECONDS = 600.0
 """Time to wait for another process that builds the same index."""
+LASTING = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS)
+"""Errors of a wrong name of the folder, which a new start would meet again."""
 
 
 def request_of_index(settings: SearchSettings) -> dict[str, Any]:
     """Return all that determines an index apart from the items."""
     return {
         "format": [FORMAT, index_version()],
-        "normalization": [normalization.normalization_version(), sha256_of(normalization.__file__)],
+        "normalization": normalization.normalization_version(),
+        "code": _code(),
         **{name: getattr(settings, name) for name in ("match", "ngram", "min_words", "ignore_numbers")},
     }
+
+
+def _code() -> dict[str, str]:
+    """Return the hash of each file of code that makes an index: this package, and the compiled C++ index."""
+    from megatron_ledom import _helpers
+
+    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(str(_helpers.__file__))]
+    return {file.name: sha256_of(file) for file in files}
 
 
 def stored_decontamination(
@@ -60,7 +74,7 @@ def stored_decontamination(
 ) -> Decontamination:
     """Return a search whose index is mapped from FOLDER/KEY.items, which is built first if it is missing or damaged.
 
-    One process builds while others wait. Raises UsageError if the folder cannot be written.
+    One process builds while others wait. Raises UsageError if the folder cannot be written, and TransientError after PATIENCE_SECONDS.
     """
     path = os.path.join(folder, f"{key[:32]}.items")
     found = open_index(path, key, settings)
@@ -69,11 +83,11 @@ def stored_decontamination(
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        raise UsageError(
+        raise _kind(error)(
             f"--index-folder {folder} cannot be made ({error.strerror}); name a folder that you may write to"
         ) from error
-    advice = "wait until it ends, stop it, or name another --index-folder"
-    with hold(Lock(f"{path}.lock"), f"the index {path}", advice, patience_seconds=PATIENCE_SECONDS):
+    with ExitStack() as held:
+        _wait_for_builder(held, path)
         found = open_index(path, key, settings)  # another process may have built it meanwhile
         if found is None:
             started = time.monotonic()
@@ -87,6 +101,18 @@ def stored_decontamination(
                 raise UsageError(f"the index {path} is not as it was written; check the disk, or name another --index-folder")
             logger.info("%s: index of %s items built in %.1f s", path, f"{len(found.items):,}", time.monotonic() - started)
     return found
+
+
+def _wait_for_builder(held: ExitStack, path: str) -> None:
+    """Hold the lock of an index. Raises TransientError if another process keeps it, because a new start finds its index."""
+    advice = "start again when it has ended, stop it, or name another --index-folder"
+    lock = hold(Lock(f"{path}.lock"), f"the index {path}", advice, patience_seconds=PATIENCE_SECONDS)
+    try:
+        held.enter_context(lock)
+    except UsageError as error:
+        if isinstance(error.__cause__, OSError):  # the file of the lock cannot be made
+            raise
+        raise TransientError(str(error)) from error
 
 
 def write_index(path: str, key: str, decontamination: Decontamination) -> None:
@@ -120,30 +146,33 @@ def write_index(path: str, key: str, decontamination: Decontamination) -> None:
 
 
 def open_index(path: str, key: str, settings: SearchSettings) -> Decontamination | None:
-    """Return the search with the stored index; None if there is none. Warns of a damaged one, and returns None too."""
+    """Return the search with the stored index; None if there is none. Warns of a damaged one, and returns None too.
+
+    Raises TransientError or UsageError if it cannot be read.
+    """
     try:
-        size = os.stat(path).st_size
+        found = _opened(path, os.stat(path).st_size, key, settings)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise UsageError(
+        raise _kind(error)(
             f"the index {path} cannot be read ({error.strerror}); make it readable, or name another --index-folder"
         ) from error
-    try:
-        found = _opened(path, size, key, settings)
-    except PermissionError as error:
-        raise UsageError(
-            f"the index {path} cannot be read ({error.strerror}); make it readable, or name another --index-folder"
-        ) from error
-    except (ValueError, KeyError, TypeError, struct.error) as error:
+    except LedomError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, struct.error) as error:
         logger.warning("the index %s is damaged (%s) and will be built again", path, error)
         return None
     logger.info("%s: stored index of %s items", path, f"{len(found.items):,}")
     return found
 
 
+def _kind(error: OSError) -> type[LedomError]:
+    return TransientError if may_pass(error) and error.errno not in LASTING else UsageError
+
+
 def _opened(path: str, size: int, key: str, settings: SearchSettings) -> Decontamination:
-    """Return the search with the stored index. Raises ValueError, KeyError, TypeError or struct.error if the file is damaged."""
+    """Return the search with the stored index. Raises OSError, and what `open_index` catches if the file is damaged."""
     _check(size > PREFIX.size, f"it has {size} bytes")
     content = np.asarray(np.memmap(path, np.uint8, "r"))
     magic, header_bytes, expected_size, checksum = PREFIX.unpack(content[: PREFIX.size].tobytes())
@@ -155,11 +184,12 @@ def _opened(path: str, size: int, key: str, settings: SearchSettings) -> Deconta
     _check(header["key"] == key, "it has another key")
     arrays = {name: _array(content[body:], *place) for name, place in header["arrays"].items()}
     items = ItemTable(header["sets"], {name: arrays.pop(name) for name in ITEM_ARRAYS})
-    ngrams = ngram_index(settings, arrays["table"], header["pool"])
+    table = arrays["table"]
+    _check(table.dtype == "<u4" and table.shape == (normalization.TABLE_SIZE,), f"table has the shape {table.shape}")
+    ngrams = ngram_index(settings, table, header["pool"])
     ngrams.use(arrays["slots"], arrays["bits"], header["lengths"])
-    index = ItemIndex(items, arrays, ngrams)
-    _check(is_consistent(index), "its arrays do not fit together")
-    return Decontamination(settings, items, index, header["items_sha256"])
+    check_arrays(items, arrays, int(ngrams.num_ngrams), settings.ngram)
+    return Decontamination(settings, items, ItemIndex(items, arrays, ngrams), str(header["items_sha256"]))
 
 
 def _check(is_good: bool, problem: str) -> None:

@@ -14,7 +14,9 @@ from megatron_ledom.contamination.search import Decontamination
 from megatron_ledom.contamination.settings import SearchSettings
 from megatron_ledom.contamination.stored_index import request_of_index, stored_decontamination
 from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.evaluation.tasks import benchmarks, loading
+from megatron_ledom.evaluation.code import execution
+from megatron_ledom.evaluation.tasks import benchmarks, loading, prompts
+from megatron_ledom.evaluation.tasks import task as task_types
 from megatron_ledom.evaluation.tasks.benchmarks import TASKS
 from megatron_ledom.evaluation.tasks.loading import ENDINGS, parse_row, read_rows
 from megatron_ledom.evaluation.tasks.task import Item, Row, Task
@@ -23,6 +25,8 @@ from megatron_ledom.storage.hashes import sha256_of
 logger = logging.getLogger(__name__)
 BY_FILE = {task.file: task for task in TASKS}
 """Name of the file of a set, without ending -> the set."""
+PARSERS = (benchmarks, loading, prompts, task_types, execution)
+"""Modules that make items of files, besides this one."""
 
 
 def read_known_items(paths: Sequence[str]) -> list[EvaluationItem]:
@@ -42,7 +46,7 @@ def known_decontamination(settings: SearchSettings, paths: Sequence[str], index_
         return Decontamination(settings, read_known_items(paths))
     files = files_of_items(paths)
     content = [(file.name, sha256_of(file)) for file in files]
-    code = [sha256_of(str(module.__file__)) for module in (benchmarks, loading, sys.modules[__name__])]
+    code = [sha256_of(str(module.__file__)) for module in (*PARSERS, sys.modules[__name__])]
     request = [__version__, code, request_of_index(settings), content]
 
     def read_unchanged() -> list[EvaluationItem]:

@@ -1,7 +1,6 @@
 """The record of a search for evaluation items in the manifest of a shard that was made of several."""
 
 import logging
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ logger = logging.getLogger(__name__)
 def joined_decontamination(prefixes: Sequence[str], manifests: Sequence[ShardManifest]) -> dict[str, Any]:
     """Return the settings and numbers of documents of shards that were searched in the same way; else these for each way, as `parts`.
 
+    Shards have their prefixes as given, so that those of two folders differ.
     Warns in the second case: a part of the documents may have evaluation items. The touched items do not add up, because two shards may
     have the same item; PREFIX.contamination of each has them.
     """
@@ -27,7 +27,7 @@ def joined_decontamination(prefixes: Sequence[str], manifests: Sequence[ShardMan
                 continue
             same["shards"] += found["shards"]
             same["num_documents"] += found["num_documents"]
-            same["documents"] = {name: count + found["documents"][name] for name, count in same["documents"].items()}
+            same["documents"] = _sums(same["documents"], found["documents"])
     if len(parts) > 1:
         ways = "; ".join(
             f"{', '.join(part['shards'])} ({part['num_documents']:,} documents): {_described(part)}" for part in parts
@@ -44,9 +44,13 @@ def _parts_of(prefix: str, manifest: ShardManifest) -> list[dict[str, Any]]:
     found = manifest.decontamination
     if "parts" in found:
         return [{**part, "shards": [*part["shards"]]} for part in found["parts"]]
-    name = printable(os.path.basename(prefix))
     searched = {"settings": found.get("settings", {}), "documents": found.get("documents", {})}
-    return [{"shards": [name], "num_documents": manifest.num_documents, **searched}]
+    return [{"shards": [printable(prefix)], "num_documents": manifest.num_documents, **searched}]
+
+
+def _sums(some: dict[str, int], others: dict[str, int]) -> dict[str, int]:
+    """Return the sums of counts by name. Shards of different versions may have different names."""
+    return {name: some.get(name, 0) + others.get(name, 0) for name in {**some, **others}}
 
 
 def _described(part: dict[str, Any]) -> str:

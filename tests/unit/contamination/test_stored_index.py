@@ -1,23 +1,30 @@
-"""An index in a folder: the same results as a new one, built once, never that of other items, and never a damaged one."""
+"""An index in a folder: the same results as a new one, built once, never that of other items, code, or a damaged one."""
 
+import errno
 import importlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
+import xxhash
 
 from megatron_ledom.contamination.item_table import ItemTable
 from megatron_ledom.contamination.items import EvaluationItem
 from megatron_ledom.contamination.report import ContaminationCounts, report_of
 from megatron_ledom.contamination.search import Decontamination, Searcher
 from megatron_ledom.contamination.settings import Match, SearchSettings
-from megatron_ledom.contamination.stored_index import open_index
-from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.contamination.stored_index import PREFIX, open_index
+from megatron_ledom.errors import DataError, LedomError, TransientError, UsageError
 from megatron_ledom.evaluation.known_items import known_decontamination
 from tests.support.evaluation_sets import write_sets
 from tests.support.paths import ROOT
@@ -141,6 +148,189 @@ def test_any_flipped_byte_and_any_cut_is_noticed_and_the_index_built_again(
     assert list(again.items) == list(good.items)
     file.write_bytes(content)
     assert open_index(str(file), f"{key[:-1]}x", SearchSettings()) is None
+
+
+def edited(content: bytes, edit: Callable[[dict[str, Any], dict[str, npt.NDArray[Any]]], None]) -> bytes:
+    """Return the file of an index after an edit of its header and arrays (in place), with a correct checksum."""
+    magic, header_bytes, _, _ = PREFIX.unpack(content[: PREFIX.size])
+    header = json.loads(content[PREFIX.size : PREFIX.size + header_bytes])
+    body = bytearray(content[PREFIX.size + header_bytes :])
+    arrays = {
+        name: np.frombuffer(body, dtype, int(np.prod(shape)), start).reshape(shape)
+        for name, (dtype, shape, start) in header["arrays"].items()
+    }
+    edit(header, arrays)
+    written = json.dumps(header).encode()
+    written += b" " * (-(PREFIX.size + len(written)) % 64)
+    digest = xxhash.xxh3_64_intdigest(written + body)
+    return PREFIX.pack(magic, len(written), PREFIX.size + len(written) + len(body), digest) + written + body
+
+
+WRONG_NUMBERS: dict[str, list[tuple[Any, int]]] = {
+    "part_texts": [(0, -1), (-1, 10**6), (0, 7)],
+    "num_words": [(0, -5), (0, 0), (0, 2**31 - 1)],
+    "places": [((0, 1), -5), ((0, 1), 2**31 - 1), ((0, 1), 60), ((0, 0), -1), ((0, 0), 10**6)],
+    "starts": [(0, 1), (1, 2**31 - 1), (-1, 0)],
+    "firsts": [(0, 1), (1, 1), (1, -(2**62)), (-1, 10**6)],
+    "offsets": [(1, -1), (1, 2**62), (-1, 0)],
+    "sets": [(0, -1), (0, 1)],
+    "slots": [((0, 1), 10**6)],
+    "table": [(0x1000, 2**32 - 1)],
+}
+WRONG_HEADERS: list[Callable[[dict[str, Any]], Any]] = [
+    lambda header: header.update(sets=[3]),
+    lambda header: header.update(sets=None),
+    lambda header: header.update(pool=3),
+    lambda header: header.update(lengths=[9]),
+    lambda header: header.update(lengths=[-1]),
+    lambda header: header["arrays"].pop("places"),
+    lambda header: header["arrays"].update(places=["<i4", [4], 0]),
+    lambda header: header["arrays"].update(table=["<u4", [8], 0]),
+    lambda header: header["arrays"].update(numbers=["<i8", [1], 0]),
+    lambda header: header["arrays"].update(bytes=["O", [1], 0]),
+    lambda header: header["arrays"].update(bytes=7),
+    lambda header: header.update(arrays=[]),
+]
+
+
+def test_numbers_out_of_range_are_noticed_also_with_a_correct_checksum(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, folder = own_items(tmp_path, 6), tmp_path / "index"
+    known_decontamination(SearchSettings(), [path], str(folder))
+    (file,) = folder.iterdir()
+    key, content = open_key(path), file.read_bytes()
+    file.write_bytes(edited(content, lambda header, arrays: None))
+    assert open_index(str(file), key, SearchSettings()) is not None
+
+    def is_refused(edit: Callable[[dict[str, Any], dict[str, npt.NDArray[Any]]], None]) -> bool:
+        caplog.clear()
+        file.write_bytes(edited(content, edit))
+        return open_index(str(file), key, SearchSettings()) is None and len(caplog.records) == 1
+
+    for name, changes in WRONG_NUMBERS.items():
+        for place, value in changes:
+
+            def put(header: Any, arrays: Any, name: str = name, place: Any = place, value: int = value) -> None:
+                arrays[name][place] = value
+
+            assert is_refused(put), (name, place, value)
+    for number, change in enumerate(WRONG_HEADERS):
+        assert is_refused(lambda header, arrays, change=change: change(header)), number  # type: ignore[misc]
+    caplog.clear()
+    known_decontamination(SearchSettings(), [path], str(folder))
+    assert file.read_bytes() == content
+
+
+def test_texts_of_many_words_and_of_none_are_in_range(tmp_path: Path) -> None:
+    path, folder = tmp_path / "own.jsonl", str(tmp_path / "index")
+    words = "1a" * 40, "\ufdfa" * 20, "\u00bd" * 20, "\u3042" * 20, "\U0001f600" * 20, "\u33c2" * 20, "x"
+    rows = [{"question": text, "answer": "!?" * number} for number, text in enumerate(words)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    known_decontamination(SearchSettings(), [str(path)], folder)
+    assert open_index(str(next((tmp_path / "index").iterdir())), open_key(str(path)), SearchSettings()) is not None
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.EIO, TransientError), (errno.ESTALE, TransientError), (errno.EACCES, UsageError)]
+)
+def test_an_index_that_cannot_be_read_is_named_with_the_kind_of_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[LedomError]
+) -> None:
+    path, folder = own_items(tmp_path, 6), tmp_path / "index"
+    known_decontamination(SearchSettings(), [path], str(folder))
+
+    def failing(name: str, *_: object) -> None:
+        raise OSError(number, os.strerror(number), name)
+
+    monkeypatch.setattr(np, "memmap", failing)
+    with pytest.raises(kind, match=r"the index .*\.items cannot be read") as raised:
+        known_decontamination(SearchSettings(), [path], str(folder))
+    assert type(raised.value) is kind
+
+
+def test_an_index_that_goes_while_it_is_opened_is_built_and_a_folder_in_its_place_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, folder = own_items(tmp_path, 6), tmp_path / "index"
+    known_decontamination(SearchSettings(), [path], str(folder))
+    (file,) = folder.iterdir()
+    memmap = np.memmap
+
+    def late(name: str, *arguments: Any) -> Any:
+        monkeypatch.setattr(np, "memmap", memmap)
+        os.unlink(name)
+        return memmap(name, *arguments)
+
+    monkeypatch.setattr(np, "memmap", late)
+    assert len(known_decontamination(SearchSettings(), [path], str(folder)).items) == 6
+    assert file.is_file()
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(UsageError, match="cannot be read"):
+        known_decontamination(SearchSettings(), [path], str(folder))
+
+
+HOLD = """
+import sys
+from megatron_ledom.storage.locks import Lock, hold
+with hold(Lock(sys.argv[1]), "index", ""):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_job_that_waits_too_long_for_another_builder_may_start_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, folder = own_items(tmp_path, 6), tmp_path / "index"
+    known_decontamination(SearchSettings(), [path], str(folder))
+    (file,) = folder.iterdir()
+    file.unlink()
+    monkeypatch.setattr("megatron_ledom.contamination.stored_index.PATIENCE_SECONDS", 0.2)
+    command = [sys.executable, "-c", HOLD, f"{file}.lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as builder:
+        assert builder.stdout is not None
+        assert builder.stdout.readline() == "held\n"
+        with pytest.raises(TransientError, match=rf"is being written by process {builder.pid} .*start again") as raised:
+            known_decontamination(SearchSettings(), [path], str(folder))
+        builder.communicate()
+    assert raised.value.exit_code == 3
+    Path(f"{file}.lock").mkdir()
+    with pytest.raises(UsageError, match="name a path that you may write to"):
+        known_decontamination(SearchSettings(), [path], str(folder))
+
+
+KEYS = """
+import sys
+from pathlib import Path
+from megatron_ledom import _helpers
+from megatron_ledom.contamination.settings import SearchSettings
+from megatron_ledom.evaluation import known_items
+known_items.stored_decontamination = lambda folder, key, settings, read: key
+def key(): return known_items.known_decontamination(SearchSettings(), [sys.argv[1]], "unused")
+package = Path(known_items.__file__).parents[1]
+keys = {key()}
+for name in [Path(_helpers.__file__).name, *sys.argv[2:]]:
+    with open(package / name, "ab") as file:
+        file.write(b"#")
+    assert key() not in keys, name
+    keys.add(key())
+"""
+CODE = (
+    *(
+        f"contamination/{name}.py"
+        for name in ("item_index", "item_table", "items", "normalization", "settings", "stored_index")
+    ),
+    *(f"evaluation/tasks/{name}.py" for name in ("benchmarks", "loading", "prompts", "task")),
+    *("evaluation/known_items.py", "evaluation/code/execution.py"),
+)
+
+
+def test_an_edit_of_any_code_that_makes_an_index_gives_another_key(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "megatron_ledom", tmp_path / "megatron_ledom", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", KEYS, own_items(tmp_path), *CODE]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def open_key(path: str) -> str:

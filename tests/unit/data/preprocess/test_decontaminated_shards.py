@@ -137,10 +137,11 @@ def test_merged_shards_of_different_searches_list_them_with_a_warning(
     assert merged("same", "dropped", "again")["documents"]["contaminated"] == 4
     assert not caplog.text.count("same way")
     parts = merged("mixed", "plain", "dropped", "again")["parts"]
-    assert [(part["shards"], part["num_documents"]) for part in parts] == [(["plain"], 9), (["dropped", "again"], 14)]
+    plain, *searched = (f"{tmp_path}/out/{name}" for name in ("plain", "dropped", "again"))
+    assert [(part["shards"], part["num_documents"]) for part in parts] == [([plain], 9), (searched, 14)]
     assert parts[0]["settings"] == parts[0]["documents"] == {}
     assert parts[1]["documents"] == {"searched": 18, "contaminated": 4, "pieces_of_cut_documents": 0}
-    assert "plain (9 documents): not searched; dropped, again (14 documents): 1 items of hash" in caplog.text
+    assert f"{plain} (9 documents): not searched; {', '.join(searched)} (14 documents): 1 items of hash" in caplog.text
     parts = merged("all", "mixed", "other", "plain")["parts"]
     hashes = [part["settings"].get("items_sha256") for part in parts]
     assert hashes == [
@@ -149,6 +150,31 @@ def test_merged_shards_of_different_searches_list_them_with_a_warning(
         Decontamination(SearchSettings(), other).items_sha256,
     ]
     assert [part["num_documents"] for part in parts] == [18, 14, 8]
+
+
+def test_merged_shards_of_equal_names_keep_their_folders_as_given(
+    tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(tmp_path / "a.jsonl", PAGES)
+    monkeypatch.chdir(tmp_path)
+    for folder, items in (("one", []), ("two", [ITEM])):
+        preprocess(settings(tmp_path, tokenizer, "a", items=items, output_prefix=f"{folder}/train"))
+    merge_shards(MergeSettings(input=["one/train", "two/train"], output_prefix="merged"))
+    assert [part["shards"] for part in load_manifest("merged").decontamination["parts"]] == [["one/train"], ["two/train"]]
+
+
+def test_shards_with_different_counters_are_merged_with_the_sums_of_each(tmp_path: Path, tokenizer: str) -> None:
+    write_jsonl(tmp_path / "a.jsonl", PAGES)
+    for name in ("new", "old"):
+        preprocess(settings(tmp_path, tokenizer, name))
+    manifest = json.loads(Path(f"{tmp_path}/out/old.json").read_text())
+    manifest["decontamination"]["documents"] = {"searched": 9, "another": 1}
+    Path(f"{tmp_path}/out/old.json").write_text(json.dumps(manifest))
+    inputs = [f"{tmp_path}/out/new", f"{tmp_path}/out/old"]
+    for number, order in enumerate((inputs, inputs[::-1])):
+        merged = merge_shards(MergeSettings(input=order, output_prefix=f"{tmp_path}/merged-{number}"))
+        expected = {"searched": 18, "contaminated": 2, "pieces_of_cut_documents": 0, "another": 1}
+        assert merged.decontamination["documents"] == expected
 
 
 def test_the_command_takes_a_folder_or_lines_of_items(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
