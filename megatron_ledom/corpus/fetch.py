@@ -22,7 +22,7 @@ from megatron_ledom.corpus.copies import (
     withdraw_record,
     write_record,
 )
-from megatron_ledom.corpus.listing import ListedFile
+from megatron_ledom.corpus.listing import CHANGED_AT, ListedFile
 from megatron_ledom.corpus.recipe import load_recipe
 from megatron_ledom.data.readers.byte_ranges import InputPath
 from megatron_ledom.data.readers.remote import is_remote
@@ -89,6 +89,13 @@ class _Work:
     def version(self) -> str:
         return version_of(self.file, lambda: str(os.stat(self.source).st_mtime_ns))
 
+    def _change_time(self) -> str:
+        """Return the time of the last change of a file of the disk. Raises DataError for a file that was changed after it was listed."""
+        found = str(os.stat(self.source).st_mtime_ns)
+        if self.file.blob_id is not None and self.file.blob_id != f"{CHANGED_AT}{found}":
+            raise DataError(f"{self.source} was changed after it was listed; list it again with `ledom corpus pin RECIPE`")
+        return found
+
     def is_there(self) -> bool:
         """Return True for a finished copy of this version, after a comparison of its bytes with their hash."""
         return problem_of_copy(self.folder, self.name, self.file, self.version()) is None
@@ -96,7 +103,7 @@ class _Work:
     def copy(self) -> ListedFile:
         """Copy the file, compare its hash with the listing, and write its record."""
         file, version, target = self.file, self.version(), copy_path(self.folder, self.name, self.file.path)
-        source = InputPath(self.source, file.num_bytes, (file.blob_id or "") if is_remote(self.source) else version)
+        source = InputPath(self.source, file.num_bytes, (file.blob_id or "") if is_remote(self.source) else self._change_time())
         hashes = Hashes(file.num_bytes)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -54,7 +54,7 @@ class SourceListing:
     asked: str | None = None
     """`revision` of the recipe, a branch or tag, that was looked up."""
     most_bytes: int | None = None
-    """That of the recipe for the text of the installed packages, whose files it shortens; None elsewhere."""
+    """Limit of the text of installed packages, whose files it shortens; None for other sources."""
 
     def is_at(self, revision: str | None) -> bool:
         """Return True if a recipe that asks for this revision means the listed commit."""

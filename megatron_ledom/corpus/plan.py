@@ -165,7 +165,7 @@ def _ratio(one: int | None, other: int | None) -> float:
 
 
 def _address(source: Source, path: str) -> str:
-    """Return the address of a file; on a disk it is the path behind all links."""
+    """Return the address of a file; on a disk it is the path with all links resolved."""
     whole = root_of(source.address, None) + path
     return whole if source.address == INSTALLED or is_remote(whole) else os.path.realpath(whole)
 
@@ -229,7 +229,7 @@ def describe(plan: CorpusPlan) -> str:
 
 
 def _disk_lines(plan: CorpusPlan, at_least: str) -> list[str]:
-    """Return the lines about the disk: the shards, and what is needed besides while they are made."""
+    """Return the lines about the disk: the shards, and the space that is also needed while they are made."""
     disk, largest = plan.disk_bytes
     assumed = "" if _size_is_known(plan.recipe) else ", assumed for a vocabulary that is unknown here"
     lines = [

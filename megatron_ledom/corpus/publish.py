@@ -48,7 +48,7 @@ class PublishSettings:
 
 @dataclass(frozen=True, slots=True)
 class PublishedFile:
-    """A file to publish: a path, or a text that is made now. sha256: what the bytes must have; None if nothing says so."""
+    """A file to publish: a path, or a text that is made now. sha256: the hash that the bytes must have; None if it is not recorded."""
 
     path: Path | None = None
     text: str = ""

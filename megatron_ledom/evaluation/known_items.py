@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 BY_FILE = {task.file: task for task in TASKS}
 """Name of the file of a set, without ending -> the set."""
 PARSERS = (benchmarks, loading, prompts, task_types, execution)
-"""Modules that make items of files, besides this one."""
+"""Modules that make items of files, apart from this one."""
 
 
 def read_known_items(paths: Sequence[str]) -> list[EvaluationItem]:

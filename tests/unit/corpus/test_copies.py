@@ -66,6 +66,10 @@ def test_copies_of_local_files_are_replaced_after_a_change(tmp_path: Path, token
     fetch(FetchSettings(recipe=recipe, to=copies))
     changed = tmp_path / "code/all.jsonl"
     changed.write_bytes(changed.read_bytes().replace(b"1", b"2"))
+    (tmp_path / "copies/code/all.jsonl").unlink()
+    with pytest.raises(DataError, match=r"all\.jsonl was changed after it was listed; list it again"):
+        fetch(FetchSettings(recipe=recipe, to=copies))
+    pin(PinSettings(recipe=recipe))
     assert fetch(FetchSettings(recipe=recipe, to=copies)) == changed.stat().st_size
     assert (tmp_path / "copies/code/all.jsonl").read_bytes() == changed.read_bytes()
 

@@ -195,7 +195,7 @@ def test_the_disk_follows_from_the_type_of_the_ids(tmp_path: Path, tokenizer: st
         disk("tokenizer=nowhere", "tokenizer_vocab_size=70000", "dtype=uint16")
 
 
-def test_the_disk_names_its_peak_and_what_it_leaves_out(tmp_path: Path, tokenizer: str) -> None:
+def test_the_disk_names_its_peak_and_what_is_not_counted(tmp_path: Path, tokenizer: str) -> None:
     recipe = two_sources(tmp_path, tokenizer)
     known = ["sources.code.expected.documents=10", "tokens=160", "sources.web.tasks=2"]
     plan = plan_corpus(CorpusPlanSettings(recipe=recipe, overrides=known))
