@@ -12,8 +12,8 @@ from typing import cast
 from megatron_ledom.cli.main import GROUPS, load
 
 SHELLS = ("bash", "zsh", "tcsh")
-FOLDERS = {"DIR", "FOLDER", "FORWARD_FOLDER", "REVERSE_FOLDER", "RUN", "RUN_OR_ITER"}
-FILES = {"FILE", "FILE.png", "GLOB", "P", "PATH"}
+FOLDERS = {"DIR", "FOLDER", "FORWARD_FOLDER", "PLACE", "REVERSE_FOLDER", "RUN", "RUN_OR_ITER"}
+FILES = {"FILE", "FILE.png", "GLOB", "P", "PATH", "RECIPE"}
 """Metavars of arguments that are paths. P is the prefix of a shard."""
 
 

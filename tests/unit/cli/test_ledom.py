@@ -42,7 +42,7 @@ for command in json.loads(sys.argv[1]):
     print(json.dumps(loaded), file=sys.stderr)
 """
 NO_PATHS = {None, "BUDGET", "D", "I", "ID", "K", "KEY", "LINE", "M:F", "N", "NAME", "NAME,NAME", "OPTION", "RANKS", "SIZE", "T"}
-NO_PATHS |= {"TEXT", "TOKEN", "TOKENS", "URL", "W", "section.key=value", "HARDWARE"}
+NO_PATHS |= {"TEXT", "TOKEN", "TOKENS", "URL", "W", "section.key=value", "KEY=VALUE", "SOURCE=FILE", "HARDWARE"}
 
 
 def ledom(*arguments: str) -> subprocess.CompletedProcess[str]:
