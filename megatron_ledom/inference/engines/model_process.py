@@ -59,6 +59,7 @@ class _Channel:
 
     def __init__(self, connection: Connection, process: Any) -> None:
         self._connection, self._process = connection, process
+        self._lock = threading.Lock()
 
     def send(self, *message: Any) -> None:
         """Send a message."""
@@ -79,11 +80,17 @@ class _Channel:
 
     def lost(self) -> ModelProcessLost:
         """Return the error that says how the process ended."""
-        self._process.join(1)
-        code = self._process.exitcode
+        code = self.wait(1)
         by = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
         advice = "; signal 9 often means that the memory was full" if code == -signal.SIGKILL else ""
         return ModelProcessLost(f"the process of the models ended by {by}{advice}; start the server again")
+
+    def wait(self, seconds: float) -> int | None:
+        """Wait for the end of the process; return its exit code, or None if it still runs. Of two threads at once, only one would get it."""
+        with self._lock:
+            self._process.join(seconds)
+            code: int | None = self._process.exitcode
+        return code
 
     def close(self) -> None:
         """Close the connection; the process ends after its call."""
@@ -147,10 +154,9 @@ class ModelProcess:
         self._is_ended = True
         atexit.unregister(self.end)
         self._channel.close()
-        self._process.join(0 if self._is_interrupted else END_SECONDS)
-        if self._process.is_alive():
+        if self._channel.wait(0 if self._is_interrupted else END_SECONDS) is None:
             self._process.kill()
-            self._process.join()
+            self._channel.wait(END_SECONDS)
 
     def _call(self, *message: Any) -> Any:
         with self._turn():

@@ -188,6 +188,31 @@ def test_a_killed_process_is_reported_at_once_and_by_each_call(process: ModelPro
             process.load(Direction.REVERSE, folder)
 
 
+def test_all_threads_learn_how_the_process_ended() -> None:
+    for _ in range(10):
+        process = ModelProcess(load, BATCH)
+        told: list[str] = []
+        begin = threading.Barrier(4)
+
+        def _ask(own: ModelProcess = process, told: list[str] = told, begin: threading.Barrier = begin) -> None:
+            begin.wait()
+            with pytest.raises(ModelProcessLost) as lost:
+                own.logprobs(Direction.REVERSE, [])
+            told.append(str(lost.value))
+
+        threads = [threading.Thread(target=_ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        process.watch(lambda error, told=told: told.append(str(error)))
+        begin.wait()
+        os.kill(process.pid, signal.SIGKILL)
+        for thread in threads:
+            thread.join(30)
+        until(lambda told=told: len(told) == 4)
+        assert all("ended by signal 9" in text for text in told), told
+        process.end()
+
+
 def test_signals_to_all_do_not_end_it_but_the_death_of_its_owner_does() -> None:
     owner = subprocess.Popen([shared_python(), "-c", ORPHANED], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert owner.stdout is not None
