@@ -19,7 +19,7 @@ from megatron_ledom.serving.loading import load_model, unrecorded_reverse
 from megatron_ledom.serving.metrics import Metrics
 from megatron_ledom.serving.settings import ServeSettings
 from megatron_ledom.serving.upstream import UpstreamEngine, connect
-from megatron_ledom.serving.work_queue import LOCAL_LANE, Lane
+from megatron_ledom.serving.work_queue import LOCAL_LANE, SCORE_LANE, Lane
 from megatron_ledom.tokenizers.reader import read_tokenizer
 
 SCORED_BATCHES = 8
@@ -135,7 +135,7 @@ class ServedModels:
         """Return the lane of jobs that use some models."""
         if any(model.is_upstream for model in used):
             return Lane((kind, *(model.name for model in used)), self._settings.upstream_requests)
-        return LOCAL_LANE
+        return SCORE_LANE if kind == "score" else LOCAL_LANE
 
     @property
     def num_threads(self) -> int:

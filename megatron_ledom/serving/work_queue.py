@@ -4,8 +4,8 @@ A thread takes the first waiting job, waits a few milliseconds for others, and c
 gets its result, or its own error, as soon as it is known. After an error of the whole call each job without a result is computed alone.
 
 Each job has a lane, of which only some calls run at once, so that jobs of one model do not take the threads of another: a thread takes
-the first job whose lane has a free call. The models of this machine compute one call at a time; their lane prepares the next one
-meanwhile if its batch is full. An upstream makes its own batches, so its lane has many calls.
+the first job whose lane has a free call. The models of this machine compute one call at a time; the next one is prepared meanwhile, to
+write only if its batch is full. An upstream makes its own batches, so its lane has many calls.
 """
 
 import threading
@@ -52,7 +52,10 @@ class Lane:
 
 
 LOCAL_LANE = Lane("models", calls=1, full_calls=1)
-"""The lane of all jobs that use only models of this machine."""
+"""The lane of jobs that write with models of this machine."""
+SCORE_LANE = Lane("scores", calls=2)
+"""The lane of jobs that score with models of this machine: one is prepared while another is computed, because half a batch costs little more
+a row; half a batch that writes would take as long as a whole one."""
 
 
 @dataclass(slots=True, eq=False)
