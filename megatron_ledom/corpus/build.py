@@ -5,6 +5,7 @@ processes never write the same source, and a build of all sources excludes every
 """
 
 import contextlib
+import json
 import logging
 import os
 from collections import Counter
@@ -26,6 +27,7 @@ from megatron_ledom.corpus.listing import (
     lock_path,
     read_listing,
 )
+from megatron_ledom.corpus.messages import with_keys
 from megatron_ledom.corpus.recipe import Recipe, Source, load_recipe
 from megatron_ledom.data.preprocess.pipeline import preprocess
 from megatron_ledom.data.preprocess.task import PreprocessSettings
@@ -34,7 +36,7 @@ from megatron_ledom.data.readers.streams import MAX_RECORD_BYTES
 from megatron_ledom.data.shards.prefixes import task_prefix
 from megatron_ledom.data.shards.shard import ShardManifest, check_shard
 from megatron_ledom.errors import ConfigError, DataError, LedomError, TransientError, UsageError, VerificationError, may_pass
-from megatron_ledom.evaluation.known_items import known_decontamination
+from megatron_ledom.evaluation.known_items import files_of_items, known_decontamination
 from megatron_ledom.platform.slurm import array_task_id
 from megatron_ledom.storage.files import write_file
 from megatron_ledom.storage.locks import LOCK_SUFFIX, Lock, output_folder_lock
@@ -43,6 +45,9 @@ from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
 logger = logging.getLogger(__name__)
 TEXT_ENDING = ".text"
 """OUTPUT/NAME.text has the text of a source that is collected from the installed packages."""
+
+INDEX_FOLDER = ".evaluation_items"
+"""OUTPUT/.evaluation_items has the index of the items of `filters.decontaminate`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -71,6 +76,9 @@ def build(settings: BuildSettings) -> dict[str, list[ShardManifest]]:
     names = chosen_names(recipe, settings.source)
     listing, where = stored_listing(settings.recipe, settings.listing)
     tasks = {name: _tasks(name, recipe.sources[name], settings, len(names)) for name in names}
+    _check_output(recipe)
+    for name in names:
+        files_of_items(recipe.sources[name].filters.decontaminate or ())  # a missing one is an error before any work
     load_tokenizer(recipe.tokenizer, recipe.eod_token)  # one error about the tokenizer, not one for each source
     made: dict[str, list[ShardManifest]] = {}
     failed: dict[str, LedomError] = {}
@@ -84,23 +92,27 @@ def build(settings: BuildSettings) -> dict[str, list[ShardManifest]]:
             except LedomError as error:
                 if len(names) == 1:
                     raise
-                logger.error("sources.%s failed: %s", name, error)
+                logger.error("%s", error)
                 failed[name] = error
     if failed:
         first = next(iter(failed.values()))
         kind = TransientError if all(isinstance(error, TransientError) for error in failed.values()) else VerificationError
+        others = f"; {', '.join(made)} are built" if made else ""
         raise kind(
-            f"{len(failed)} of {len(names)} sources failed ({', '.join(failed)}); the others are built. The first: {first}. Repair"
-            " them, then run the same command again: it keeps what is finished"
+            f"{len(failed)} of {len(names)} sources failed ({', '.join(failed)}){others}. The first: {first}. Repair them, then run"
+            " the same command again: it keeps what is finished"
         )
     return made
 
 
 @contextlib.contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Raise an error of the file system as a LedomError that names the source."""
+    """Raise errors as LedomErrors that name the source and the keys of the recipe."""
     try:
         yield
+    except LedomError as error:
+        error.args = (with_keys(name, str(error)), *error.args[1:])
+        raise
     except OSError as error:
         is_missing = isinstance(error, FileNotFoundError | NotADirectoryError | FileExistsError | IsADirectoryError)
         kind = TransientError if may_pass(error) and not is_missing else DataError
@@ -154,6 +166,21 @@ def _tasks(name: str, source: Source, settings: BuildSettings, num_sources: int)
     if not 0 <= number < source.tasks:
         raise UsageError(f"{option} is not a task of {name}: sources.{name}.tasks={source.tasks}; use 0 to {source.tasks - 1}")
     return [number]
+
+
+def _check_output(recipe: Recipe) -> None:
+    """Raise UsageError if the output has shards of another recipe: `make` would replace its card and blend."""
+    for path in sorted(Path(recipe.output).glob("*.json")):
+        try:
+            source = json.loads(path.read_bytes()).get("source")
+        except (OSError, ValueError, AttributeError):
+            continue  # not the manifest of a shard
+        other = source.get("recipe") if isinstance(source, dict) else None
+        if other not in (None, recipe.name):
+            raise UsageError(
+                f"output {recipe.output} has {path.name} of the recipe {other}, this one is {recipe.name}; name another output, or"
+                " remove those shards"
+            )
 
 
 @contextlib.contextmanager
@@ -299,13 +326,24 @@ class SourceBuild:
             filter=filters.filter,
             deduplicate=bool(filters.deduplicate) and not hash_only,
             hash_only=hash_only,
-            decontamination=None if hash_only else _decontamination(filters.decontaminate, recipe.filters_of(source)),
+            decontamination=None if hash_only else self._decontamination(),
             shuffle_seed=recipe.shuffle_seed,
             source=description(recipe, self.name, revision),
             task_id=task_id,
             num_tasks=source.tasks,
             overwrite=settings.overwrite,
         )
+
+    def _decontamination(self) -> Decontamination | None:
+        """Return the search for the items of the recipe. All sources and tasks with equal settings share an index in the output."""
+        filters = self.recipe.filters_of(self.source)
+        if not filters.decontaminate:
+            return None
+        given: Mapping[str, Any] = {
+            key: value for key in ("action", "match", "ngram", "threshold") if (value := getattr(filters, key)) is not None
+        }
+        index_folder = str(Path(self.recipe.output, INDEX_FOLDER))
+        return known_decontamination(SearchSettings(**given), filters.decontaminate, index_folder)
 
 
 def output_prefix(recipe: Recipe, name: str) -> str:
@@ -330,15 +368,6 @@ def description(recipe: Recipe, name: str, revision: str | None) -> dict[str, An
         **{key: getattr(source, key) for key in ("licence", "terms", "domain", "origin", "language")},
         "settings": recipe.settings_of(source),
     }
-
-
-def _decontamination(paths: list[str] | None, filters: Any) -> Decontamination | None:
-    if not paths:
-        return None
-    given: Mapping[str, Any] = {
-        key: value for key in ("action", "match", "ngram", "threshold") if (value := getattr(filters, key)) is not None
-    }
-    return known_decontamination(SearchSettings(**given), paths)
 
 
 def _exact(path: str) -> str:

@@ -2,8 +2,7 @@
 
 The libraries differ in what they repeat: fsspec's HTTP client nothing, `s3fs` for two seconds, `huggingface_hub` five times for some
 requests, as long as Retry-After says, but neither a refused token nor a wrong range. So `repeated` is around all requests, and reads of the
-hub do not use the client's own loop. No
-message contains credentials, see `without_secrets`.
+hub do not use the client's own loop. No message contains credentials, see `without_secrets`.
 """
 
 import errno

@@ -1,8 +1,10 @@
 """Building the shards of a recipe: what preprocessing writes, one source or task at a time, and what is refused."""
 
 import errno
+import json
 import logging
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -174,7 +176,7 @@ def test_a_source_that_fails_does_not_stop_the_others(tmp_path: Path, tokenizer:
     recipe = two_sources(tmp_path, tokenizer)
     (tmp_path / "web/0.jsonl").write_text('{"text": "1 2"}\n{"text": 3}\n', encoding="utf-8")
     with pytest.raises(
-        VerificationError, match=r"1 of 2 sources failed \(web\); the others are built\. The first: .*0\.jsonl:2"
+        VerificationError, match=r"1 of 2 sources failed \(web\); code are built\. The first: sources\.web: .*0\.jsonl:2"
     ):
         build(settings(recipe))
     assert check_shard(str(tmp_path / "out/code")).num_documents == 10
@@ -212,6 +214,42 @@ def test_an_error_of_the_file_system_is_one_of_its_source(
     with pytest.raises(TransientError, match=r"1 of 2 sources failed \(web\).*sources\.web: /disk/file: Input/output error"):
         build(settings(recipe))
     assert check_shard(str(tmp_path / "out/code")).num_documents == 10
+
+
+def test_messages_name_keys_of_the_recipe_and_not_options_of_preprocessing(tmp_path: Path, tokenizer: str) -> None:
+    recipe = two_sources(tmp_path, tokenizer)
+    with pytest.raises(VerificationError, match=r"2 of 2 sources failed \(web, code\)\. The first") as both:
+        build(settings(recipe, "sources.web.files=[none.jsonl]", "sources.code.text_key=body"))
+    assert "sources.web.address and sources.web.files" in str(both.value)
+    with pytest.raises(DataError, match=r"sources\.code: .*sources\.code\.text_key.*sources\.code\.filters\.on_error") as wrong:
+        build(settings(recipe, "sources.code.text_key=body", source=["code"]))
+    build(settings(recipe))
+    with pytest.raises(UsageError, match=r"sources\.web: .*choose another output, or replace it with --overwrite") as changed:
+        build(settings(recipe, "sources.web.filters.min_tokens=7", source=["web"]))
+    for error in (both, wrong, changed):
+        assert not re.search(r"--(input|text-key|on-error|output-prefix)", str(error.value))
+
+
+def test_an_output_with_shards_of_another_recipe_is_refused(tmp_path: Path, tokenizer: str) -> None:
+    recipe = two_sources(tmp_path, tokenizer)
+    build(settings(recipe, source=["code"]))
+    with pytest.raises(UsageError, match=r"has code\.json of the recipe test, this one is other; name another output"):
+        build(settings(recipe, "name=other", source=["web"]))
+    build(settings(recipe))
+
+
+def test_all_sources_share_one_index_of_the_evaluation_items(tmp_path: Path, tokenizer: str) -> None:
+    questions = tmp_path / "own.jsonl"
+    recipe = two_sources(tmp_path, tokenizer, filters={"decontaminate": [str(questions)]})
+    with pytest.raises(UsageError, match=r"own\.jsonl does not exist"):
+        build(settings(recipe))
+    assert not (tmp_path / "out").exists()
+    questions.write_text(
+        json.dumps({"question": "a question of more than eight words that no text has"}) + "\n", encoding="utf-8"
+    )
+    build(settings(recipe))
+    assert [path.suffix for path in (tmp_path / "out/.evaluation_items").iterdir()] == [".items"]
+    assert check_shard(str(tmp_path / "out/web")).decontamination["documents"]
 
 
 def test_unknown_sources_and_a_missing_tokenizer_are_refused_at_once(tmp_path: Path, tokenizer: str) -> None:
