@@ -136,8 +136,8 @@ class ModelProcess:
         with self._turn():
             self._channel.send("write", direction, list(requests))
             outcome = _GrowingRows(self._channel, len(requests), on_step, on_end, is_wanted).read()
-        rows: list[RowResult] = _result_of(*outcome)
-        return rows
+        rows: dict[int, RowResult] = _result_of(*outcome)
+        return [rows[index] for index in range(len(requests))]
 
     def watch(self, on_lost: Callable[[ModelProcessLost], None]) -> None:
         """Call `on_lost` in a thread if the process ends without `end`."""
@@ -192,6 +192,7 @@ class _GrowingRows:
     def __init__(self, channel: _Channel, num: int, on_step: OnStep, on_end: OnEnd, is_wanted: IsWanted) -> None:
         self._channel, self._on_step, self._on_end, self._is_wanted = channel, on_step, on_end, is_wanted
         self._open, self._looked = set(range(num)), time.monotonic()
+        self._results: dict[int, RowResult] = {}
         self._error: Exception | None = None
 
     def read(self) -> tuple[str, Any]:
@@ -199,7 +200,9 @@ class _GrowingRows:
         while True:
             message = self._channel.receive(LOOK_SECONDS)
             if message is not None and message[0] in ("result", "error"):
-                return ("error", self._error) if self._error is not None else (message[0], message[1])
+                if self._error is not None:
+                    return "error", self._error
+                return message[0], message[1] if message[0] == "error" else self._results
             if self._error is not None:
                 continue
             try:
@@ -216,6 +219,7 @@ class _GrowingRows:
     def _handle(self, kind: str, index: int, content: Any) -> None:
         if kind == "end":
             self._open.discard(index)
+            self._results[index] = content
             self._on_end(index, content)
         elif not self._on_step(index, lambda: content):
             self._drop([index])
@@ -277,7 +281,8 @@ def _answer(
     if kind == "score":
         return score_spans(models[direction].model, given, batch_size)
     rows = _WrittenRows(connection, given)
-    return write_rows(models[direction], given, batch_size, rows.on_step, rows.on_end)
+    write_rows(models[direction], given, batch_size, rows.on_step, rows.on_end)
+    return None  # each row was sent at its end
 
 
 class _WrittenRows:
