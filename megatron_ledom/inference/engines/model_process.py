@@ -15,12 +15,15 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from itertools import count
+from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from megatron_ledom.direction import Direction
@@ -33,6 +36,8 @@ from megatron_ledom.inference.scoring import Span, score_spans
 
 log = logging.getLogger(__name__)
 Load = Callable[[Direction, Path], LanguageModel]
+END, LOST = "end of the caller", "lost"
+"""Kinds of messages: the caller ends; to the calls of this process, that the other one is lost."""
 LOOK_SECONDS = 0.02
 """Time between two looks for rows that nobody wants any more."""
 SET_PARENT_DEATH_SIGNAL = 1
@@ -54,51 +59,30 @@ class LoadedModel:
     stop_ids: list[int]
 
 
-class _Channel:
-    """The caller's end of the connection to a process; every error of it is ModelProcessLost."""
+class _Call:
+    """One call, in the caller's process: its number, and the messages that answer it."""
 
-    def __init__(self, connection: Connection, process: Any) -> None:
-        self._connection, self._process = connection, process
-        self._lock = threading.Lock()
+    def __init__(self, number: int, send: Callable[..., None]) -> None:
+        self.answers: SimpleQueue[tuple[Any, ...]] = SimpleQueue()
+        self._number, self._send = number, send
 
-    def send(self, *message: Any) -> None:
-        """Send a message."""
-        try:
-            self._connection.send(message)
-        except OSError:
-            raise self.lost() from None
+    def send(self, kind: str, *content: Any) -> None:
+        """Send a message of this call."""
+        self._send(self._number, kind, *content)
 
     def receive(self, seconds: float | None = None) -> tuple[Any, ...] | None:
-        """Return the next message; None if none comes within some seconds."""
+        """Return the next answer; None if none comes within some seconds. Raises ModelProcessLost."""
         try:
-            if not self._connection.poll(seconds):
-                return None
-            message: tuple[Any, ...] = self._connection.recv()
-        except (EOFError, OSError):
-            raise self.lost() from None
-        return message
-
-    def lost(self) -> ModelProcessLost:
-        """Return the error that says how the process ended."""
-        code = self.wait(1)
-        by = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-        advice = "; signal 9 often means that the memory was full" if code == -signal.SIGKILL else ""
-        return ModelProcessLost(f"the process of the models ended by {by}{advice}; start the server again")
-
-    def wait(self, seconds: float) -> int | None:
-        """Wait for the end of the process; return its exit code, or None if it still runs. Of two threads at once, only one would get it."""
-        with self._lock:
-            self._process.join(seconds)
-            code: int | None = self._process.exitcode
-        return code
-
-    def close(self) -> None:
-        """Close the connection; the process ends after its call."""
-        self._connection.close()
+            answer = self.answers.get(timeout=seconds)
+        except Empty:
+            return None
+        if answer[0] == LOST:
+            raise answer[1]
+        return answer
 
 
 class ModelProcess:
-    """See the top of this file. Calls of several threads run one after another.
+    """See the top of this file. The calls of several threads are computed in the order in which they were sent.
 
     load: loads a model; called in the process. batch_size: most sequences at once.
     """
@@ -106,13 +90,18 @@ class ModelProcess:
     def __init__(self, load: Load, batch_size: int) -> None:
         context = multiprocessing.get_context("fork")
         caller = os.getpid() if threading.current_thread() is threading.main_thread() else None
-        ours, theirs = context.Pipe()
-        self._process = context.Process(target=_run, args=(theirs, ours, caller, load, batch_size), name="models", daemon=True)
-        self._channel, self._lock = _Channel(ours, self._process), threading.Lock()
+        self._connection, theirs = context.Pipe()
+        own = (theirs, self._connection, caller, load, batch_size)
+        self._process = context.Process(target=_run, args=own, name="models", daemon=True)
+        self._lock, self._send_lock, self._wait_lock = threading.Lock(), threading.Lock(), threading.Lock()
+        self._numbers, self._calls = count(), dict[int, _Call]()
+        self._lost: ModelProcessLost | None = None
+        self._on_lost: Callable[[ModelProcessLost], None] | None = None
         self._is_ended = self._is_interrupted = False
         self._process.start()
         theirs.close()
         atexit.register(self.end)
+        threading.Thread(target=self._read, name="models-reader", daemon=True).start()
 
     @property
     def pid(self) -> int:
@@ -121,100 +110,139 @@ class ModelProcess:
 
     def load(self, direction: Direction, folder: Path) -> LoadedModel:
         """Load the model of a direction, and return facts about it. Raises the error of loading."""
-        loaded: LoadedModel = self._call("load", direction, folder)
+        with self._call("load", direction, folder) as call:
+            loaded: LoadedModel = _result_of(call.receive())
         return loaded
 
     def logprobs(self, direction: Direction, spans: list[Span]) -> list[list[float]]:
         """Return the log-probabilities of the scored tokens of spans, as `score_spans` does."""
-        values: list[list[float]] = self._call("score", direction, spans)
+        with self._call("score", direction, spans) as call:
+            values: list[list[float]] = _result_of(call.receive())
         return values
 
     def write_rows(
         self, direction: Direction, requests: Sequence[RowRequest], on_step: OnStep, on_end: OnEnd, is_wanted: IsWanted
     ) -> list[RowResult]:
         """See `RowWriter.write_rows`."""
-        with self._turn():
-            self._channel.send("write", direction, list(requests))
-            outcome = _GrowingRows(self._channel, len(requests), on_step, on_end, is_wanted).read()
-        rows: dict[int, RowResult] = _result_of(*outcome)
-        return [rows[index] for index in range(len(requests))]
+        with self._call("write", direction, list(requests)) as call:
+            return _GrowingRows(call, len(requests), on_step, on_end, is_wanted).read()
 
     def watch(self, on_lost: Callable[[ModelProcessLost], None]) -> None:
         """Call `on_lost` in a thread if the process ends without `end`."""
-
-        def _watch() -> None:
-            wait([self._process.sentinel])
-            if not self._is_ended:
-                on_lost(self._channel.lost())
-
-        threading.Thread(target=_watch, name="models-watch", daemon=True).start()
+        with self._lock:
+            self._on_lost = on_lost
+            lost = self._lost
+        if lost is not None:
+            on_lost(lost)
 
     def end(self) -> None:
-        """End the process after its call; kill it if that takes too long, or if nobody reads the result of that call."""
+        """End the process after its calls; kill it if that takes too long, or if the caller was interrupted in a call."""
         self._is_ended = True
         atexit.unregister(self.end)
-        self._channel.close()
-        if self._channel.wait(0 if self._is_interrupted else END_SECONDS) is None:
+        threading.Thread(target=self._send_end, name="models-end", daemon=True).start()  # a full pipe must not hold it up
+        if self._wait(0 if self._is_interrupted else END_SECONDS) is None:
             self._process.kill()
-            self._channel.wait(END_SECONDS)
+            self._wait(END_SECONDS)
 
-    def _call(self, *message: Any) -> Any:
-        with self._turn():
-            self._channel.send(*message)
-            outcome = self._channel.receive()
-        return _result_of(*(outcome or ()))
+    def _send_end(self) -> None:
+        with suppress(ModelProcessLost):
+            self._send(-1, END)
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Let one thread make a call. After a call that was left early, its messages would answer the next one: then refuse all others."""
+    def _call(self, kind: str, *content: Any) -> Iterator[_Call]:
+        """Send a call, and give its answers. Nobody gets the answers that come after the block."""
+        number = next(self._numbers)
+        call = _Call(number, self._send)
         with self._lock:
-            if self._is_interrupted:
-                raise ModelProcessLost("a call of the models was interrupted before its end; start the program again")
-            try:
-                yield
-            except ModelProcessLost:
-                raise
-            except BaseException:
-                self._is_interrupted = True
-                raise
+            if self._lost is not None:
+                raise ModelProcessLost(str(self._lost))
+            self._calls[number] = call
+        try:
+            call.send(kind, *content)
+            yield call
+        except BaseException as error:
+            self._is_interrupted |= not isinstance(error, Exception)
+            raise
+        finally:
+            with self._lock:
+                self._calls.pop(number, None)
+
+    def _send(self, *message: Any) -> None:
+        try:
+            with self._send_lock:
+                self._connection.send(message)
+        except OSError:
+            raise self._how_it_ended() from None
+
+    def _read(self) -> None:
+        """Give each message to its call, until the process ends. The body of a thread."""
+        try:
+            while True:
+                number, *answer = self._connection.recv()
+                with self._lock:
+                    call = self._calls.get(number)
+                if call is not None:
+                    call.answers.put(tuple(answer))
+        except (EOFError, OSError):
+            pass
+        except Exception:
+            log.exception("a message of the process of the models cannot be read")
+            self._process.kill()
+        lost = self._how_it_ended()
+        with self._lock:
+            self._lost, calls, on_lost = lost, [*self._calls.values()], self._on_lost
+        for call in calls:
+            call.answers.put((LOST, lost))
+        if on_lost is not None and not self._is_ended:
+            on_lost(lost)
+
+    def _how_it_ended(self) -> ModelProcessLost:
+        code = self._wait(1)
+        by = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        advice = "; signal 9 often means that the memory was full" if code == -signal.SIGKILL else ""
+        return ModelProcessLost(f"the process of the models ended by {by}{advice}; start the server again")
+
+    def _wait(self, seconds: float) -> int | None:
+        """Wait for the end of the process; return its exit code, or None if it still runs. Of two threads at once, only one would get it."""
+        with self._wait_lock:
+            self._process.join(seconds)
+            code: int | None = self._process.exitcode
+        return code
 
 
-def _result_of(kind: str, content: Any) -> Any:
+def _result_of(answer: tuple[Any, ...] | None) -> Any:
     """Return the content of a result; raise that of an error."""
+    assert answer is not None
+    kind, content = answer
     if kind == "error":
         raise content
     return content
 
 
 class _GrowingRows:
-    """Reads the messages of one call of `write_rows` in the caller's process."""
+    """Reads the answers to one call of `write_rows` in the caller's process."""
 
-    def __init__(self, channel: _Channel, num: int, on_step: OnStep, on_end: OnEnd, is_wanted: IsWanted) -> None:
-        self._channel, self._on_step, self._on_end, self._is_wanted = channel, on_step, on_end, is_wanted
-        self._open, self._looked = set(range(num)), time.monotonic()
+    def __init__(self, call: _Call, num: int, on_step: OnStep, on_end: OnEnd, is_wanted: IsWanted) -> None:
+        self._call, self._on_step, self._on_end, self._is_wanted = call, on_step, on_end, is_wanted
+        self._num, self._open, self._looked = num, set(range(num)), time.monotonic()
         self._results: dict[int, RowResult] = {}
-        self._error: Exception | None = None
 
-    def read(self) -> tuple[str, Any]:
-        """Return the outcome. An error of the caller's own functions ends all rows; what they wrote until then is nobody's result."""
-        while True:
-            message = self._channel.receive(LOOK_SECONDS)
-            if message is not None and message[0] in ("result", "error"):
-                if self._error is not None:
-                    return "error", self._error
-                return message[0], message[1] if message[0] == "error" else self._results
-            if self._error is not None:
-                continue
-            try:
-                if message is not None:
-                    self._handle(*message)
+    def read(self) -> list[RowResult]:
+        """Return the results. An error of the caller's own functions ends all rows; what they wrote until then is nobody's result."""
+        try:
+            while True:
+                answer = self._call.receive(LOOK_SECONDS)
+                if answer is not None and answer[0] in ("result", "error"):
+                    _result_of(answer)
+                    return [self._results[index] for index in range(self._num)]
+                if answer is not None:
+                    self._handle(*answer)
                 if time.monotonic() - self._looked > LOOK_SECONDS:
                     self._look()
-            except ModelProcessLost:
-                raise
-            except Exception as error:
-                self._error = error
+        except BaseException:
+            with suppress(ModelProcessLost):
                 self._drop(self._open)
+            raise
 
     def _handle(self, kind: str, index: int, content: Any) -> None:
         if kind == "end":
@@ -231,22 +259,18 @@ class _GrowingRows:
     def _drop(self, indices: Iterable[int]) -> None:
         if dropped := self._open.intersection(indices):
             self._open -= dropped
-            self._channel.send("drop", dropped)
+            self._call.send("drop", dropped)
 
 
 def _run(connection: Connection, of_caller: Connection, caller: int | None, load: Load, batch_size: int) -> None:
-    """Serve the calls of the caller until it closes the connection. The body of the process."""
+    """Answer the calls of the caller until it ends. The body of the process."""
     of_caller.close()
     _end_with(caller)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     keep_freed_memory()
-    models: dict[Direction, LanguageModel] = {}
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        while True:
-            kind, *content = connection.recv()
-            if kind != "drop":  # of a row that had ended
-                connection.send(_outcome(connection, models, load, batch_size, kind, *content))
+        _Models(connection, load, batch_size).run()
     os._exit(0)  # without the exit functions of the caller
 
 
@@ -258,54 +282,70 @@ def _end_with(caller: int | None) -> None:
             os._exit(0)
 
 
-def _outcome(connection: Connection, *call: Any) -> tuple[str, Any]:
-    try:
-        return "result", _answer(connection, *call)
-    except Exception as error:
-        if isinstance(error, LedomError | OSError):
-            with suppress(Exception):
-                ForkingPickler.loads(ForkingPickler.dumps(error))
-                return "error", error
-        log.exception("an error in the process of the models")
-        return "error", RuntimeError(f"{type(error).__name__}: {error}")  # others may not survive the way
+class _Models:
+    """The models in their process. Calls that come during another one wait; only its drops are looked for meanwhile."""
 
+    def __init__(self, connection: Connection, load: Load, batch_size: int) -> None:
+        self._connection, self._load, self._batch_size = connection, load, batch_size
+        self._models: dict[Direction, LanguageModel] = {}
+        self._waiting: deque[tuple[Any, ...]] = deque()
+        self._dropped: dict[int, set[int]] = {}
+        self._looked = 0.0
 
-def _answer(
-    connection: Connection, models: dict[Direction, LanguageModel], load: Load, batch_size: int, kind: str, *content: Any
-) -> Any:
-    if kind == "load":
-        direction, folder = content
-        model = models[direction] = load(direction, folder)
-        return LoadedModel(model.num_positions, model.leading_ids, model.stop_ids)
-    direction, given = content
-    if kind == "score":
-        return score_spans(models[direction].model, given, batch_size)
-    rows = _WrittenRows(connection, given)
-    write_rows(models[direction], given, batch_size, rows.on_step, rows.on_end)
-    return None  # each row was sent at its end
+    def run(self) -> None:
+        """Answer calls until the caller sends END. Raises EOFError or OSError if the caller ends."""
+        while True:
+            number, kind, *content = self._waiting.popleft() if self._waiting else self._connection.recv()
+            if kind == END:
+                return
+            if kind != "drop":  # of a row that had ended
+                self._connection.send((number, *self._outcome(number, kind, *content)))
+                self._dropped.pop(number, None)
 
+    def _outcome(self, number: int, kind: str, *content: Any) -> tuple[str, Any]:
+        try:
+            return "result", self._answer(number, kind, *content)
+        except Exception as error:
+            if isinstance(error, LedomError | OSError):
+                with suppress(Exception):
+                    ForkingPickler.loads(ForkingPickler.dumps(error))
+                    return "error", error
+            log.exception("an error in the process of the models")
+            return "error", RuntimeError(f"{type(error).__name__}: {error}")  # others may not survive the way
 
-class _WrittenRows:
-    """Sends the rows of a call while they grow, in the process of the models."""
+    def _answer(self, number: int, kind: str, direction: Direction, given: Any) -> Any:
+        if kind == "load":
+            model = self._models[direction] = self._load(direction, given)
+            return LoadedModel(model.num_positions, model.leading_ids, model.stop_ids)
+        if kind == "score":
+            return score_spans(self._models[direction].model, given, self._batch_size)
+        requests: list[RowRequest] = given
 
-    def __init__(self, connection: Connection, requests: Sequence[RowRequest]) -> None:
-        self._connection, self._requests = connection, requests
-        self._dropped, self._looked = set[int](), 0.0
+        def _on_step(index: int, read: Callable[[], Generation]) -> bool:
+            """Send the text of a row that is shown while it grows; return False for a row that nobody wants."""
+            if index in self._dropped_of(number):
+                return False
+            if requests[index].is_shown:
+                self._connection.send((number, "step", index, read()))
+            return True
 
-    def on_step(self, index: int, read: Callable[[], Generation]) -> bool:
-        """Send the text of a row that is shown while it grows; return False for a row that nobody wants."""
+        write_rows(
+            self._models[direction],
+            requests,
+            self._batch_size,
+            _on_step,
+            lambda index, result: self._connection.send((number, "end", index, result)),
+        )
+        return None  # each row was sent at its end
+
+    def _dropped_of(self, number: int) -> set[int]:
+        """Return the rows of a call that nobody wants, after a look at the messages now and then."""
         if time.monotonic() - self._looked > LOOK_SECONDS:
-            while self._connection.poll(0):
-                kind, indices = self._connection.recv()
-                assert kind == "drop", kind
-                self._dropped |= indices
             self._looked = time.monotonic()
-        if index in self._dropped:
-            return False
-        if self._requests[index].is_shown:
-            self._connection.send(("step", index, read()))
-        return True
-
-    def on_end(self, index: int, result: RowResult) -> None:
-        """Send the result of a row."""
-        self._connection.send(("end", index, result))
+            while self._connection.poll(0):
+                message = self._connection.recv()
+                if message[1] == "drop":
+                    self._dropped.setdefault(message[0], set()).update(message[2])
+                else:
+                    self._waiting.append(message)
+        return self._dropped.get(number, set())

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -148,10 +149,25 @@ def test_after_an_interrupted_call_no_other_gets_its_answer(folder: Path) -> Non
 
     with pytest.raises(KeyboardInterrupt):
         process.write_rows(Direction.REVERSE, requests, _interrupt, lambda *_: None, lambda _: True)
-    with pytest.raises(ModelProcessLost, match="interrupted before its end"):
-        process.load(Direction.REVERSE, folder)
+    assert process.load(Direction.REVERSE, folder).stop_ids  # not a row of the call before
+    assert [result.num_new for result in rows_of(process, requests)[0]] == [300]
     process.end()
     assert not psutil.pid_exists(process.pid)
+
+
+def test_calls_of_several_threads_get_their_own_answers(process: ModelProcess, folder: Path) -> None:
+    engine = ProcessEngine(process, folder, Direction.REVERSE)
+    expected = [engine.score([pair])[0] for pair in PAIRS]
+    rows = [RowRequest("Paris is nice.", Sampling(max_new_tokens=20), str(n), is_shown=n % 2 == 0) for n in range(4)]
+    texts = [result.generation.text for result in rows_of(process, rows)[0]]
+
+    def _ask(number: int) -> bool:
+        if number % 2:
+            return bool(engine.score([PAIRS[number % 4]])[0] == expected[number % 4])
+        return [result.generation.text for result in rows_of(process, rows)[0]] == texts
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(_ask, range(24)))
 
 
 def test_errors_of_the_process_are_raised_and_the_next_call_is_answered(process: ModelProcess, folder: Path) -> None:
