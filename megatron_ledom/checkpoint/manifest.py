@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -49,6 +50,8 @@ ARCHITECTURE_KEYS = (
     "params_dtype",
 )
 """Keys of `model` that must be the same in a checkpoint and in the run that loads it."""
+ROTARY_KEYS = tuple(key for key in ARCHITECTURE_KEYS if key.startswith(("rotary_", "rope_")))
+"""Those that a run may change when it starts from the weights of another run, because no weight depends on them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,11 +73,19 @@ class CheckpointManifest:
     """Size and sha256 of every other file, added when all are written. Empty in the previous format."""
     weights_only: bool = False
     """True for imported weights, which have no optimizer state."""
+    started_from: list[dict[str, Any]] = field(default_factory=list)
+    """The checkpoints of other runs that this run started from by `init_from`, the oldest first (see training/origin.py)."""
     format_version: int = FORMAT_VERSION
 
     @classmethod
     def describe(
-        cls, config: RunConfig, provenance: Provenance, train_shards: list[list[Any]], world_size: int, **position: int
+        cls,
+        config: RunConfig,
+        provenance: Provenance,
+        train_shards: list[list[Any]],
+        world_size: int,
+        started_from: Sequence[dict[str, Any]] = (),
+        **position: int,
     ) -> "CheckpointManifest":
         """Return the manifest of the current state of a run, without the files."""
         return cls(
@@ -87,6 +98,7 @@ class CheckpointManifest:
             world_size=world_size,
             package_version=megatron_ledom.__version__,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            started_from=list(started_from),
         )
 
     def run_config(self, where: str) -> RunConfig:
@@ -116,6 +128,7 @@ def load_manifest(folder: str) -> CheckpointManifest:
             f"{path} was changed after it was written: its sha256 differs; the checkpoint is damaged, use an earlier one"
         )
     values.setdefault("weights_only", False)  # older checkpoints were never weights only
+    values.setdefault("started_from", [])
     provenance = Provenance.from_dict(values, path)
     names = [name for name in CheckpointManifest.__dataclass_fields__ if name != "provenance"]
     missing = [name for name in names if name not in values]
@@ -156,25 +169,31 @@ def _hash(values: dict[str, Any]) -> str:
 
 def check_fits(manifest: CheckpointManifest, config: RunConfig, provenance: Provenance, where: str) -> None:
     """Raise MismatchError if architecture, optimizer, direction or tokenizer of the checkpoint differ from those of the run."""
-    trained = manifest.run_config(where)
+    trained, otherwise = manifest.run_config(where), "another run_dir for a new run"
+    check_architecture(trained, config, where, ARCHITECTURE_KEYS, otherwise)
+    if not manifest.weights_only:
+        check_optimizer_kind(trained, config, where, otherwise)
+    manifest.provenance.check_same(provenance, f"the checkpoint {where}", "this run's data")
+
+
+def check_architecture(trained: RunConfig, config: RunConfig, where: str, keys: Sequence[str], otherwise: str) -> None:
+    """Raise MismatchError if one of these keys of `model` differs. `otherwise` is what a user can use in place of its value."""
     stored, wanted = _architecture(trained.model), _architecture(config.model)
     different = [
-        f"model.{key}={wanted[key]} but the checkpoint has {stored[key]}"
-        for key in ARCHITECTURE_KEYS
-        if stored[key] != wanted[key]
+        f"model.{key}={wanted[key]} but the checkpoint has {stored[key]}" for key in keys if stored[key] != wanted[key]
     ]
     if different:
-        raise MismatchError(
-            f"{where} has another architecture: {'; '.join(different)}; use its values, or another run_dir for a new run"
-        )
+        raise MismatchError(f"{where} has another architecture: {'; '.join(different)}; use its values, or {otherwise}")
+
+
+def check_optimizer_kind(trained: RunConfig, config: RunConfig, where: str, otherwise: str) -> None:
+    """Raise MismatchError if the run has not the kind of optimizer whose state the checkpoint has."""
     is_distributed = trained.parallel.use_distributed_optimizer
-    if is_distributed != config.parallel.use_distributed_optimizer and not manifest.weights_only:
+    if is_distributed != config.parallel.use_distributed_optimizer:
         raise MismatchError(
             f"{where} has the state of {'a distributed' if is_distributed else 'an ordinary'} optimizer, which the other kind"
-            f" cannot load; set parallel.use_distributed_optimizer={str(is_distributed).lower()}, or another run_dir for a new"
-            " run"
+            f" cannot load; set parallel.use_distributed_optimizer={str(is_distributed).lower()}, or {otherwise}"
         )
-    manifest.provenance.check_same(provenance, f"the checkpoint {where}", "this run's data")
 
 
 def check_same_samples(manifest: CheckpointManifest, config: RunConfig, train_shards: list[list[Any]], where: str) -> list[str]:
