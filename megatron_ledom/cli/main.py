@@ -50,6 +50,7 @@ GROUPS = {
     },
     "evaluating models": {
         "evaluate": "evaluate a model of either direction on tasks from local files",
+        "summarize-evaluation": "join the results of tasks that were evaluated one by one",
         "harness": "evaluate a model in lm-evaluation-harness",
         "compare-losses": "compare the losses of a forward model and its reverse twin",
         "make-analysis-data": "write synthetic training text and questions for an analysis",

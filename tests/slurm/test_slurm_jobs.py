@@ -116,3 +116,38 @@ def test_two_nodes_check_themselves_and_a_run_over_both(cluster: Cluster, tmp_pa
     of_a_node = {"environment": "passed", "operators": "passed"}
     assert found == {"node_0": of_a_node, "node_1": of_a_node, "nodes": {"environment": "passed", "nodes": "passed"}}
     assert reports["nodes"]["checks"][1]["numbers"]["ranks"] == 2
+
+
+NODES, TASKS = "#SBATCH --nodes=8", "#SBATCH --ntasks-per-node=8"
+SPELLINGS = [
+    ((NODES, TASKS), "--nodes=2 --ntasks-per-node=3"),
+    ((NODES, TASKS), "--nodes 2 --ntasks-per-node 3"),
+    ((NODES, TASKS), "-N 2 --ntasks-per-node=3"),
+    ((NODES, TASKS), "-N2 -n5 -t 4:00:00"),
+    ((NODES, TASKS), "-N 2 --ntasks 6 --time 1-0 -J name"),
+    ((NODES, TASKS), "--nodes=1 -N 2 --ntasks-per-node=1 --ntasks-per-node 2"),
+    (("#SBATCH -N2", "#SBATCH --ntasks-per-node 2"), ""),
+    (("#SBATCH\t-N 2", "#SBATCH  --ntasks-per-node=3"), ""),
+    (("#SBATCH --nodes 2 # -n 7", "#SBATCH -n 4"), ""),
+    (("#SBATCH -N 1", "#SBATCH --ntasks-per-node 2"), "-N2"),
+    ((NODES, TASKS), "--nodes=2 --ntasks-per-no=3"),
+    ((NODES, TASKS), "-N2 -HJx --ntasks-per-node=3"),
+]
+"""Lines in place of two directives of pretrain.sbatch, and SBATCH_OPTIONS."""
+
+
+def test_pretrain_by_hand_checks_as_many_ranks_as_slurm_starts(cluster: Cluster, tmp_path: Path) -> None:
+    """Every spelling of sbatch, in directives and options: `echo` in place of Python prints the ranks that would be checked."""
+    others = f"--hold --gpus-per-node=0 --cpus-per-task=1 --mem=100M --output={tmp_path}/log"
+    found = {}
+    for number, (lines, options) in enumerate(SPELLINGS):
+        script = tmp_path / f"{number}.sbatch"
+        text = (ROOT / "examples/slurm/pretrain.sbatch").read_text()
+        script.write_text(text.replace(NODES, lines[0]).replace(TASKS, lines[1]))
+        printed = cluster.run("bash", str(script), cwd=tmp_path, SBATCH_OPTIONS=f"{others} {options}", PYTHON="echo").split()
+        found[lines, options] = (printed[printed.index("--check") + 1], cluster.job(printed[-1])["NumTasks"])
+        cluster.run("scancel", printed[-1])
+    assert {spelling: checked for spelling, (checked, _) in found.items()} == {
+        spelling: started for spelling, (_, started) in found.items()
+    }
+    assert sorted({int(started) for _, started in found.values()}) == [4, 5, 6]
