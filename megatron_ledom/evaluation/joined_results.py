@@ -62,7 +62,9 @@ def collect(folder: Path) -> Joined:
         elif (folder / task).is_dir():
             missing.append(task)
     if not summaries and not missing:
-        raise UsageError(f"{folder} has no folder of a task; give the OUTPUT of evaluate_tasks.sbatch, with one folder per task")
+        raise UsageError(
+            f"{folder} has no folder of a task; give the OUTPUT of evaluate_tasks.sbatch, with one folder per task"
+        )
     about = _common(folder, summaries)
     return Joined([_result(task, summary, about) for task, summary in summaries.items()], about, missing)
 

@@ -31,7 +31,20 @@ def evaluated(inputs: Path, tmp_path: Path) -> Path:
 
 
 def evaluate(root: Path, tasks: str, output: Path, *options: str, model: str = "model") -> None:
-    run(["evaluate", "--model", f"{root}/{model}", "--data", f"{root}/sets", "--tasks", tasks, "--output", str(output), *options])
+    run(
+        [
+            "evaluate",
+            "--model",
+            f"{root}/{model}",
+            "--data",
+            f"{root}/sets",
+            "--tasks",
+            tasks,
+            "--output",
+            str(output),
+            *options,
+        ]
+    )
 
 
 def summary(folder: Path) -> dict[str, Any]:
@@ -75,7 +88,9 @@ def test_tasks_of_two_models_are_refused(inputs: Path, evaluated: Path) -> None:
     assert not (evaluated / "summary.json").exists()
 
 
-@pytest.mark.parametrize("content", ["{", '{"tasks": {"piqa": {}}}', '{"tasks": {"boolq": {"main": "a", "metrics": {}}}}', "[]"])
+@pytest.mark.parametrize(
+    "content", ["{", '{"tasks": {"piqa": {}}}', '{"tasks": {"boolq": {"main": "a", "metrics": {}}}}', "[]"]
+)
 def test_damaged_summary_is_named(evaluated: Path, content: str) -> None:
     (evaluated / "piqa/summary.json").write_text(content)
     with pytest.raises(DataError, match=r"piqa/summary.json is not the summary of the task piqa"):
