@@ -77,7 +77,7 @@ EXAMPLE = """\
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `ledom` itself."""
     listed = [
-        f"{title}:\n" + "".join(f"  {name:20}{text}\n" for name, text in group.items()) for title, group in GROUPS.items()
+        f"{title}:\n" + "".join(f"  {name:21}{text}\n" for name, text in group.items()) for title, group in GROUPS.items()
     ]
     parser = argparse.ArgumentParser(
         prog="ledom",

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_ledom.cli.main import run
 from megatron_ledom.errors import DataError, MismatchError, UsageError, VerificationError
+from megatron_ledom.storage.locks import output_folder_lock
 from tests.support.evaluation_sets import write_sets
 from tests.support.tiny_models import random_model_folder
 
@@ -95,6 +96,12 @@ def test_damaged_summary_is_named(evaluated: Path, content: str) -> None:
     (evaluated / "piqa/summary.json").write_text(content)
     with pytest.raises(DataError, match=r"piqa/summary.json is not the summary of the task piqa"):
         run(["summarize-evaluation", str(evaluated)])
+
+
+def test_folder_that_another_process_writes_is_refused(evaluated: Path) -> None:
+    with output_folder_lock(evaluated), pytest.raises(UsageError, match="is being written by"):
+        run(["summarize-evaluation", str(evaluated)])
+    assert not (evaluated / "summary.json").exists()
 
 
 def test_other_folders_are_refused(inputs: Path, tmp_path: Path) -> None:
