@@ -237,6 +237,10 @@ class OptimizerSettings:
     """Added to the root of the second moment, against division by zero."""
     clip_grad: NotNegativeFloat = 1.0
     """Largest global gradient norm; a larger gradient is scaled down to it. 0 does not clip."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay rate per update of an exponential moving average of the weights, above 0 and below 1, such as 0.999. It is kept in
+    fp32 (4 bytes a weight, sharded like the optimizer), saved, evaluated at each validation, and exported with
+    `--weights ema`. Default: none."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -160,7 +160,7 @@ def _checkpoints(config: RunConfig, model: ModelConfig) -> str:
     settings = config.checkpoint
     words = [f"{-(-config.train.train_iters // settings.save_interval):,}"]
     if model.vocab_size is not None:
-        words.append(f"about {bytes_of_checkpoint(model) / GIB:,.2f} GiB each")
+        words.append(f"about {bytes_of_checkpoint(model, ema=config.optimizer.ema_decay is not None) / GIB:,.2f} GiB each")
     words.append("written while training continues" if settings.async_save else "training waits for them")
     if settings.keep_last is not None:
         multiples = f" and those at multiples of {settings.keep_interval:,}" if settings.keep_interval else ""

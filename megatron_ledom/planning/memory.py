@@ -14,6 +14,8 @@ from megatron_ledom.planning.shapes import Architecture, Layout
 
 Counting = Literal["published", "cpu", "cuda"]
 GIB = 2**30
+EMA_BYTES = 4
+"""Bytes per weight of a moving average, on a device and in a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,8 +232,11 @@ def stage_parameters(model: Architecture, layout: Layout, stage: int) -> dict[st
 
 
 def state_bytes(model: Architecture, layout: Layout, parameters: int) -> tuple[int, int, int]:
-    """Return the bytes of weights, fp32 gradients and Adam's state; for bf16 the state includes fp32 weights."""
-    optimizer = 12 if model.element_bytes == 2 else 8
+    """Return the bytes of weights, fp32 gradients and Adam's state; for bf16 the state includes fp32 weights.
+
+    A moving average of the weights counts as state.
+    """
+    optimizer = (12 if model.element_bytes == 2 else 8) + (EMA_BYTES if layout.ema else 0)
     copies = layout.data * layout.context if layout.distributed_optimizer else 1
     return parameters * model.element_bytes, parameters * 4, -(-parameters * optimizer // copies)
 

@@ -7,7 +7,7 @@ from megatron_ledom.config.derived import total_tokens
 from megatron_ledom.config.schema import ModelConfig, RunConfig
 from megatron_ledom.model.arithmetic import count_parameters, flops_per_token, model_flops_utilisation
 from megatron_ledom.planning.hardware import Hardware
-from megatron_ledom.planning.memory import GIB, StageMemory, all_stages, counting_for
+from megatron_ledom.planning.memory import EMA_BYTES, GIB, StageMemory, all_stages, counting_for
 from megatron_ledom.planning.shapes import Architecture, Layout, architecture_of, layout_of
 from megatron_ledom.planning.step_time import Software, StepTime, step_time
 
@@ -67,7 +67,7 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> int:
         """Size of one checkpoint, in bytes."""
-        return self.parameters * CHECKPOINT_BYTES[self.model.element_bytes]
+        return self.parameters * _bytes_per_weight(self.model, self.layout.ema)
 
     @property
     def checkpoint_seconds(self) -> float:
@@ -97,10 +97,14 @@ def make_plan(config: RunConfig, world_size: int, hardware: Hardware, software: 
     )
 
 
-def bytes_of_checkpoint(model: ModelConfig) -> int:
-    """Return the bytes of one checkpoint of a configured model. The vocabulary size must be known."""
+def bytes_of_checkpoint(model: ModelConfig, *, ema: bool) -> int:
+    """Return the bytes of one checkpoint of a configured model, with a moving average if `ema`. The vocabulary size must be known."""
     shape = architecture_of(model)
-    return count_parameters(model, shape.padded_vocab_size) * CHECKPOINT_BYTES[shape.element_bytes]
+    return count_parameters(model, shape.padded_vocab_size) * _bytes_per_weight(shape, ema)
+
+
+def _bytes_per_weight(model: Architecture, ema: bool) -> int:
+    return CHECKPOINT_BYTES[model.element_bytes] + (EMA_BYTES if ema else 0)
 
 
 def name_layout(layout: Layout) -> str:

@@ -98,7 +98,10 @@ def run_iteration(state: TrainState, batches: Batches, policy: StepPolicy, skip_
 def compute_step(state: TrainState, batches: Batches, judge: Judge) -> StepResult:
     """Do the step of the next iteration with that iteration's random state, without counting it."""
     seed_iteration(state.config.train.seed, state.iteration, state.groups)
-    return train_step(state.config, state.model, state.optimizer, batches, state.groups, judge)
+    result = train_step(state.config, state.model, state.optimizer, batches, state.groups, judge)
+    if state.ema is not None and result.verdict.is_applied:
+        state.ema.update()
+    return result
 
 
 def train_step(
