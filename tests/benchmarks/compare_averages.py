@@ -17,7 +17,7 @@ from megatron_ledom.convert.average import average_checkpoints
 from tests.support.paths import ROOT
 from tests.support.tiny_runs import Record, run_each_on_ranks
 
-VOCABULARY, SEQUENCE, BATCH = 2000, 128, 16
+VOCABULARY, SEQUENCE, BATCH = 2000, 32, 8
 AVERAGES = {"last 5": {"last": 5}, "last 10": {"last": 10}, "last 10, decay 0.8": {"last": 10, "decay": 0.8}}
 """Averages of the checkpoints of the constant run, which saves twenty."""
 EMA_DECAY = 0.98
@@ -43,14 +43,14 @@ def write_data(folder: Path) -> Path:
         tool(
             "preprocess-data", "--input", text, "--tokenizer", str(folder / "tokenizer"), "--output-prefix", str(folder / name)
         )
-    model = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 176, "num_attention_heads": 4, "params_dtype": "bf16"}
+    model = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 96, "num_attention_heads": 4, "params_dtype": "bf16"}
     blends = {"train_blend": [[1.0, str(folder / "train")]], "valid_blend": [[1.0, str(folder / "valid")]]}
     values = {
         "run_dir": str(folder / "unused"),
         "model": model,
         "data": {"seq_length": SEQUENCE, **blends, "path_to_cache": str(folder / "cache")},
-        "optimizer": {"lr": 4e-3, "min_lr": 0.0, "lr_warmup_iters": 20, "lr_decay_style": "constant"},
-        "train": {"train_iters": 1, "global_batch_size": BATCH, "micro_batch_size": BATCH, "num_threads": 1, "eval_iters": 20},
+        "optimizer": {"lr": 1e-2, "min_lr": 0.0, "lr_warmup_iters": 20, "lr_decay_style": "constant"},
+        "train": {"train_iters": 1, "global_batch_size": BATCH, "micro_batch_size": BATCH, "num_threads": 1, "eval_iters": 40},
         "logging": {"log_interval": 50, "tensorboard": False, "peak_tflops": 1.0},
     }
     config.write_text(yaml.safe_dump(values), encoding="utf-8")
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--iters", type=int, default=400)
+    parser.add_argument("--iters", type=int, default=300)
     arguments = parser.parse_args(argv)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     config = write_data(arguments.folder)
