@@ -94,7 +94,8 @@ def measure(arguments: argparse.Namespace, folder: str) -> None:
     }
 
     def step() -> None:
-        train_step(config, model, optimizer, batches, groups, lambda *_: Verdict(Action.UPDATE))
+        size, judge = config.train.global_batch_size, lambda *_: Verdict(Action.UPDATE)
+        train_step(config, model, optimizer, batches, groups, judge, global_batch_size=size)
         scheduler.step(increment=1)
 
     def save(way: str, iteration: int) -> None:

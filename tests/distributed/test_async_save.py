@@ -56,7 +56,8 @@ def train_and_save(config_file: str, run_dir: str) -> None:
     longest = 0.0
     assert state.store.seconds_to_finish() == 0
     for step in range(1, 7):
-        train_step(config, state.model, state.optimizer, batches, groups, lambda *_: Verdict(Action.UPDATE))
+        size, judge = state.next_batch_size, lambda *_: Verdict(Action.UPDATE)
+        train_step(config, state.model, state.optimizer, batches, groups, judge, global_batch_size=size)
         state.advance()
         if step in (2, 4):
             save_checkpoint(state)
