@@ -94,8 +94,7 @@ def measure(arguments: argparse.Namespace, folder: str) -> None:
     }
 
     def step() -> None:
-        size, judge = config.train.global_batch_size, lambda *_: Verdict(Action.UPDATE)
-        train_step(config, model, optimizer, batches, groups, judge, global_batch_size=size)
+        train_step(config, model, optimizer, batches, groups, lambda *_: Verdict(Action.UPDATE), global_batch_size=1)
         scheduler.step(increment=1)
 
     def save(way: str, iteration: int) -> None:
