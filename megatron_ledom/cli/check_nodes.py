@@ -60,9 +60,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     import sys
 
     from megatron_ledom.errors import UNFORESEEN
-    from megatron_ledom.hardware_check.node_health import NodeRequest, check_node_health, describe
-    from megatron_ledom.storage.files import write_json
-    from megatron_ledom.storage.locks import output_file_lock
+    from megatron_ledom.hardware_check.node_health import NodeRequest, check_node_health, describe, write_result
 
     given = vars(arguments)
     path = given.pop("json")
@@ -71,8 +69,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     given["python"] = given["python"] or sys.executable
     health = check_node_health(NodeRequest(**given))
     if path:
-        with output_file_lock(path, "--json"):
-            write_json(path, health.to_json())
+        write_result(health, path)
     print(describe(health), end="", file=sys.stderr)
     if health.bad:
         print(",".join(health.bad))

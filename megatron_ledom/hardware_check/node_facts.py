@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from megatron_ledom.storage.files import sync
+
 SMI_SECONDS = 20
 QUERY = ("index", "name", "ecc.errors.uncorrected.volatile.total")
 REMAPPED = ("gpu_bus_id", "remapped_rows.pending", "remapped_rows.failure")
@@ -21,7 +23,7 @@ BROKEN = ("unknown error", "requires reset", "is lost")
 """Words of nvidia-smi in place of a value of a GPU that does not work any more."""
 FATAL_XIDS = {
     48: "uncorrectable ECC error",
-    64: "a faulty row of memory cannot be recorded",
+    64: "a damaged row of memory cannot be recorded",
     74: "NVLink error",
     79: "the GPU has fallen off the bus",
     95: "uncontained ECC error",
@@ -126,7 +128,7 @@ def problems_of_folders(folders: Sequence[str], free_gib: float) -> list[str]:
             with tempfile.NamedTemporaryFile(dir=place, prefix=".ledom-check-nodes-") as probe:
                 probe.write(bytes(PROBE_BYTES))
                 probe.flush()
-                os.fsync(probe.fileno())
+                sync(probe.name)
         except OSError as error:
             name = errno.errorcode.get(error.errno or 0, "")
             found.append(f"{folder} cannot be written: {error.strerror} ({name})")

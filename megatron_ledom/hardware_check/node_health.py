@@ -18,9 +18,11 @@ from megatron_ledom.errors import UsageError
 from megatron_ledom.hardware_check.node_rank import CONNECTED, MARK, NODE, STAGES, STARTED, node_name
 from megatron_ledom.hardware_check.nodes import nodes_of_job
 from megatron_ledom.platform.slurm import BY_SBATCH, read_step, tasks_of_job, tasks_of_nodes
+from megatron_ledom.storage.files import write_json
+from megatron_ledom.storage.locks import output_file_lock
 
 GRACE_SECONDS = 3.0
-"""Time after the limit in which late ranks say so."""
+"""Time after the limit in which late ranks report it."""
 SLOW = 0.5
 """A node whose all-reduces reach less than this part of the median is reported as slow; it is not bad."""
 OUTSIDE_NODES = "scontrol does not list the nodes of the job"
@@ -189,6 +191,12 @@ def _add_unfinished(health: Health, places: Sequence[str], stage: Mapping[int, i
     for node, ranks in by_node.items():
         how = "does not answer any more" if set(ranks) <= set(silent) else words[least]
         health.nodes[node].append(f"rank {', '.join(map(str, ranks))} {how}")
+
+
+def write_result(health: Health, path: str) -> None:
+    """Write the result as JSON, under the lock of the file."""
+    with output_file_lock(path, "--json"):
+        write_json(path, health.to_json())
 
 
 def describe(health: Health) -> str:

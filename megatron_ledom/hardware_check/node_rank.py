@@ -1,7 +1,7 @@
 """Check a node as one of its ranks: `python -m megatron_ledom.hardware_check.node_rank OPTIONS`, OPTIONS as JSON.
 
 Each rank prints a line of JSON after MARK at each step that it has reached, so that the reader of all lines knows where each rank
-stopped. A rank that is late says so and ends; one that says nothing is stopped, or its node is.
+stopped. A rank that is late reports it and ends; one that says nothing is stopped, or its node is.
 """
 
 import json
@@ -101,9 +101,9 @@ def _reduce_for(seconds: float, group: Any, rank: int, device: Any) -> dict[str,
         dist.all_reduce(values, group=group)
         is_right &= bool((values == expected).all())
         count += 1
-        goes_on = torch.tensor(float(time.monotonic() - begin < seconds), device=device)
-        dist.all_reduce(goes_on, op=dist.ReduceOp.MIN, group=group)
-        if not goes_on.item():
+        continues = torch.tensor(float(time.monotonic() - begin < seconds), device=device)
+        dist.all_reduce(continues, op=dist.ReduceOp.MIN, group=group)
+        if not continues.item():
             return {"is_right": is_right, "gib_per_second": count * 4 * NUM_FLOATS / 2**30 / (time.monotonic() - begin)}
 
 

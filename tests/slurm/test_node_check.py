@@ -1,4 +1,4 @@
-"""`ledom check-nodes` and CHECK_NODES of pretrain.sbatch under a real SLURM: each bad node is named, and left out if asked.
+"""`ledom check-nodes` and CHECK_NODES of pretrain.sbatch under a real SLURM: each bad node is named, and excluded if asked.
 
 A node is made bad by the program that runs its ranks, for example with a preloaded clock; nothing in the check is replaced.
 """
