@@ -194,7 +194,8 @@ def _mirror(config: RunConfig, model: ModelConfig) -> str:
     kept = "all kept" if settings.mirror_keep_last is None else f"the newest {settings.mirror_keep_last:,}"
     kept += f" and those at multiples of {settings.mirror_keep_interval:,}" if settings.mirror_keep_interval else ""
     if model.vocab_size is not None and settings.mirror_keep_last is not None and not settings.mirror_keep_interval:
-        kept += f", about {(settings.mirror_keep_last + 1) * bytes_of_checkpoint(model, ema=config.optimizer.ema_decay is not None) / GIB:,.1f} GiB at most"
+        each = bytes_of_checkpoint(model, ema=config.optimizer.ema_decay is not None) / GIB
+        kept += f", about {(settings.mirror_keep_last + 1) * each:,.1f} GiB at most"
     return f"{settings.mirror}, {kept}"
 
 
