@@ -25,7 +25,7 @@ SUBJECTS = {
     "Training": ("train", "replay-step", "report-run"),
     "Conversion": ("convert-checkpoint",),
     "Generation and ranking": ("generate", "rerank", "report-rerank", "export-preferences", "serve"),
-    "Evaluation": ("evaluate", "harness", "compare-losses"),
+    "Evaluation": ("evaluate", "summarize-evaluation", "harness", "compare-losses"),
     "Planning": ("configs", "plan-run", "calibrate-hardware", "validate-planner"),
     "Inspection": ("inspect-shard", "inspect-checkpoint", "ops", "check-hardware"),
     "Other": ("completion",),

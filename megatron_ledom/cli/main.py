@@ -50,6 +50,7 @@ GROUPS = {
     },
     "evaluating models": {
         "evaluate": "evaluate a model of either direction on tasks from local files",
+        "summarize-evaluation": "join the results of tasks that were evaluated one by one",
         "harness": "evaluate a model in lm-evaluation-harness",
         "compare-losses": "compare the losses of a forward model and its reverse twin",
         "make-analysis-data": "write synthetic training text and questions for an analysis",
@@ -76,7 +77,7 @@ EXAMPLE = """\
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `ledom` itself."""
     listed = [
-        f"{title}:\n" + "".join(f"  {name:20}{text}\n" for name, text in group.items()) for title, group in GROUPS.items()
+        f"{title}:\n" + "".join(f"  {name:21}{text}\n" for name, text in group.items()) for title, group in GROUPS.items()
     ]
     parser = argparse.ArgumentParser(
         prog="ledom",

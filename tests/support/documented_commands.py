@@ -36,6 +36,7 @@ RUN_BY_TESTS = {
     "bash examples/slurm/convert.sbatch": SLURM_JOBS,
     "bash examples/slurm/evaluate.sbatch": SLURM_JOBS,
     "bash examples/slurm/evaluate_tasks.sbatch": SLURM_JOBS,
+    "ledom summarize-evaluation evaluated": f"tests/unit/evaluation/test_joined_results.py, {SLURM_JOBS}",
     **dict.fromkeys(("ledom summarize-tasks data/dclm_01", "ledom summarize-tasks data/corpus"), SLURM_JOBS),
     "ledom inspect-shard data/dclm_01-*-of-00064 --verify": "tests/unit/data/shards/test_inspect_shard.py",
     "ledom merge-shards --input data/dclm_01-*-of-00064 --output-prefix data/dclm_01": "tests/unit/data/shards/test_merge_shards.py",
