@@ -17,8 +17,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench_trainer_overhead import prepare
 from preprocess_competitors import ROOT
+from preprocess_corpus import build_corpus, cut_corpus
 
 from megatron_ledom.evaluation.intervals import t_interval
 
@@ -27,14 +27,30 @@ MUON = ["optimizer.muon_extra_scale_factor=0.2", "optimizer.muon_nesterov=true",
 """With them the updates are about as large as AdamW's, and both optimizers can have the same learning rates."""
 
 
+def ledom(*arguments: object) -> None:
+    """Run a command of this package."""
+    command = [sys.executable, "-m", "megatron_ledom.cli.main", *map(str, arguments)]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, stdout=subprocess.DEVNULL)
+
+
+def prepare(work: Path, megabytes: float, vocab_size: int) -> list[str]:
+    """Write a tokenizer and a shard as the quickstart does; return the overrides that name them."""
+    build_corpus(work / "all.jsonl", megabytes)
+    cut_corpus(work / "all.jsonl", work / "corpus.jsonl", megabytes)
+    tokenizer, source = work / "tokenizer", ("--input", work / "corpus.jsonl")
+    ledom("train-tokenizer", *source, "--output", tokenizer, "--vocab-size", vocab_size, "--max-sentences", 200_000)
+    ledom("preprocess-data", *source, "--tokenizer", tokenizer, "--output-prefix", work / "train", "--direction", "reverse")
+    return [f"data.tokenizer={tokenizer}", f"data.train_blend=[[1.0, {work / 'train'}]]", "data.valid_blend=[]"]
+
+
 class Runs:
     """The runs of one comparison; results.jsonl in their folder has those that are done."""
 
-    def __init__(self, work: Path, overrides: Sequence[str]) -> None:
+    def __init__(self, work: Path, megabytes: float, vocab_size: int, overrides: Sequence[str]) -> None:
         self.work, self.results = work, work / "results.jsonl"
         data = work / "data.json"
         if not data.exists():
-            data.write_text(json.dumps(prepare(work)))
+            data.write_text(json.dumps(prepare(work, megabytes, vocab_size)))
         self.overrides = [*json.loads(data.read_text()), "data.split=[0.95, 0.05, 0.0]", *overrides]
 
     def loss(self, optimizer: str, lr: float, seed: int) -> float:
@@ -82,10 +98,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--megabytes", type=float, default=40)
+    parser.add_argument("--vocab-size", type=int, default=8000)
     parser.add_argument("--overrides", nargs="*", default=[], metavar="section.key=value")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    runs, best = Runs(arguments.work, arguments.overrides), dict[str, list[float]]()
+    runs, best = Runs(arguments.work, arguments.megabytes, arguments.vocab_size, arguments.overrides), dict[str, list[float]]()
     print("| optimizer | lr | seed 1 |\n|---|---|---|")
     chosen = {}
     for optimizer, sweep in SWEEPS.items():

@@ -1,20 +1,22 @@
 """Muon of megatron-core equals a reference in plain torch, on one process."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 
 from megatron_ledom.config.load import load_config
+from megatron_ledom.config.schema import OptimizerSettings
 from megatron_ledom.model.builder import build_model_chunks, wrap_for_training
 from megatron_ledom.model.layer_specs import LayerChoice
 from megatron_ledom.parallel.groups import start_distributed, stop_distributed
 from megatron_ledom.planning.memory import muon_parameters, stage_parameters, state_bytes
 from megatron_ledom.planning.shapes import architecture_of, layout_of
 from megatron_ledom.platform.device import prepare_platform
-from megatron_ledom.training.optimizer import build_optimizer, build_scheduler
+from megatron_ledom.training.optimizer import MUON_KEYS, build_optimizer, build_scheduler
 from megatron_ledom.training.replay import squared_norms
 from megatron_ledom.training.step_policy import Action, StepResult, Verdict
 from megatron_ledom.training.trainer import train_step
@@ -24,7 +26,8 @@ from tests.support.plain_muon import PlainMuon
 from tests.support.tiny_runs import TinyData
 
 pytest.importorskip("emerging_optimizers", reason="emerging-optimizers needs Python 3.12")
-from megatron.core.optimizer.emerging_optimizers import TensorParallelMuon
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer.emerging_optimizers import TensorParallelMuon, get_supported_coefficient_types
 
 STEPS = 20
 MUON = (
@@ -125,3 +128,12 @@ def test_muon_has_the_matrices_of_the_layers_and_one_momentum(data: TinyData, tm
 def state_tensors(part: Any) -> list[torch.Tensor]:
     """Return the tensors of an optimizer's state."""
     return [value for state in part.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+
+
+def test_the_keys_are_those_of_megatron_core() -> None:
+    own = {field.name: field for field in dataclasses.fields(OptimizerSettings) if field.name in MUON_KEYS}
+    core = {field.name: field.default for field in dataclasses.fields(OptimizerConfig)}
+    different = {name for name, field in own.items() if core[name] != field.default}
+    assert different == {"muon_tp_mode"}
+    named = get_type_hints(OptimizerSettings)["muon_coefficient_type"]
+    assert {*get_args(named), "custom"} == set(get_supported_coefficient_types())
