@@ -29,7 +29,8 @@ MUON = ["optimizer.muon_extra_scale_factor=0.2", "optimizer.muon_nesterov=true",
 
 def ledom(*arguments: object) -> None:
     """Run a command of this package."""
-    command = [sys.executable, "-m", "megatron_ledom.cli.main", *map(str, arguments)]
+    start = "from megatron_ledom.cli.main import main; main()"
+    command = [sys.executable, "-c", start, *map(str, arguments)]
     subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, stdout=subprocess.DEVNULL)
 
 
