@@ -75,8 +75,11 @@ def _measure(state: TrainState, dataset: BlendSamples) -> dict[str, float]:
     device, eod_id = state.platform.device, state.provenance.eod_id
     iterators = batch_iterators(state.config, dataset, 0, len(dataset), state.groups, device, eod_id)
     loss_sum, num_tokens = 0.0, 0.0
-    for _ in range(len(dataset) // state.config.train.global_batch_size):
-        one_sum, one_count = run_schedule(state.config, state.model, iterators, state.groups, forward_only=True)
+    size = state.config.train.global_batch_size  # also while a schedule trains with other batches: same samples, same numbers
+    for _ in range(len(dataset) // size):
+        one_sum, one_count = run_schedule(
+            state.config, state.model, iterators, state.groups, global_batch_size=size, forward_only=True
+        )
         loss_sum, num_tokens = loss_sum + one_sum, num_tokens + one_count
     lm_loss = loss_sum / num_tokens
     return {

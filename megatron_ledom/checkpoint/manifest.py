@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import megatron_ledom
+from megatron_ledom.config.batch_schedule import batch_phases
 from megatron_ledom.config.derived import head_dim, query_groups
 from megatron_ledom.config.load import config_from_dict, to_dict
 from megatron_ledom.config.schema import ModelConfig, RunConfig
@@ -206,6 +207,11 @@ def check_same_samples(manifest: CheckpointManifest, config: RunConfig, train_sh
         )
     for change in changed:
         log.warning("OTHER TRAINING DATA than in %s, allowed by data.allow_changed_data=true: %s", where, change)
+    if trained.data.seq_length != config.data.seq_length and config.train.batch_size_schedule is not None:
+        raise ConfigError(
+            f"data.seq_length was {trained.data.seq_length} and is now {config.data.seq_length}, so train.batch_size_schedule would"
+            f" count the tokens up to {where} wrongly; remove the schedule, restore the length, or use another run_dir for a new run"
+        )
     _check_still_decidable(manifest, trained, config, where)
     if manifest.iteration > config.train.train_iters:
         raise ConfigError(
@@ -237,9 +243,10 @@ def _check_still_decidable(manifest: CheckpointManifest, trained: RunConfig, con
 
 
 def samples_at_end(manifest: CheckpointManifest, config: RunConfig) -> int:
-    """Return the number of samples that a resumed run will have consumed at its end, with its current batch size."""
-    remaining = max(0, config.train.train_iters - manifest.iteration)
-    return manifest.consumed_train_samples + remaining * config.train.global_batch_size
+    """Return the number of samples that a resumed run will have consumed at its end, with its current batch sizes."""
+    consumed = manifest.consumed_train_samples
+    phases = batch_phases(config, iteration=manifest.iteration, consumed_samples=consumed)
+    return consumed + sum(phase.num_samples for phase in phases)
 
 
 def _changed_shards(old: list[list[Any]], new: list[list[Any]]) -> list[str]:

@@ -277,7 +277,15 @@ class TrainConfig:
     micro_batch_size: Positive = 1
     """Number of samples in one forward pass of one data-parallel rank."""
     global_batch_size: Positive
-    """Number of samples of one iteration, over all ranks. Must be a multiple of micro_batch_size x data-parallel size."""
+    """Number of samples of one iteration, over all ranks. Must be a multiple of micro_batch_size x data-parallel size. With
+    a schedule of the batch size, its last one; validations always use it."""
+    rampup_batch_size: tuple[Positive, Positive, Positive] | None = None
+    """[start, increment, samples]: begin with `start` samples in an iteration, and raise that in equal steps of `increment` to
+    global_batch_size over the first `samples` samples, as in megatron-core. Each size must be a multiple like
+    global_batch_size. Default: no ramp-up."""
+    batch_size_schedule: list[tuple[NotNegative, Positive]] | None = None
+    """[[0, size], [tokens, size], ...]: global batch sizes, each with the number of consumed tokens from which it holds. The
+    last size must be global_batch_size. Default: the same size in every iteration."""
     seed: NotNegative = 42
     """Seed of the initial weights, dropout and sample order."""
     eval_interval: Positive = 1000

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
 from megatron_ledom.checkpoint.manifest import CheckpointManifest
+from megatron_ledom.config.batch_schedule import batch_phases
 from megatron_ledom.config.derived import padded_vocab_size
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.direction import Direction
@@ -140,7 +141,7 @@ def _training(config: RunConfig, manifest: CheckpointManifest) -> str:
         return "## Training\n\nThe weights were imported from another model and were not trained further."
     recipe = {
         "tokens": f"{manifest.consumed_train_tokens:,} in {manifest.iteration:,} iterations",
-        "batch": f"{train.global_batch_size:,} samples of {config.data.seq_length:,} tokens",
+        "batch": f"{_batches(config, manifest.iteration)} samples of {config.data.seq_length:,} tokens",
         "optimizer": f"AdamW, betas {optimizer.adam_beta1} and {optimizer.adam_beta2}, weight decay {optimizer.weight_decay},"
         f" clip {optimizer.clip_grad}",
         "learning rate": f"{optimizer.lr:g} to {optimizer.min_lr:g}, {optimizer.lr_decay_style}",
@@ -153,6 +154,12 @@ def _training(config: RunConfig, manifest: CheckpointManifest) -> str:
         for fraction, bin_sha256, *_, prefix in manifest.train_shards
     ]
     return "\n\n".join(["## Training", _table(recipe), markdown_table(rows)])
+
+
+def _batches(config: RunConfig, iteration: int) -> str:
+    """Return the global batch size of the first iterations, and the last one if a schedule has changed it."""
+    sizes = [phase.global_batch_size for phase in batch_phases(config, train_iters=max(iteration, 1))]
+    return f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,}, by a schedule up to {max(sizes):,},"
 
 
 def _losses(checkpoint: str, iteration: int) -> str:

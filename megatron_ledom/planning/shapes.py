@@ -6,6 +6,7 @@ The planner has its own types because no RunConfig can describe the published mo
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_ledom.config.batch_schedule import largest_batch
 from megatron_ledom.config.derived import data_parallel_size, head_dim, num_microbatches, padded_vocab_size, query_groups
 from megatron_ledom.config.schema import ModelConfig, RunConfig
 from megatron_ledom.errors import ConfigError
@@ -134,12 +135,12 @@ def layers_of(model: ModelConfig) -> Layers:
 
 
 def layout_of(config: RunConfig, world_size: int) -> Layout:
-    """Return the layout of a checked config on `world_size` ranks."""
+    """Return the layout of a checked config on `world_size` ranks, in iterations of its largest global batch."""
     parallel = config.parallel
     return Layout(
         seq_length=config.data.seq_length,
         micro_batch_size=config.train.micro_batch_size,
-        num_microbatches=num_microbatches(config, world_size),
+        num_microbatches=num_microbatches(config, world_size, largest_batch(config)),
         tensor=parallel.tensor_model_parallel_size,
         pipeline=parallel.pipeline_model_parallel_size,
         chunks=parallel.virtual_pipeline_model_parallel_size or 1,

@@ -71,6 +71,10 @@ class StepTime:
     """Cost of all passes of the slowest stage."""
     times: PassTimes = field(default_factory=lambda: PassTimes(((0.0,),), ((0.0,),)))
 
+    def total_of(self, num_microbatches: int) -> float:
+        """Return the seconds of an iteration of the same run with another number of micro-batches."""
+        return pipeline_seconds(self.times, num_microbatches) + self.data_comm + self.optimizer + self.other
+
 
 def step_time(model: Architecture, layout: Layout, hardware: Hardware, software: Software | None = None) -> StepTime:
     """Return the seconds of one iteration of a run."""

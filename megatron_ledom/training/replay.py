@@ -291,7 +291,7 @@ def _parameter_lines(norms: dict[str, float]) -> Iterator[str]:
 def _sample_lines(state: TrainState, show: int) -> Iterator[str]:
     """Yield the ids of the step's samples, and the first `show` samples as text with their sources."""
     first = state.consumed_train_samples
-    samples = range(first, first + state.config.train.global_batch_size)
+    samples = range(first, first + state.next_batch_size)
     yield f"\nsamples {samples[0]} to {samples[-1]}"
     folder = os.path.join(state.config.run_dir, RUN_TOKENIZER)
     tokenizer = load_tokenizer(folder) if os.path.isdir(folder) else None

@@ -15,6 +15,7 @@ from megatron_ledom.checkpoint.manifest import (
     samples_at_end,
 )
 from megatron_ledom.checkpoint.store import CheckpointStore
+from megatron_ledom.config.batch_schedule import batch_size_at
 from megatron_ledom.config.derived import checkpoint_folder
 from megatron_ledom.config.load import to_dict
 from megatron_ledom.config.schema import RunConfig
@@ -56,13 +57,21 @@ class TrainState:
     """Number of iterations done, with or without an update."""
     consumed_train_samples: int = 0
     consumed_train_tokens: int = 0
+    last_batch_size: int = 0
+    """Samples of the iteration that `advance` counted last; 0 before the first one of this launch."""
+
+    @property
+    def next_batch_size(self) -> int:
+        """Samples of the next iteration, over all ranks: a function of the config and of the samples consumed so far."""
+        return batch_size_at(self.config, self.consumed_train_samples)
 
     def advance(self) -> None:
         """Count one iteration, with or without an update, and its samples; advance the learning-rate schedule."""
         self.scheduler.step(increment=1)
         self.iteration += 1
-        self.consumed_train_samples += self.config.train.global_batch_size
-        self.consumed_train_tokens += self.config.train.global_batch_size * self.config.data.seq_length
+        self.last_batch_size = self.next_batch_size
+        self.consumed_train_samples += self.last_batch_size
+        self.consumed_train_tokens += self.last_batch_size * self.config.data.seq_length
 
 
 def check_resumable(config: RunConfig, sources: Sources, checkpoint: str | None) -> tuple[Sources, list[str]]:
