@@ -71,7 +71,7 @@ def test_muon_equals_the_reference_over_twenty_steps(data: TinyData, tmp_path: P
     scheduler, reference = build_scheduler(config, optimizer), PlainMuon(config, plain)
     for step in range(STEPS):
         expected = plain_step(config, plain, reference, micro_batches(step), plain_lr(config, step))
-        found = train_step(config, model, optimizer, [iter(micro_batches(step))], groups, always_update)
+        found = train_step(config, model, optimizer, [iter(micro_batches(step))], groups, always_update, global_batch_size=4)
         scheduler.step(increment=1)
         assert (found.lm_loss, found.grad_norm) == pytest.approx(expected, rel=1e-6)
     wanted = plain.state_dict()
@@ -90,7 +90,7 @@ def test_a_skipped_step_changes_no_weight_and_no_state(data: TinyData, tmp_path:
     build_scheduler(config, optimizer).step(increment=3)  # the learning rate is above 0
 
     def step(judge: Any) -> StepResult:
-        return train_step(config, model, optimizer, [iter(micro_batches(0))], groups, judge)
+        return train_step(config, model, optimizer, [iter(micro_batches(0))], groups, judge, global_batch_size=4)
 
     step(always_update)
     tensors = [
@@ -111,7 +111,7 @@ def test_muon_has_the_matrices_of_the_layers_and_one_momentum(data: TinyData, tm
     config = load_config(str(data.config), [f"run_dir={tmp_path}", *MUON, f"model.vocab_size={VOCAB}"])
     model = wrap_for_training(config, build_model_chunks(config, VOCAB, groups, LayerChoice("torch", "test")))
     optimizer = build_optimizer(config, model, groups)
-    train_step(config, model, optimizer, [iter(micro_batches(0))], groups, always_update)
+    train_step(config, model, optimizer, [iter(micro_batches(0))], groups, always_update, global_batch_size=4)
     muon, adam = optimizer.chained_optimizers
     assert isinstance(muon.optimizer, TensorParallelMuon)
     names = {id(weight): name.removeprefix("module.") for name, weight in model[0].named_parameters()}
