@@ -16,13 +16,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megatron_ledom.callbacks.task_files import check_tasks
-from megatron_ledom.checkpoint.folder import latest_checkpoint, saved_iteration, settle_latest
+from megatron_ledom.checkpoint.folder import finished_checkpoints, latest_checkpoint, saved_iteration, settle_latest
 from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import checkpoint_folder, expected_world_size
 from megatron_ledom.config.load import load_config
 from megatron_ledom.config.options import add_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import LASTING, UNFORESEEN, LedomError, StoppedWaiting, run_command
+from megatron_ledom.mirror.store import check_address
 from megatron_ledom.platform.launch import Launch, read_launch
 from megatron_ledom.platform.quiet import quiet_libraries
 from megatron_ledom.training.held_out import check_held_out
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("megatron_ledom.pretrain")
 
+ALONE_SECONDS = 45
+"""Longest time that the first rank of several works alone: srun ends it a minute after the others have ended."""
 COMPLETE = "nothing is left to do; raise train.train_iters to train longer"
 
 
@@ -71,6 +74,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None, *, callback
     """
     arguments = build_parser(prog).parse_args(argv)
     config = load_config(arguments.config, arguments.overrides)
+    check_address(config)
     if arguments.dry_run:
         from megatron_ledom.planning.dry_run import dry_run
         from megatron_ledom.planning.verdicts import refuse
@@ -111,17 +115,20 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: "Sequen
     start_logging(launch.rank)
     from megatron_ledom.data.blends.sources import describe_blend, load_run_tokenizer, load_sources
     from megatron_ledom.training.preflight import check_environment, is_complete
-    from megatron_ledom.training.run_folder import check_still_latest, lock_run, warn_of_later_checkpoints, write_start
+    from megatron_ledom.training.run_folder import lock_run, write_start
 
     started, checkpoint = time.monotonic(), latest_checkpoint(checkpoint_folder(config))
     check_environment(config)  # every cheap check before torch starts anything
     sources = load_sources(config)
     tokenizer = load_run_tokenizer(config, sources)
     task_hashes = check_tasks(config, tokenizer is not None)
+    config, checkpoint = run_to_resume(config, checkpoint, launch, stop)
     if is_complete(config, sources, checkpoint):
         log.info("run_dir=%s is complete at iteration %d: %s", config.run_dir, config.train.train_iters, COMPLETE)
+        copy_the_rest(config, launch)
         return
     from megatron_ledom.callbacks.build import build_callbacks
+    from megatron_ledom.callbacks.mirroring import Mirroring
     from megatron_ledom.data.dataset.blend_samples import index_cache
     from megatron_ledom.data.dataset.sample_index import prepare_indices
     from megatron_ledom.model.layer_specs import choose_layers
@@ -129,7 +136,7 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: "Sequen
     from megatron_ledom.parallel.collectives import from_first_rank
     from megatron_ledom.parallel.groups import start_distributed, stop_distributed, wait_for_all_ranks
     from megatron_ledom.platform.device import prepare_platform
-    from megatron_ledom.training.history import check_history, write_launch
+    from megatron_ledom.training.history import write_launch
     from megatron_ledom.training.state import build_state, check_resumable
     from megatron_ledom.training.trainer import train
     from megatron_ledom.training.watchdog import Watchdog
@@ -147,10 +154,7 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: "Sequen
         """Lock and check the run folder on rank 0; an error here ends all ranks."""
         stop.deadline = find_deadline(config.train, started)
         resources.enter_context(lock_run(config.run_dir))
-        settle_latest(checkpoint_folder(config))
-        check_still_latest(config, checkpoint)
-        check_history(config, checkpoint)
-        warn_of_later_checkpoints(config, checkpoint)
+        check_run_folder(config, checkpoint)
         check_held_out(config, sources, task_hashes, is_new=checkpoint is None)
         write_start(config, tokenizer, changed)
         write_launch(config, launch, saved_iteration(checkpoint_folder(config)), checkpoint)
@@ -161,11 +165,59 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: "Sequen
             from_first_rank(take_run_folder)
             watchdog = resources.enter_context(Watchdog(config, launch))
             state = build_state(config, sources, platform, groups, choice, checkpoint)
-            train(state, stop, [*build_callbacks(state, watchdog, task_hashes), *callbacks])
+            train(state, stop, [*build_callbacks(state, watchdog, task_hashes), Mirroring(config, stop, resources), *callbacks])
             watchdog.set_activity("waiting for the last rank", patient=True)
             wait_for_all_ranks()  # rank 0 closes last; srun kills the rest a minute after the first rank ends
     finally:
         stop_distributed()
+
+
+def run_to_resume(config: RunConfig, checkpoint: str | None, launch: Launch, stop: StopRequest) -> tuple[RunConfig, str | None]:
+    """Return the config, with what the run folder recorded, and the checkpoint: the given one, or one from checkpoint.mirror.
+
+    Call it on every rank. The first one fetches, the others wait; no collective does, as there is no process group yet.
+    """
+    from megatron_ledom.mirror.fetching import fetch_newest, wait_for_fetch
+    from megatron_ledom.training.run_folder import as_recorded, lock_run
+
+    if checkpoint is None and config.checkpoint.mirror is not None:
+        with stop.exiting_at_once(), ExitStack() as resources:
+            if launch.rank == 0:
+                resources.enter_context(lock_run(config.run_dir))
+                fetch_newest(config)
+            else:
+                wait_for_fetch(config)
+        checkpoint = latest_checkpoint(checkpoint_folder(config))
+    return as_recorded(config), checkpoint
+
+
+def check_run_folder(config: RunConfig, checkpoint: str | None) -> None:
+    """Refuse a run folder or a mirror that do not fit the checkpoint. Call it on the first rank, with the lock of the run."""
+    from megatron_ledom.mirror.contents import check_mirror
+    from megatron_ledom.training.history import check_history
+    from megatron_ledom.training.run_folder import check_still_latest, warn_of_later_checkpoints
+
+    settle_latest(checkpoint_folder(config))
+    check_still_latest(config, checkpoint)
+    check_history(config, checkpoint)
+    warn_of_later_checkpoints(config, checkpoint)
+    check_mirror(config, may_adopt=checkpoint is None)
+
+
+def copy_the_rest(config: RunConfig, launch: Launch) -> None:
+    """Copy the checkpoints of a complete run that checkpoint.mirror lacks; wait for it as the end of a run does."""
+    if config.checkpoint.mirror is None or launch.rank != 0:
+        return
+    from megatron_ledom.mirror.contents import Claim, check_mirror
+    from megatron_ledom.mirror.uploader import Uploader
+    from megatron_ledom.training.run_folder import lock_run
+
+    with lock_run(config.run_dir):
+        check_mirror(config, may_adopt=False)
+        with Uploader(config, Claim.of(config)) as uploader:
+            uploader.add(finished_checkpoints(checkpoint_folder(config)))
+            most = config.checkpoint.mirror_wait_seconds
+            uploader.finish(lambda: most if launch.world_size == 1 else min(most, ALONE_SECONDS))
 
 
 def start_logging(rank: int) -> None:
@@ -188,9 +240,11 @@ def check_start(config: RunConfig, num_ranks: int, *, accept_plan: bool = False)
     from megatron_ledom.planning.verdicts import disk_verdict, memory_verdict, plan_of_config, refuse
     from megatron_ledom.training.history import check_history
     from megatron_ledom.training.preflight import check_environment, is_complete
+    from megatron_ledom.training.run_folder import as_recorded
 
     check_config(config, num_ranks)
     check_environment(config)
+    config = as_recorded(config)
     sources = load_sources(config)
     check_tasks(config, load_run_tokenizer(config, sources) is not None)
     checkpoint = latest_checkpoint(checkpoint_folder(config))
@@ -206,6 +260,8 @@ def check_start(config: RunConfig, num_ranks: int, *, accept_plan: bool = False)
     verdicts = [memory_verdict(config, plan_of_config(config, num_ranks, model)), disk_verdict(config, model)]
     refuse(verdicts, accepted=accept_plan)
     start = f"{num_ranks} ranks would start from iteration {iteration} of {config.train.train_iters}"
+    if checkpoint is None and config.checkpoint.mirror is not None:
+        start += f", or from the newest checkpoint in {config.checkpoint.mirror}, which the start asks"
     return "\n".join([start, *(verdict.line() for verdict in verdicts)])
 
 

@@ -27,7 +27,7 @@ SUBJECTS = {
     "Generation and ranking": ("generate", "rerank", "report-rerank", "export-preferences", "serve"),
     "Evaluation": ("evaluate", "summarize-evaluation", "harness", "compare-losses"),
     "Planning": ("configs", "plan-run", "calibrate-hardware", "validate-planner"),
-    "Inspection": ("inspect-shard", "inspect-checkpoint", "ops", "check-hardware"),
+    "Inspection": ("inspect-shard", "inspect-checkpoint", "ops", "check-hardware", "check-nodes"),
     "Other": ("completion",),
 }
 """Heading of the page -> its commands, by what a user does."""

@@ -49,6 +49,8 @@ class CheckpointStore:
         self.metadata = metadata
         self.settings = settings
         self.writer = CheckpointWriter(folder, settings, metadata["dp_cp_group"])
+        self.seconds_to_copy = 0.0
+        """Estimated seconds to copy a checkpoint to the mirror, on the first rank."""
 
     def latest(self) -> str | None:
         """Return the folder of the latest finished checkpoint, the same on every rank; None for a new run."""
@@ -88,8 +90,13 @@ class CheckpointStore:
         self.writer.replayed = iterations
 
     def seconds_to_finish(self) -> float:
-        """Return the estimated seconds to write the checkpoints if the run stops now; 0 before the first save."""
-        return self.writer.seconds_to_finish()
+        """Return the estimated seconds to write and copy the checkpoints if the run stops now; 0 before the first save."""
+        return self.writer.seconds_to_finish() + self.seconds_to_copy
+
+    @property
+    def newest(self) -> int | None:
+        """Iteration of the last checkpoint that this launch completed, on the first rank; None before the first."""
+        return self.writer.newest
 
     def load(self, checkpoint: str, model: list[Any], optimizer: Any, scheduler: Any) -> None:
         """Fill model, optimizer and scheduler from a checkpoint of any layout; from imported weights, only the model.

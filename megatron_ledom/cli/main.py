@@ -32,6 +32,7 @@ GROUPS = {
         "calibrate-hardware": "measure this machine for the planner",
         "validate-planner": "compare the planner with published runs",
         "check-hardware": "check a machine in minutes and write a report",
+        "check-nodes": "check the nodes of a SLURM job in seconds and name the bad ones",
         "ops": "show which fused operators are built, and which are used on this machine",
     },
     "training": {

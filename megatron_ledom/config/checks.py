@@ -317,6 +317,24 @@ def retention(config: RunConfig) -> Problems:
         )
 
 
+def mirror(config: RunConfig) -> Problems:
+    """Check that checkpoint.mirror_keep_interval has an effect and that checkpoints are written at its multiples."""
+    settings = config.checkpoint
+    keep, every, save = "checkpoint.mirror_keep_interval", settings.mirror_keep_interval, settings.save_interval
+    if settings.mirror == "":
+        yield "checkpoint.mirror is empty; give an address, such as s3://bucket/run, or remove it"
+    if every and settings.mirror_keep_last is None:
+        yield (
+            f"{keep}={every} without checkpoint.mirror_keep_last has no effect, since all copies are kept; set"
+            f" checkpoint.mirror_keep_last too, or remove {keep}"
+        )
+    elif every and every % save:
+        yield (
+            f"{keep}={every} is not a multiple of checkpoint.save_interval={save}, so few or no checkpoints would be written at"
+            f" its multiples; the next possible value is {next_multiple(every, save)}"
+        )
+
+
 def world(config: RunConfig, world_size: int) -> Problems:
     """Check that the launch has the expected number of ranks, and that whole copies of the model fit on them."""
     parallel, copy = config.parallel, model_parallel_size(config.parallel)
@@ -356,6 +374,7 @@ RULES: tuple[Callable[[RunConfig], Problems], ...] = (
     profile,
     blends,
     retention,
+    mirror,
     held_out_sets,
     batch_schedule,
     tokens_to_draw,

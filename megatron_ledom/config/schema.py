@@ -351,12 +351,23 @@ class CheckpointConfig:
     async_save: bool = True
     """Write checkpoints in a separate process while training continues. The host keeps a copy of the state in memory
     until the write is done."""
-    keep_last: Positive | None = None
-    """Number of newest checkpoints to keep. Default: all. The checkpoint before each of the two newest bad steps is kept
-    as well. With 1, a damaged checkpoint cannot be replaced by an older one."""
+    keep_last: Positive | None = 5
+    """Number of newest checkpoints to keep; null keeps all. The checkpoint before each of the two newest bad steps is kept as
+    well. With 1, a damaged checkpoint cannot be replaced by an older one. A run that kept all so far still does
+    so with the default."""
     keep_interval: Positive | None = None
     """Also keep every checkpoint at a multiple of this many iterations, a multiple of save_interval. Needs keep_last.
     Default: none."""
+    mirror: str | None = None
+    """Address at which each finished checkpoint is copied in the background, such as s3://bucket/run or a folder on another
+    disk; one address for each run. A start without checkpoints in the run folder continues from there. Default: no copies."""
+    mirror_keep_last: Positive | None = 3
+    """Number of newest checkpoints to keep at the mirror. null keeps all."""
+    mirror_keep_interval: Positive | None = None
+    """Also keep every checkpoint at a multiple of this many iterations at the mirror. Needs mirror_keep_last. Default: none."""
+    mirror_wait_seconds: NotNegative = 300
+    """Seconds that the end of a run waits for the copy of its last checkpoint; fewer after SIGTERM and near the end of a SLURM
+    job. The log names what is not copied."""
     verify_on_load: bool = True
     """Compare the sha256 of every file before a run resumes; each rank checks a part of the files. File sizes are always
     compared."""

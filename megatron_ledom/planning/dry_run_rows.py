@@ -157,6 +157,8 @@ def run_rows(config: RunConfig, model: ModelConfig) -> Iterator[Row]:
     if config.train.z_loss_coeff:
         yield "z-loss", f"{config.train.z_loss_coeff:g} (log Z)^2"
     yield "checkpoints", _checkpoints(config, model)
+    if config.checkpoint.mirror is not None:
+        yield "mirror", _mirror(config, model)
     if has_validation(config.data):
         samples = config.train.eval_iters * config.train.global_batch_size
         yield "validations", f"{validation_iterations(config):,}, {samples:,} samples of each set at most"
@@ -186,15 +188,29 @@ def _decay_in_words(config: RunConfig) -> str:
 
 def _checkpoints(config: RunConfig, model: ModelConfig) -> str:
     """Return the number and size of checkpoints, and which of them are kept."""
-    settings, is_muon = config.checkpoint, config.optimizer.optimizer == "muon"
-    words = [f"{-(-config.train.train_iters // settings.save_interval):,}"]
+    settings = config.checkpoint
+    count = -(-config.train.train_iters // settings.save_interval)
+    words = [f"{count:,}"]
     if model.vocab_size is not None:
-        words.append(f"about {bytes_of_checkpoint(model, is_muon=is_muon) / GIB:,.2f} GiB each")
+        each = bytes_of_checkpoint(model, is_muon=config.optimizer.optimizer == "muon") / GIB
+        words += [f"about {each:,.2f} GiB each", f"{count * each:,.1f} GiB written over the run"]
     words.append("written while training continues" if settings.async_save else "training waits for them")
     if settings.keep_last is not None:
         multiples = f" and those at multiples of {settings.keep_interval:,}" if settings.keep_interval else ""
         words.append(f"the newest {settings.keep_last:,}{multiples} kept")
+    else:
+        words.append("all kept")
     return ", ".join(words)
+
+
+def _mirror(config: RunConfig, model: ModelConfig) -> str:
+    """Return the address of the mirror, and the copies that it keeps."""
+    settings = config.checkpoint
+    kept = "all kept" if settings.mirror_keep_last is None else f"the newest {settings.mirror_keep_last:,}"
+    kept += f" and those at multiples of {settings.mirror_keep_interval:,}" if settings.mirror_keep_interval else ""
+    if model.vocab_size is not None and settings.mirror_keep_last is not None and not settings.mirror_keep_interval:
+        kept += f", about {(settings.mirror_keep_last + 1) * bytes_of_checkpoint(model) / GIB:,.1f} GiB at most"
+    return f"{settings.mirror}, {kept}"
 
 
 def compute_rows(config: RunConfig, model: ModelConfig) -> Iterator[Row]:

@@ -36,6 +36,7 @@ RUN_BY_TESTS = {
     "bash examples/slurm/convert.sbatch": SLURM_JOBS,
     "bash examples/slurm/evaluate.sbatch": SLURM_JOBS,
     "bash examples/slurm/evaluate_tasks.sbatch": SLURM_JOBS,
+    "ledom check-nodes --folders runs --json nodes.json": "tests/slurm/test_node_check.py, tests/unit/hardware_check/test_node_health.py",
     "ledom summarize-evaluation evaluated": f"tests/unit/evaluation/test_joined_results.py, {SLURM_JOBS}",
     **dict.fromkeys(("ledom summarize-tasks data/dclm_01", "ledom summarize-tasks data/corpus"), SLURM_JOBS),
     "ledom inspect-shard data/dclm_01-*-of-00064 --verify": "tests/unit/data/shards/test_inspect_shard.py",
@@ -77,6 +78,7 @@ RUN_BY_TESTS = {
     r" --prompt-template Question: {question}\nAnswer:  --answer-template {answer} --too-long skip": (
         "tests/unit/finetune/test_prepare_pairs.py"
     ),
+    "ledom train --config ledom_7b checkpoint.mirror=s3://my-bucket/ledom_7b": "tests/distributed/test_mirror.py",
     "ledom train --config runs/scorer/model.yaml data.train_blend=[[1.0,data/pairs]] data.loss_tokens=scored"
     " data.reset_attention_mask=true data.reset_position_ids=true train.train_iters=1060 train.global_batch_size=64"
     " optimizer.lr=1e-5 optimizer.min_lr=1e-6 optimizer.lr_warmup_iters=50": "tests/distributed/test_scorer_training.py",

@@ -50,7 +50,18 @@ FP8_MODEL = ["model.fp8='hybrid'", "model.hidden_size=128", "model.num_attention
 GATHER = "parallel.overlap_param_gather=True"
 
 REFUSED: list[tuple[list[str], int, str]] = [
-    (["checkpoint.keep_interval=2000"], 1, "checkpoint.keep_interval=2000 without checkpoint.keep_last has no effect"),
+    (
+        ["checkpoint.mirror_keep_interval=2000", "checkpoint.mirror_keep_last=None"],
+        1,
+        "checkpoint.mirror_keep_interval=2000 without checkpoint.mirror_keep_last has no effect",
+    ),
+    (["checkpoint.mirror_keep_interval=1500"], 1, "checkpoint.mirror_keep_interval=1500 is not a multiple of"),
+    (["checkpoint.mirror=''"], 1, "checkpoint.mirror is empty"),
+    (
+        ["checkpoint.keep_interval=2000", "checkpoint.keep_last=None"],
+        1,
+        "checkpoint.keep_interval=2000 without checkpoint.keep_last has no effect",
+    ),
     (
         ["checkpoint.keep_last=2", "checkpoint.keep_interval=1500"],
         1,

@@ -40,6 +40,7 @@ OTHER_LOCKS = {
     "convert_checkpoint": "holds the lock of the folder that it makes, see test_conversion_errors.py",
     "calibrate_hardware": "writes one file under the lock, after minutes of measuring",
     "check_hardware": "writes a report after each check under the lock of its folder, see test_runner.py",
+    "check_nodes": "writes one file under the lock, after the check",
     "summarize_evaluation": "holds the lock of the folder that it reads, see test_joined_results.py",
     "validate_planner": "writes between marks of a document under its lock, after minutes of fitting",
 }
