@@ -8,12 +8,12 @@ from megatron_ledom.config.derived import num_microbatches, total_tokens
 from megatron_ledom.config.schema import ModelConfig, RunConfig
 from megatron_ledom.model.arithmetic import count_parameters, flops_per_token, model_flops_utilisation
 from megatron_ledom.planning.hardware import Hardware
-from megatron_ledom.planning.memory import GIB, StageMemory, all_stages, counting_for
+from megatron_ledom.planning.memory import GIB, StageMemory, all_stages, counting_for, muon_parameters, stage_parameters
 from megatron_ledom.planning.shapes import Architecture, Layout, architecture_of, layout_of
 from megatron_ledom.planning.step_time import Software, StepTime, step_time
 
 CHECKPOINT_BYTES = {2: 14, 4: 12}
-"""Bytes per parameter in a checkpoint, by bytes per element: weight and Adam's moments; for bf16 also the fp32 weight."""
+"""Bytes per parameter in a checkpoint, by bytes per element: weight and AdamW's moments; for bf16 also the fp32 weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> int:
         """Size of one checkpoint, in bytes."""
-        return self.parameters * CHECKPOINT_BYTES[self.model.element_bytes]
+        return _checkpoint_bytes(self.model, self.parameters, is_muon=self.layout.muon)
 
     @property
     def checkpoint_seconds(self) -> float:
@@ -129,10 +129,16 @@ def make_plan(config: RunConfig, world_size: int, hardware: Hardware, software: 
     )
 
 
-def bytes_of_checkpoint(model: ModelConfig) -> int:
+def bytes_of_checkpoint(model: ModelConfig, *, is_muon: bool = False) -> int:
     """Return the bytes of one checkpoint of a configured model. The vocabulary size must be known."""
     shape = architecture_of(model)
-    return count_parameters(model, shape.padded_vocab_size) * CHECKPOINT_BYTES[shape.element_bytes]
+    return _checkpoint_bytes(shape, count_parameters(model, shape.padded_vocab_size), is_muon=is_muon)
+
+
+def _checkpoint_bytes(model: Architecture, parameters: int, *, is_muon: bool) -> int:
+    """Return the bytes of one checkpoint: Muon has one momentum of the matrices of the layers instead of two moments."""
+    whole = Layout(seq_length=1, micro_batch_size=1, num_microbatches=1, muon=is_muon)
+    return parameters * CHECKPOINT_BYTES[model.element_bytes] - 4 * muon_parameters(whole, stage_parameters(model, whole, 0))
 
 
 def name_layout(layout: Layout) -> str:
