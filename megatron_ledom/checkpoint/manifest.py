@@ -172,6 +172,12 @@ def check_fits(manifest: CheckpointManifest, config: RunConfig, provenance: Prov
         raise MismatchError(
             f"{where} has another architecture: {'; '.join(different)}; use its values, or another run_dir for a new run"
         )
+    if trained.optimizer.optimizer != config.optimizer.optimizer and not manifest.weights_only:
+        raise MismatchError(
+            f"{where} has the state of optimizer.optimizer={trained.optimizer.optimizer}, which {config.optimizer.optimizer} cannot"
+            f" load; set optimizer.optimizer={trained.optimizer.optimizer}, or another run_dir for a new run, which may begin with"
+            " these weights"
+        )
     is_distributed = trained.parallel.use_distributed_optimizer
     if is_distributed != config.parallel.use_distributed_optimizer and not manifest.weights_only:
         raise MismatchError(

@@ -173,6 +173,31 @@ def optimizer_overlap(config: RunConfig) -> Problems:
         )
 
 
+def muon(config: RunConfig) -> Problems:
+    """Check that keys of Muon are set only with it, and that its momentum is that of whole matrices."""
+    settings, parallel = config.optimizer, config.parallel
+    if settings.optimizer != "muon":
+        for key in dataclasses.fields(settings):
+            if key.name.startswith("muon_") and getattr(settings, key.name) != key.default:
+                yield (
+                    f"optimizer.{key.name}={getattr(settings, key.name)} needs optimizer.optimizer=muon, found"
+                    f" {settings.optimizer}; remove it, or set optimizer.optimizer=muon"
+                )
+        return
+    tensor, groups = parallel.tensor_model_parallel_size, query_groups(config.model)
+    if settings.muon_split_qkv and tensor > groups:
+        yield (
+            f"optimizer.muon_split_qkv=true needs at least one key-value head per tensor-parallel rank, found"
+            f" model.num_query_groups={groups} for parallel.tensor_model_parallel_size={tensor}: megatron-core would"
+            f" orthogonalize the joint matrix there; set optimizer.muon_split_qkv=false, or lower the tensor-parallel size to {groups}"
+        )
+    if parallel.use_distributed_optimizer:
+        yield (
+            "parallel.use_distributed_optimizer=true splits matrices over ranks, but optimizer.optimizer=muon needs whole ones; set"
+            " parallel.use_distributed_optimizer=false: every data-parallel rank then has all of the optimizer state"
+        )
+
+
 def schedule(config: RunConfig) -> Problems:
     """Check that the learning rate rises first and falls afterwards."""
     settings = config.optimizer
@@ -341,6 +366,7 @@ RULES: tuple[Callable[[RunConfig], Problems], ...] = (
     sequence_parallel,
     pipeline,
     optimizer_overlap,
+    muon,
     schedule,
     wsd_schedule,
     masks,

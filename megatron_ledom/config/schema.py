@@ -208,10 +208,13 @@ class ParallelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class OptimizerSettings:
-    """AdamW and its learning-rate schedule. Norms and biases have no weight decay."""
+    """AdamW or Muon, and the learning-rate schedule. Norms and biases have no weight decay."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
+    optimizer: Literal["adam", "muon"] = "adam"
+    """adam: AdamW for all weights. muon: Muon for the matrices of the layers; embedding, output layer, norms and biases have
+    AdamW. muon needs megatron-core 0.19 and the package emerging-optimizers."""
     lr: PositiveFloat = 2e-4
     """Peak learning rate, reached at the end of the warm-up."""
     min_lr: NotNegativeFloat = 2e-5
@@ -241,6 +244,30 @@ class OptimizerSettings:
     """Decay rate per update of an exponential moving average of the weights, above 0 and below 1, such as 0.999. It is kept in
     fp32 (4 bytes a weight, sharded like the optimizer), saved, evaluated at each validation, and exported with
     `--weights ema`. Default: none."""
+    muon_momentum: Fraction = 0.95
+    """Decay rate of the running mean of the gradient in Muon, 0 or more and below 1. Like the other muon_ keys, it has an
+    effect only with optimizer=muon, and is refused without."""
+    muon_nesterov: bool = False
+    """Orthogonalize the Nesterov momentum instead of the running mean."""
+    muon_split_qkv: bool = True
+    """Orthogonalize the projections of queries, keys and values each on their own, instead of their joint matrix. Needs at
+    least one key-value head per tensor-parallel rank."""
+    muon_num_ns_steps: Positive = 5
+    """Number of Newton-Schulz iterations."""
+    muon_coefficient_type: Literal["simple", "quintic", "polar_express", "cans", "aol", "deepseekv4"] = "quintic"
+    """Coefficients of the Newton-Schulz iterations, by their names in emerging-optimizers."""
+    muon_scale_mode: Literal["spectral", "unit_rms_norm", "shape_scaling"] = "spectral"
+    """Factor of the orthogonal update of a matrix [out, in]. spectral: sqrt(max(out, in)); unit_rms_norm: sqrt(out / in);
+    shape_scaling: sqrt(max(1, out / in))."""
+    muon_extra_scale_factor: PositiveFloat = 1.0
+    """Further factor of the update. With spectral, 0.2 gives updates about as large as AdamW's, so that its learning rates
+    fit."""
+    muon_fp32_matmul_prec: Literal["medium", "high", "highest"] = "medium"
+    """Precision of the products of Newton-Schulz iterations: medium (bf16), high (TF32 on a GPU) or highest (fp32)."""
+    muon_tp_mode: Literal["duplicated", "distributed", "blockwise"] = "duplicated"
+    """Newton-Schulz iterations of a matrix that tensor parallelism splits. duplicated: every rank gathers the matrix;
+    distributed: the ranks share the products; blockwise: every rank orthogonalizes its part alone, so that the result depends
+    on tensor_model_parallel_size."""
 
 
 @dataclass(kw_only=True, slots=True)

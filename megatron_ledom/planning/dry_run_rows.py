@@ -18,9 +18,9 @@ from megatron_ledom.config.derived import (
     validation_iterations,
 )
 from megatron_ledom.config.gpu_checks import FP8_NEEDS
-from megatron_ledom.config.schema import ModelConfig, ParallelConfig, RunConfig
+from megatron_ledom.config.schema import ModelConfig, OptimizerSettings, ParallelConfig, RunConfig
 from megatron_ledom.model.arithmetic import count_parameters, flops_per_token
-from megatron_ledom.planning.memory import GIB, stage_parameters, state_bytes
+from megatron_ledom.planning.memory import GIB, muon_parameters, stage_parameters, state_bytes
 from megatron_ledom.planning.plan import bytes_of_checkpoint
 from megatron_ledom.planning.plan_text import Row, shortened
 from megatron_ledom.planning.shapes import architecture_of, layout_of
@@ -60,10 +60,12 @@ def layout_rows(config: RunConfig, world_size: int, model: ModelConfig) -> Itera
 
 
 def state_gibibytes(config: RunConfig, model: ModelConfig, world_size: int) -> float:
-    """Return GiB of weights, fp32 gradients and Adam's state of one rank, on the largest pipeline stage."""
+    """Return GiB of weights, fp32 gradients and the optimizer's state of one rank, on the largest pipeline stage."""
     shape, layout = architecture_of(model), layout_of(config, world_size)
-    stages = [sum(stage_parameters(shape, layout, stage).values()) for stage in range(layout.pipeline)]
-    return sum(state_bytes(shape, layout, max(stages))) / GIB
+    stages = [stage_parameters(shape, layout, stage) for stage in range(layout.pipeline)]
+    return (
+        max(sum(state_bytes(shape, layout, sum(counts.values()), muon_parameters(layout, counts))) for counts in stages) / GIB
+    )
 
 
 def execution_rows(config: RunConfig) -> Iterator[Row]:
@@ -146,6 +148,7 @@ def run_rows(config: RunConfig, model: ModelConfig) -> Iterator[Row]:
     yield "iterations", f"{config.train.train_iters:,}"
     yield "samples", f"{train_samples(config):,}"
     yield "tokens", f"{scaled(total_tokens(config))} ({total_tokens(config):,})"
+    yield "optimizer", _optimizer_in_words(settings)
     yield "warm-up", f"{settings.lr_warmup_iters:,} iterations, {scaled(warm_up)} tokens"
     if settings.lr_decay_style == "constant":
         yield "learning rate", f"{settings.lr:g}, constant"
@@ -163,6 +166,18 @@ def run_rows(config: RunConfig, model: ModelConfig) -> Iterator[Row]:
         yield "validations", "none: data.valid_blend, data.valid_sets and data.split are empty"
 
 
+def _optimizer_in_words(settings: OptimizerSettings) -> str:
+    """Return the optimizer of the matrices and of the other weights, and the state that they keep."""
+    if settings.optimizer == "adam":
+        return "AdamW, two moments of every weight"
+    products = {"medium": "bf16", "high": "TF32 on a GPU", "highest": "fp32"}[settings.muon_fp32_matmul_prec]
+    alone = "; depends on the tensor-parallel size (blockwise)" if settings.muon_tp_mode == "blockwise" else ""
+    return (
+        f"Muon for the matrices of the layers, one momentum, {settings.muon_num_ns_steps} iterations in {products}; AdamW for the other"
+        f" weights{alone}"
+    )
+
+
 def _decay_in_words(config: RunConfig) -> str:
     settings, end = config.optimizer, lr_decay_iters(config)
     if settings.lr_decay_style == "WSD":
@@ -177,7 +192,7 @@ def _checkpoints(config: RunConfig, model: ModelConfig) -> str:
     count = -(-config.train.train_iters // settings.save_interval)
     words = [f"{count:,}"]
     if model.vocab_size is not None:
-        each = bytes_of_checkpoint(model, ema=config.optimizer.ema_decay is not None) / GIB
+        each = bytes_of_checkpoint(model, config.optimizer) / GIB
         words += [f"about {each:,.2f} GiB each", f"{count * each:,.1f} GiB written over the run"]
     words.append("written while training continues" if settings.async_save else "training waits for them")
     if settings.keep_last is not None:
@@ -194,7 +209,7 @@ def _mirror(config: RunConfig, model: ModelConfig) -> str:
     kept = "all kept" if settings.mirror_keep_last is None else f"the newest {settings.mirror_keep_last:,}"
     kept += f" and those at multiples of {settings.mirror_keep_interval:,}" if settings.mirror_keep_interval else ""
     if model.vocab_size is not None and settings.mirror_keep_last is not None and not settings.mirror_keep_interval:
-        each = bytes_of_checkpoint(model, ema=config.optimizer.ema_decay is not None) / GIB
+        each = bytes_of_checkpoint(model, config.optimizer) / GIB
         kept += f", about {(settings.mirror_keep_last + 1) * each:,.1f} GiB at most"
     return f"{settings.mirror}, {kept}"
 

@@ -129,6 +129,7 @@ def shapes(config: RunConfig, num_devices: int, hardware: Hardware) -> Iterator[
             for context in divisors(num_devices // (tensor * pipeline)):
                 data = num_devices // (tensor * pipeline * context)
                 spreads = data * context > 1
+                splits = spreads and config.optimizer.optimizer != "muon"  # it needs whole matrices
                 parallel = replace(
                     config.parallel,
                     world_size=num_devices,
@@ -138,9 +139,9 @@ def shapes(config: RunConfig, num_devices: int, hardware: Hardware) -> Iterator[
                     context_parallel_size=context,
                     sequence_parallel=False,
                     tp_comm_overlap=False,
-                    use_distributed_optimizer=spreads,
+                    use_distributed_optimizer=splits,
                     overlap_grad_reduce=spreads,
-                    overlap_param_gather=spreads,
+                    overlap_param_gather=splits,
                     bucket_size=config.parallel.bucket_size if spreads else None,
                     **RECOMPUTES[0],
                 )

@@ -73,6 +73,8 @@ class Layout:
     data: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
+    muon: bool = False
+    """True if Muon updates the matrices of the layers: it keeps one momentum of them instead of two moments."""
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     recompute: Granularity | None = None
@@ -148,6 +150,7 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
         data=data_parallel_size(parallel, world_size),
         sequence_parallel=parallel.sequence_parallel,
         distributed_optimizer=parallel.use_distributed_optimizer,
+        muon=config.optimizer.optimizer == "muon",
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         recompute=parallel.recompute_granularity,

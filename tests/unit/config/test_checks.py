@@ -69,6 +69,18 @@ REFUSED: list[tuple[list[str], int, str]] = [
         " would be written at its multiples; the next possible value is 2000",
     ),
     (["train.watchdog_seconds=600"], 1, "is above 0.9 x parallel.distributed_timeout_minutes=10"),
+    (["optimizer.muon_nesterov=True"], 1, "optimizer.muon_nesterov=True needs optimizer.optimizer=muon, found adam"),
+    (
+        ["optimizer.optimizer='muon'", "parallel.use_distributed_optimizer=True"],
+        2,
+        "parallel.use_distributed_optimizer=true splits matrices over ranks, but optimizer.optimizer=muon needs whole ones",
+    ),
+    (
+        ["optimizer.optimizer='muon'", "model.num_query_groups=1", f"{TP}=2", "model.vocab_size=256"],
+        2,
+        "optimizer.muon_split_qkv=true needs at least one key-value head per tensor-parallel rank, found"
+        " model.num_query_groups=1 for parallel.tensor_model_parallel_size=2",
+    ),
     (["logging.profile_stop=5"], 1, "needs a logging.profile_start of at most 5, found null"),
     (["logging.profile_start=6", "logging.profile_stop=5"], 1, "needs a logging.profile_start of at most 5, found 6"),
     (["logging.profile_start=101"], 1, "is after the last iteration, train.train_iters=100"),
@@ -223,6 +235,17 @@ ACCEPTED: list[tuple[list[str], int]] = [
     ([], 1),
     ([], 8),
     ([f"{TP}=2", "model.vocab_size=256"], 2),
+    (["optimizer.optimizer='muon'", "optimizer.muon_nesterov=True", f"{TP}=2", "model.vocab_size=256"], 2),
+    (
+        [
+            "optimizer.optimizer='muon'",
+            "optimizer.muon_split_qkv=False",
+            "model.num_query_groups=1",
+            f"{TP}=2",
+            "model.vocab_size=256",
+        ],
+        2,
+    ),
     (["model.hidden_size=70", "model.kv_channels=4"], 1),
     (["model.num_query_groups=6"], 1),
     (["model.num_query_groups=1", f"{TP}=2"], 2),

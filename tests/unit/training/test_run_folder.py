@@ -168,6 +168,15 @@ def test_a_check_refuses_a_plan_that_does_not_fit_unless_it_is_accepted(data: Ti
     assert "NO: " not in "".join(told)
 
 
+def test_a_check_refuses_muon_where_it_cannot_run(data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_ledom.platform.core_versions.core_version", lambda: (0, 16, 1))
+    monkeypatch.setattr("megatron_ledom.training.preflight.check_core", lambda: None)
+    config = load_config(str(data.config), [f"run_dir={tmp_path}/run", "optimizer.optimizer=muon"])
+    with pytest.raises(UsageError, match=r"optimizer.optimizer=muon needs megatron-core 0.19 or newer, found 0.16.1"):
+        check_start(config, 1)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_that_kept_all_checkpoints_keeps_them_when_it_resumes_with_the_default(
     data: TinyData, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
