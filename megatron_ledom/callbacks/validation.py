@@ -2,9 +2,11 @@
 
 import logging
 import math
+from contextlib import nullcontext
 
 import torch
 
+from megatron_ledom.checkpoint.weight_ema import WeightEma
 from megatron_ledom.data.dataset.batch import batch_iterators
 from megatron_ledom.data.dataset.blend_samples import BlendSamples
 from megatron_ledom.parallel.collectives import gathered_weights
@@ -32,6 +34,8 @@ class Validation(Callback):
         if self.wants_record(run):
             with run.pause("validating"):
                 add_results(record, "validation", evaluate(run.state, run.state.valid_datasets))
+                if run.state.ema is not None:
+                    add_results(record, "validation_ema", evaluate(run.state, run.state.valid_datasets, ema=run.state.ema))
 
 
 class FinalTest(Callback):
@@ -46,6 +50,8 @@ class FinalTest(Callback):
         if self.wants_record(run):
             with run.pause("testing"):
                 add_results(record, "test", evaluate(run.state, run.state.test_datasets))
+                if run.state.ema is not None:
+                    add_results(record, "test_ema", evaluate(run.state, run.state.test_datasets, ema=run.state.ema))
 
 
 def add_results(record: Record, kind: str, results: Results) -> None:
@@ -60,11 +66,14 @@ def add_results(record: Record, kind: str, results: Results) -> None:
 
 
 @torch.no_grad()
-def evaluate(state: TrainState, datasets: dict[str, BlendSamples]) -> Results:
-    """Return lm_loss and bits_per_byte over all samples of each dataset, by its name. Call on every rank."""
+def evaluate(state: TrainState, datasets: dict[str, BlendSamples], ema: WeightEma | None = None) -> Results:
+    """Return lm_loss and bits_per_byte over all samples of each dataset, by its name. Call on every rank.
+
+    ema: the moving average to evaluate in place of the weights.
+    """
     for chunk in state.model:
         chunk.eval()
-    with gathered_weights(state.model):
+    with gathered_weights(state.model), nullcontext() if ema is None else ema.in_place_of_weights(state.model):
         results = {name: _measure(state, dataset) for name, dataset in datasets.items()}
     for chunk in state.model:
         chunk.train()

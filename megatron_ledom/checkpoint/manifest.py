@@ -70,7 +70,9 @@ class CheckpointManifest:
     files: FileSums = field(default_factory=dict)
     """Size and sha256 of every other file, added when all are written. Empty in the previous format."""
     weights_only: bool = False
-    """True for imported weights, which have no optimizer state."""
+    """True for imported and averaged weights, which have no optimizer state."""
+    average: dict[str, Any] | None = None
+    """For averaged weights: the method, and iteration, share and manifest hash of each checkpoint (see `convert.average`)."""
     format_version: int = FORMAT_VERSION
 
     @classmethod
@@ -90,6 +92,11 @@ class CheckpointManifest:
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
+    @property
+    def has_ema(self) -> bool:
+        """Return True if the checkpoint has a moving average of its weights."""
+        return not self.weights_only and self.config.get("optimizer", {}).get("ema_decay") is not None
+
     def run_config(self, where: str) -> RunConfig:
         """Return the config with which the checkpoint was trained. `where` names the checkpoint in errors."""
         return config_from_dict(self.config, where)
@@ -99,6 +106,8 @@ def save_manifest(manifest: CheckpointManifest, folder: str) -> None:
     """Write `manifest.json` into the checkpoint folder, with its own hash."""
     values = {**asdict(manifest), "provenance": None, **manifest.provenance.to_dict()}
     del values["provenance"]
+    if manifest.average is None:
+        del values["average"]
     content = json.dumps({**values, OWN_HASH: _hash(values)}, indent=2, allow_nan=False)
     write_synced(os.path.join(folder, MANIFEST), content.encode())
 
@@ -117,6 +126,7 @@ def load_manifest(folder: str) -> CheckpointManifest:
             f"{path} was changed after it was written: its sha256 differs; the checkpoint is damaged, use an earlier one"
         )
     values.setdefault("weights_only", False)  # older checkpoints were never weights only
+    values.setdefault("average", None)
     provenance = Provenance.from_dict(values, path)
     names = [name for name in CheckpointManifest.__dataclass_fields__ if name != "provenance"]
     missing = [name for name in names if name not in values]
@@ -158,13 +168,7 @@ def _hash(values: dict[str, Any]) -> str:
 def check_fits(manifest: CheckpointManifest, config: RunConfig, provenance: Provenance, where: str) -> None:
     """Raise MismatchError if architecture, optimizer, direction or tokenizer of the checkpoint differ from those of the run."""
     trained = manifest.run_config(where)
-    stored, wanted = _architecture(trained.model), _architecture(config.model)
-    different = [
-        f"model.{key}={wanted[key]} but the checkpoint has {stored[key]}"
-        for key in ARCHITECTURE_KEYS
-        if stored[key] != wanted[key]
-    ]
-    if different:
+    if different := other_architecture(trained.model, config.model):
         raise MismatchError(
             f"{where} has another architecture: {'; '.join(different)}; use its values, or another run_dir for a new run"
         )
@@ -261,6 +265,16 @@ def _changed_shards(old: list[list[Any]], new: list[list[Any]]) -> list[str]:
     kinds = differences(dict(zip(names, one, strict=False)), dict(zip(names, other, strict=False)))
     more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
     return [f"data.train_blend: the shard {other[-1]}, in place of {one[-1]}: {', '.join(kinds)}{more}"]
+
+
+def other_architecture(stored: ModelConfig, wanted: ModelConfig) -> list[str]:
+    """Return a text for each key of the architecture in which a checkpoint differs from the wanted model."""
+    found, expected = _architecture(stored), _architecture(wanted)
+    return [
+        f"model.{key}={expected[key]} but the checkpoint has {found[key]}"
+        for key in ARCHITECTURE_KEYS
+        if found[key] != expected[key]
+    ]
 
 
 def _architecture(model: ModelConfig) -> dict[str, Any]:

@@ -38,6 +38,7 @@ GROUPS = {
     "training": {
         "train": "train a model from shards; torchrun or srun starts one process per GPU",
         "inspect-checkpoint": "show and verify a checkpoint",
+        "average-checkpoints": "average the weights of checkpoints into a new run folder",
         "replay-step": "compute one step of a run again, bit for bit",
         "report-run": "plot the curves of runs, with an HTML page of their final metrics",
     },

@@ -240,6 +240,10 @@ class OptimizerSettings:
     """Added to the root of the second moment, against division by zero."""
     clip_grad: NotNegativeFloat = 1.0
     """Largest global gradient norm; a larger gradient is scaled down to it. 0 does not clip."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay rate per update of an exponential moving average of the weights, above 0 and below 1, such as 0.999. It is kept in
+    fp32 (4 bytes a weight, sharded like the optimizer), saved, evaluated at each validation, and exported with
+    `--weights ema`. Default: none."""
     muon_momentum: Fraction = 0.95
     """Decay rate of the running mean of the gradient in Muon, 0 or more and below 1. Like the other muon_ keys, it has an
     effect only with optimizer=muon, and is refused without."""

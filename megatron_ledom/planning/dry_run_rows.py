@@ -192,7 +192,7 @@ def _checkpoints(config: RunConfig, model: ModelConfig) -> str:
     count = -(-config.train.train_iters // settings.save_interval)
     words = [f"{count:,}"]
     if model.vocab_size is not None:
-        each = bytes_of_checkpoint(model, is_muon=config.optimizer.optimizer == "muon") / GIB
+        each = bytes_of_checkpoint(model, config.optimizer) / GIB
         words += [f"about {each:,.2f} GiB each", f"{count * each:,.1f} GiB written over the run"]
     words.append("written while training continues" if settings.async_save else "training waits for them")
     if settings.keep_last is not None:
@@ -209,7 +209,8 @@ def _mirror(config: RunConfig, model: ModelConfig) -> str:
     kept = "all kept" if settings.mirror_keep_last is None else f"the newest {settings.mirror_keep_last:,}"
     kept += f" and those at multiples of {settings.mirror_keep_interval:,}" if settings.mirror_keep_interval else ""
     if model.vocab_size is not None and settings.mirror_keep_last is not None and not settings.mirror_keep_interval:
-        kept += f", about {(settings.mirror_keep_last + 1) * bytes_of_checkpoint(model) / GIB:,.1f} GiB at most"
+        each = bytes_of_checkpoint(model, config.optimizer) / GIB
+        kept += f", about {(settings.mirror_keep_last + 1) * each:,.1f} GiB at most"
     return f"{settings.mirror}, {kept}"
 
 

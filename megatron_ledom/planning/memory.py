@@ -14,6 +14,8 @@ from megatron_ledom.planning.shapes import Architecture, Layout
 
 Counting = Literal["published", "cpu", "cuda"]
 GIB = 2**30
+EMA_BYTES = 4
+"""Bytes per weight of a moving average, on a device and in a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,9 +239,11 @@ def muon_parameters(layout: Layout, counts: dict[str, int]) -> int:
 def state_bytes(model: Architecture, layout: Layout, parameters: int, in_muon: int = 0) -> tuple[int, int, int]:
     """Return the bytes of weights, fp32 gradients and the optimizer's state; for bf16 the state includes fp32 weights.
 
-    in_muon: the weights with one momentum (Muon); the others have two moments (AdamW).
+    in_muon: the weights with one momentum (Muon); the others have two moments (AdamW). A moving average of the weights counts as state.
     """
-    optimizer = parameters * (12 if model.element_bytes == 2 else 8) - 4 * in_muon
+    optimizer = (
+        parameters * (12 if model.element_bytes == 2 else 8) - 4 * in_muon + (EMA_BYTES * parameters if layout.ema else 0)
+    )
     copies = layout.data * layout.context if layout.distributed_optimizer else 1
     return parameters * model.element_bytes, parameters * 4, -(-optimizer // copies)
 

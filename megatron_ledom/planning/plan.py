@@ -5,10 +5,18 @@ from dataclasses import dataclass
 from megatron_ledom.config.batch_schedule import BatchPhase, batch_phases
 from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import num_microbatches, total_tokens
-from megatron_ledom.config.schema import ModelConfig, RunConfig
+from megatron_ledom.config.schema import ModelConfig, OptimizerSettings, RunConfig
 from megatron_ledom.model.arithmetic import count_parameters, flops_per_token, model_flops_utilisation
 from megatron_ledom.planning.hardware import Hardware
-from megatron_ledom.planning.memory import GIB, StageMemory, all_stages, counting_for, muon_parameters, stage_parameters
+from megatron_ledom.planning.memory import (
+    EMA_BYTES,
+    GIB,
+    StageMemory,
+    all_stages,
+    counting_for,
+    muon_parameters,
+    stage_parameters,
+)
 from megatron_ledom.planning.shapes import Architecture, Layout, architecture_of, layout_of
 from megatron_ledom.planning.step_time import Software, StepTime, step_time
 
@@ -96,7 +104,7 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> int:
         """Size of one checkpoint, in bytes."""
-        return _checkpoint_bytes(self.model, self.parameters, is_muon=self.layout.muon)
+        return _checkpoint_bytes(self.model, self.parameters, is_muon=self.layout.muon, ema=self.layout.ema)
 
     @property
     def checkpoint_seconds(self) -> float:
@@ -129,16 +137,18 @@ def make_plan(config: RunConfig, world_size: int, hardware: Hardware, software: 
     )
 
 
-def bytes_of_checkpoint(model: ModelConfig, *, is_muon: bool = False) -> int:
+def bytes_of_checkpoint(model: ModelConfig, optimizer: OptimizerSettings) -> int:
     """Return the bytes of one checkpoint of a configured model. The vocabulary size must be known."""
     shape = architecture_of(model)
-    return _checkpoint_bytes(shape, count_parameters(model, shape.padded_vocab_size), is_muon=is_muon)
+    parameters = count_parameters(model, shape.padded_vocab_size)
+    return _checkpoint_bytes(shape, parameters, is_muon=optimizer.optimizer == "muon", ema=optimizer.ema_decay is not None)
 
 
-def _checkpoint_bytes(model: Architecture, parameters: int, *, is_muon: bool) -> int:
+def _checkpoint_bytes(model: Architecture, parameters: int, *, is_muon: bool, ema: bool) -> int:
     """Return the bytes of one checkpoint: Muon has one momentum of the matrices of the layers instead of two moments."""
     whole = Layout(seq_length=1, micro_batch_size=1, num_microbatches=1, muon=is_muon)
-    return parameters * CHECKPOINT_BYTES[model.element_bytes] - 4 * muon_parameters(whole, stage_parameters(model, whole, 0))
+    each = CHECKPOINT_BYTES[model.element_bytes] + (EMA_BYTES if ema else 0)
+    return parameters * each - 4 * muon_parameters(whole, stage_parameters(model, whole, 0))
 
 
 def name_layout(layout: Layout) -> str:

@@ -81,6 +81,8 @@ class Layout:
     recompute_modules: tuple[str, ...] = ("core_attn",)
     recompute_method: str = "uniform"
     recompute_num_layers: int = 1
+    ema: bool = False
+    """True for a moving average of the weights."""
 
     @property
     def num_ranks(self) -> int:
@@ -155,4 +157,5 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
         recompute_modules=tuple(parallel.recompute_modules),
         recompute_method=parallel.recompute_method or "uniform",
         recompute_num_layers=parallel.recompute_num_layers or 1,
+        ema=config.optimizer.ema_decay is not None,
     )

@@ -57,7 +57,7 @@ def disk_verdict(config: RunConfig, model: ModelConfig) -> Verdict:
     if model.vocab_size is None:
         return Verdict("disk", "not planned: the vocabulary is not known yet")
     folder = checkpoint_folder(config)
-    each = bytes_of_checkpoint(model, is_muon=config.optimizer.optimizer == "muon")
+    each = bytes_of_checkpoint(model, config.optimizer)
     count = checkpoints_to_come(config, list(finished_checkpoints(folder)))
     written = len(iterations_to_save(config, max(finished_checkpoints(folder), default=0)))
     nearest = _existing(folder)

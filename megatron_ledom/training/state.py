@@ -15,6 +15,7 @@ from megatron_ledom.checkpoint.manifest import (
     samples_at_end,
 )
 from megatron_ledom.checkpoint.store import CheckpointStore
+from megatron_ledom.checkpoint.weight_ema import WeightEma
 from megatron_ledom.config.batch_schedule import batch_size_at
 from megatron_ledom.config.derived import checkpoint_folder
 from megatron_ledom.config.load import to_dict
@@ -53,6 +54,8 @@ class TrainState:
     """Sets that are evaluated once, at the end."""
     sources: Sources
     store: CheckpointStore
+    ema: WeightEma | None = None
+    """The moving average of the weights, with `optimizer.ema_decay`."""
     iteration: int = 0
     """Number of iterations done, with or without an update."""
     consumed_train_samples: int = 0
@@ -118,6 +121,7 @@ def build_state(
         valid_datasets=on_every_rank(lambda: build_held_out_datasets(config, sources, sources.valid, cache)),
         test_datasets=on_every_rank(lambda: build_held_out_datasets(config, sources, sources.test, cache)),
         sources=sources,
+        ema=None if config.optimizer.ema_decay is None else WeightEma(optimizer, config.optimizer.ema_decay),
         store=CheckpointStore(checkpoint_folder(config), checkpoint_metadata(groups), config.checkpoint),
     )
     if checkpoint is None:
@@ -132,7 +136,7 @@ def load_checkpoint(state: TrainState, checkpoint: str) -> None:
     manifest = state.store.load_manifest(checkpoint)
     for change in [] if manifest.weights_only else differences(manifest.config, to_dict(state.config)):
         log.warning("changed since the checkpoint: %s", change)
-    state.store.load(checkpoint, state.model, state.optimizer, state.scheduler)
+    state.store.load(checkpoint, state.model, state.optimizer, state.scheduler, state.ema)
     state.scheduler.num_steps = 0  # loading adds the stored position, which old checkpoints count in samples
     state.scheduler.step(increment=manifest.iteration)
     state.iteration = manifest.iteration
@@ -152,4 +156,4 @@ def save_checkpoint(state: TrainState) -> None:
         consumed_train_samples=state.consumed_train_samples,
         consumed_train_tokens=state.consumed_train_tokens,
     )
-    state.store.save(manifest, state.model, state.optimizer, state.scheduler)
+    state.store.save(manifest, state.model, state.optimizer, state.scheduler, state.ema)

@@ -99,7 +99,10 @@ def compute_step(state: TrainState, batches: Batches, judge: Judge) -> StepResul
     """Do the step of the next iteration with that iteration's random state, without counting it."""
     seed_iteration(state.config.train.seed, state.iteration, state.groups)
     size = state.next_batch_size
-    return train_step(state.config, state.model, state.optimizer, batches, state.groups, judge, global_batch_size=size)
+    result = train_step(state.config, state.model, state.optimizer, batches, state.groups, judge, global_batch_size=size)
+    if state.ema is not None and result.verdict.is_applied:
+        state.ema.update()
+    return result
 
 
 def train_step(

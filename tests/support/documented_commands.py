@@ -60,6 +60,22 @@ RUN_BY_TESTS = {
     "bash examples/slurm/check_hardware.sbatch": "tests/slurm/test_slurm_jobs.py",
     "ledom calibrate-hardware --hardware h100-sxm --output own.yaml": "tests/unit/planning/test_calibration.py",
     "ledom report-run runs/ledom_7b --plan a100-80": "tests/unit/reports/test_run_report.py",
+    **dict.fromkeys(
+        (
+            "ledom average-checkpoints --load runs/ledom_7b --last 5 --save runs/average",
+            "ledom convert-checkpoint mcore-to-hf --load runs/average --save models/average",
+            "ledom train --config runs/average/model.yaml data.train_blend=[[1.0, data/web]] train.train_iters=1000"
+            " train.global_batch_size=8",
+        ),
+        "tests/distributed/test_average_checkpoints.py",
+    ),
+    **dict.fromkeys(
+        (
+            "ledom convert-checkpoint mcore-to-hf --load runs/ledom_7b --save models/ema --weights ema",
+            "ledom average-checkpoints --load runs/ledom_7b --last 1 --weights ema --save runs/ema",
+        ),
+        "tests/distributed/test_weight_ema.py",
+    ),
     "ledom inspect-checkpoint runs/reverse --verify": "tests/unit/checkpoint/test_inspect_checkpoint.py",
     "ledom convert-checkpoint hf-to-mcore --load models/qwen3 --save runs/qwen3_reverse --direction reverse --seq-length 4096": (
         "tests/numerics/test_export.py, tests/numerics/test_conversion.py"

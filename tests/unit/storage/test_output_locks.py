@@ -37,6 +37,7 @@ FOLDERS: dict[str, Arguments] = {
 OTHER_LOCKS = {
     "preprocess_data": "holds the lock of PREFIX.work, see test_preprocess_resume.py",
     "corpus": "holds the lock of its output folder, shared by tasks of different sources, see tests/unit/corpus/test_corpus_build.py",
+    "average_checkpoints": "holds the lock of the folder that it makes, as convert_checkpoint does",
     "convert_checkpoint": "holds the lock of the folder that it makes, see test_conversion_errors.py",
     "calibrate_hardware": "writes one file under the lock, after minutes of measuring",
     "check_hardware": "writes a report after each check under the lock of its folder, see test_runner.py",
