@@ -22,7 +22,8 @@ from preprocess_corpus import build_corpus, cut_corpus
 
 from megatron_ledom.evaluation.intervals import t_interval
 
-SWEEPS = {"adam": (1.5e-3, 3e-3, 6e-3), "muon": (1.5e-3, 3e-3, 6e-3)}
+RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2)
+SWEEPS = {"adam": RATES, "muon": RATES}
 MUON = ["optimizer.muon_extra_scale_factor=0.2", "optimizer.muon_nesterov=true", "optimizer.muon_fp32_matmul_prec=highest"]
 """With them the updates are about as large as AdamW's, and both optimizers can have the same learning rates."""
 
