@@ -16,7 +16,7 @@ AT_ONCE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # What a version of megatron-core can change. CI runs it on Python 3.12 beside the whole suite on 3.11.
 CORE := $(addprefix tests/distributed/test_,reshard.py resume.py layouts.py hazards.py damaged_shards.py async_save.py) tests/judges \
-	tests/golden tests/numerics/test_conversion.py tests/quickstart/test_one_minute.py tests/unit/platform tests/unit/checkpoint
+	tests/distributed/test_muon_layouts.py tests/golden tests/numerics/test_muon.py tests/numerics/test_conversion.py tests/quickstart/test_one_minute.py tests/unit/platform tests/unit/checkpoint
 # Long tests in these files of what does not depend on the version: kills and signals at random moments.
 NOT_CORE := $(addprefix --deselect tests/distributed/test_resume.py::test_,kills_at_random_moments_change_nothing \
 	sigterm_at_any_moment_saves_and_the_same_command_resumes)

@@ -16,13 +16,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megatron_ledom.callbacks.task_files import check_tasks
-from megatron_ledom.checkpoint.folder import latest_checkpoint, saved_iteration, settle_latest
+from megatron_ledom.checkpoint.folder import finished_checkpoints, latest_checkpoint, saved_iteration, settle_latest
 from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import checkpoint_folder, expected_world_size
 from megatron_ledom.config.load import load_config
 from megatron_ledom.config.options import add_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import LASTING, UNFORESEEN, LedomError, StoppedWaiting, run_command
+from megatron_ledom.mirror.store import check_address
 from megatron_ledom.platform.launch import Launch, read_launch
 from megatron_ledom.platform.quiet import quiet_libraries
 from megatron_ledom.training.held_out import check_held_out
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("megatron_ledom.pretrain")
 
+ALONE_SECONDS = 45
+"""Longest time that the first rank of several works alone: srun ends it a minute after the others have ended."""
 COMPLETE = "nothing is left to do; raise train.train_iters to train longer"
 
 
@@ -85,6 +88,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None, *, callback
         stages = only_stage(load_config(arguments.config, arguments.overrides))
     else:
         stages = load_stages(arguments.stages, arguments.overrides)
+    for stage in stages:
+        check_address(stage.config)
     if arguments.dry_run:
         print_dry_run(stages, accept_plan=arguments.accept_plan)
     elif arguments.check is not None:
@@ -142,9 +147,9 @@ def run(
     on every rank.
     """
     from megatron_ledom.data.blends.sources import describe_blend, load_run_tokenizer, load_sources
-    from megatron_ledom.training.origin import find_origin, first_iteration, write_chain
+    from megatron_ledom.training.origin import find_origin, write_chain
     from megatron_ledom.training.preflight import check_environment, is_complete
-    from megatron_ledom.training.run_folder import check_still_latest, lock_run, warn_of_later_checkpoints, write_start
+    from megatron_ledom.training.run_folder import lock_run, write_start
 
     started = time.monotonic() if since is None else since
     checkpoint = latest_checkpoint(checkpoint_folder(config))
@@ -152,11 +157,14 @@ def run(
     sources = load_sources(config)
     tokenizer = load_run_tokenizer(config, sources)
     task_hashes = check_tasks(config, tokenizer is not None)
+    config, checkpoint = run_to_resume(config, checkpoint, launch, stop)
     origin = find_origin(config, sources.provenance, checkpoint)
     if is_complete(config, sources, checkpoint):
         log.info("run_dir=%s is complete at iteration %d: %s", config.run_dir, config.train.train_iters, COMPLETE)
+        copy_the_rest(config, launch)
         return True
     from megatron_ledom.callbacks.build import build_callbacks
+    from megatron_ledom.callbacks.mirroring import Mirroring
     from megatron_ledom.data.dataset.blend_samples import index_cache
     from megatron_ledom.data.dataset.sample_index import prepare_indices
     from megatron_ledom.model.layer_specs import choose_layers
@@ -164,7 +172,7 @@ def run(
     from megatron_ledom.parallel.collectives import from_first_rank
     from megatron_ledom.parallel.groups import start_distributed, stop_distributed, wait_for_all_ranks
     from megatron_ledom.platform.device import prepare_platform
-    from megatron_ledom.training.history import check_history, write_launch
+    from megatron_ledom.training.history import write_launch
     from megatron_ledom.training.state import build_state, check_resumable
     from megatron_ledom.training.trainer import train
     from megatron_ledom.training.watchdog import Watchdog
@@ -182,10 +190,7 @@ def run(
         """Lock and check the run folder on rank 0; an error here ends all ranks."""
         stop.deadline = find_deadline(config.train, started)
         resources.enter_context(lock_run(config.run_dir))
-        settle_latest(checkpoint_folder(config))
-        check_still_latest(config, checkpoint)
-        check_history(config, checkpoint, first_iteration(config))
-        warn_of_later_checkpoints(config, checkpoint)
+        check_run_folder(config, checkpoint)
         check_held_out(config, sources, task_hashes, is_new=checkpoint is None)
         write_chain(config, origin)
         write_start(config, tokenizer, changed)
@@ -197,7 +202,7 @@ def run(
             from_first_rank(take_run_folder)
             watchdog = resources.enter_context(Watchdog(config, launch))
             state = build_state(config, sources, platform, groups, choice, checkpoint, origin)
-            train(state, stop, [*build_callbacks(state, watchdog, task_hashes), *callbacks])
+            train(state, stop, [*build_callbacks(state, watchdog, task_hashes), Mirroring(config, stop, resources), *callbacks])
             is_saved = from_first_rank(lambda: saved_iteration(checkpoint_folder(config)) == config.train.train_iters)
             is_over = is_saved and not stop.agreed(platform.device, 0.0)
             watchdog.set_activity("waiting for the last rank", patient=True)
@@ -205,6 +210,55 @@ def run(
             return is_over
     finally:
         stop_distributed()
+
+
+def run_to_resume(config: RunConfig, checkpoint: str | None, launch: Launch, stop: StopRequest) -> tuple[RunConfig, str | None]:
+    """Return the config, with what the run folder recorded, and the checkpoint: the given one, or one from checkpoint.mirror.
+
+    Call it on every rank. The first one fetches, the others wait; no collective does, as there is no process group yet.
+    """
+    from megatron_ledom.mirror.fetching import fetch_newest, wait_for_fetch
+    from megatron_ledom.training.run_folder import as_recorded, lock_run
+
+    if checkpoint is None and config.checkpoint.mirror is not None:
+        with stop.exiting_at_once(), ExitStack() as resources:
+            if launch.rank == 0:
+                resources.enter_context(lock_run(config.run_dir))
+                fetch_newest(config)
+            else:
+                wait_for_fetch(config)
+        checkpoint = latest_checkpoint(checkpoint_folder(config))
+    return as_recorded(config), checkpoint
+
+
+def check_run_folder(config: RunConfig, checkpoint: str | None) -> None:
+    """Refuse a run folder or a mirror that do not fit the checkpoint. Call it on the first rank, with the lock of the run."""
+    from megatron_ledom.mirror.contents import check_mirror
+    from megatron_ledom.training.history import check_history
+    from megatron_ledom.training.origin import first_iteration
+    from megatron_ledom.training.run_folder import check_still_latest, warn_of_later_checkpoints
+
+    settle_latest(checkpoint_folder(config))
+    check_still_latest(config, checkpoint)
+    check_history(config, checkpoint, first_iteration(config))
+    warn_of_later_checkpoints(config, checkpoint)
+    check_mirror(config, may_adopt=checkpoint is None)
+
+
+def copy_the_rest(config: RunConfig, launch: Launch) -> None:
+    """Copy the checkpoints of a complete run that checkpoint.mirror lacks; wait for it as the end of a run does."""
+    if config.checkpoint.mirror is None or launch.rank != 0:
+        return
+    from megatron_ledom.mirror.contents import Claim, check_mirror
+    from megatron_ledom.mirror.uploader import Uploader
+    from megatron_ledom.training.run_folder import lock_run
+
+    with lock_run(config.run_dir):
+        check_mirror(config, may_adopt=False)
+        with Uploader(config, Claim.of(config)) as uploader:
+            uploader.add(finished_checkpoints(checkpoint_folder(config)))
+            most = config.checkpoint.mirror_wait_seconds
+            uploader.finish(lambda: most if launch.world_size == 1 else min(most, ALONE_SECONDS))
 
 
 def start_logging(rank: int) -> None:
@@ -259,9 +313,11 @@ def check_start(config: RunConfig, num_ranks: int, *, accept_plan: bool = False,
     from megatron_ledom.training.history import check_history
     from megatron_ledom.training.origin import find_origin, first_iteration
     from megatron_ledom.training.preflight import check_environment, is_complete
+    from megatron_ledom.training.run_folder import as_recorded
 
     check_config(config, num_ranks)
     check_environment(config)
+    config = as_recorded(config)
     sources = load_sources(config)
     check_tasks(config, load_run_tokenizer(config, sources) is not None)
     checkpoint = latest_checkpoint(checkpoint_folder(config))
@@ -281,6 +337,8 @@ def check_start(config: RunConfig, num_ranks: int, *, accept_plan: bool = False,
     if origin is not None:
         begin = origin.manifest.iteration if origin.state == "all" else 0
         start = f"{num_ranks} ranks would start at iteration {begin} of {config.train.train_iters} with {origin.describe()}"
+    if checkpoint is None and config.checkpoint.mirror is not None:
+        start += f", or from the newest checkpoint in {config.checkpoint.mirror}, which the start asks"
     return "\n".join([start, *(verdict.line() for verdict in verdicts)])
 
 

@@ -25,8 +25,9 @@ GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 """GPUs visible to the user; tests/quickstart passes them to its pipeline."""
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before importing torch: sums of a GPU would be compared with those of a CPU
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # before libraries read the variables: no test uses a network
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before importing torch: one busy thread per process
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before importing torch: one thread, as in the programs that tests start; sums depend on it
 
 from tests.support.paths import ROOT  # noqa: E402
 from tests.support.tiny_runs import TinyData, write_tiny_data  # noqa: E402

@@ -22,12 +22,12 @@ SUBJECTS = {
         ),
         *("prepare-pairs", "make-analysis-data"),
     ),
-    "Training": ("train", "replay-step", "report-run"),
+    "Training": ("train", "average-checkpoints", "replay-step", "report-run"),
     "Conversion": ("convert-checkpoint",),
     "Generation and ranking": ("generate", "rerank", "report-rerank", "export-preferences", "serve"),
-    "Evaluation": ("evaluate", "harness", "compare-losses"),
+    "Evaluation": ("evaluate", "summarize-evaluation", "harness", "compare-losses"),
     "Planning": ("configs", "plan-run", "calibrate-hardware", "validate-planner"),
-    "Inspection": ("inspect-shard", "inspect-checkpoint", "ops", "check-hardware"),
+    "Inspection": ("inspect-shard", "inspect-checkpoint", "ops", "check-hardware", "check-nodes"),
     "Other": ("completion",),
 }
 """Heading of the page -> its commands, by what a user does."""

@@ -65,6 +65,7 @@ def describe(record: Record, train_iters: int, lost: dict[str, int], *, is_skipp
     absent = "none (skipped)" if is_skipped else "not finite"
     for name, key, form in (("loss", "lm_loss", ".4f"), ("grad norm", "grad_norm", ".3f"), ("lr", "lr", ".3g")):
         parts.append(f"{name} {absent if record[key] is None else format(record[key], form)}")
+    parts += [f"batch {record['global_batch_size']:,}"] if "global_batch_size" in record else []
     parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
     parts.append(f"MFU {100 * record['mfu']:.1f}%")
     parts.append(f"memory {record['memory_gib']:.2f} GiB")

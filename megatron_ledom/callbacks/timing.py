@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ledom.config.derived import padded_vocab_size, tokens_per_iteration
+from megatron_ledom.config.batch_schedule import batch_phases, has_batch_schedule
+from megatron_ledom.config.derived import padded_vocab_size
 from megatron_ledom.model.arithmetic import flops_per_token, model_flops_utilisation
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.platform.device import Platform, peak_flops
@@ -45,11 +46,12 @@ class Throughput(Callback):
         self.peak_tflops = peak / 1e12 * world_size
         log.info("the MFU is relative to %.3g FLOP/s per rank (%s)", peak, source)
         self.started = self.last = time.perf_counter()
-        self.tokens = self.num_iterations = 0
+        self.tokens = self.samples = self.num_iterations = 0
 
     def on_step_end(self, run: TrainingRun, result: StepResult | None) -> None:
         """Count the tokens of the iteration over all ranks; a skipped iteration has none."""
-        self.tokens += 0 if result is None else tokens_per_iteration(run.state.config)
+        self.tokens += 0 if result is None else run.state.last_batch_size * run.state.config.data.seq_length
+        self.samples += run.state.last_batch_size
         self.num_iterations += 1
 
     def on_pause_end(self, run: TrainingRun, seconds: float) -> None:
@@ -60,19 +62,28 @@ class Throughput(Callback):
         """Add the speed since the last record, the seconds since the start of training, and those to the end of the run."""
         now = time.perf_counter()
         rate, each = self.tokens / (now - self.last), (now - self.last) / max(self.num_iterations, 1)
+        left = _iterations_left(run.state, self.samples / max(self.num_iterations, 1))
         self._reset(now)
         record["tokens_per_second"] = rate
         record["seconds_per_iteration"] = each
         record["mfu"] = model_flops_utilisation(rate * self.flops_per_token, self.peak_tflops)
         record["elapsed_seconds"] = now - self.started
-        record["eta_seconds"] = (run.state.config.train.train_iters - run.state.iteration) * each
+        record["eta_seconds"] = left * each
 
     def on_rollback(self, run: TrainingRun) -> None:
         """Forget the iterations since the last record."""
         self._reset(time.perf_counter())
 
     def _reset(self, now: float) -> None:
-        self.tokens, self.num_iterations, self.last = 0, 0, now
+        self.tokens, self.samples, self.num_iterations, self.last = 0, 0, 0, now
+
+
+def _iterations_left(state: TrainState, mean_batch: float) -> float:
+    """Return the iterations to the end of the run; if the batch size changes, as many as there would be of `mean_batch` samples."""
+    if not has_batch_schedule(state.config) or not mean_batch:
+        return state.config.train.train_iters - state.iteration
+    phases = batch_phases(state.config, iteration=state.iteration, consumed_samples=state.consumed_train_samples)
+    return sum(phase.num_samples for phase in phases) / mean_batch
 
 
 class RankTimes(Callback):

@@ -2,9 +2,11 @@
 
 import logging
 import math
+from contextlib import nullcontext
 
 import torch
 
+from megatron_ledom.checkpoint.weight_ema import WeightEma
 from megatron_ledom.data.dataset.batch import batch_iterators
 from megatron_ledom.data.dataset.blend_samples import BlendSamples
 from megatron_ledom.parallel.collectives import gathered_weights
@@ -32,6 +34,8 @@ class Validation(Callback):
         if self.wants_record(run):
             with run.pause("validating"):
                 add_results(record, "validation", evaluate(run.state, run.state.valid_datasets))
+                if run.state.ema is not None:
+                    add_results(record, "validation_ema", evaluate(run.state, run.state.valid_datasets, ema=run.state.ema))
 
 
 class FinalTest(Callback):
@@ -46,6 +50,8 @@ class FinalTest(Callback):
         if self.wants_record(run):
             with run.pause("testing"):
                 add_results(record, "test", evaluate(run.state, run.state.test_datasets))
+                if run.state.ema is not None:
+                    add_results(record, "test_ema", evaluate(run.state, run.state.test_datasets, ema=run.state.ema))
 
 
 def add_results(record: Record, kind: str, results: Results) -> None:
@@ -60,11 +66,14 @@ def add_results(record: Record, kind: str, results: Results) -> None:
 
 
 @torch.no_grad()
-def evaluate(state: TrainState, datasets: dict[str, BlendSamples]) -> Results:
-    """Return lm_loss and bits_per_byte over all samples of each dataset, by its name. Call on every rank."""
+def evaluate(state: TrainState, datasets: dict[str, BlendSamples], ema: WeightEma | None = None) -> Results:
+    """Return lm_loss and bits_per_byte over all samples of each dataset, by its name. Call on every rank.
+
+    ema: the moving average to evaluate in place of the weights.
+    """
     for chunk in state.model:
         chunk.eval()
-    with gathered_weights(state.model):
+    with gathered_weights(state.model), nullcontext() if ema is None else ema.in_place_of_weights(state.model):
         results = {name: _measure(state, dataset) for name, dataset in datasets.items()}
     for chunk in state.model:
         chunk.train()
@@ -75,8 +84,11 @@ def _measure(state: TrainState, dataset: BlendSamples) -> dict[str, float]:
     device, eod_id = state.platform.device, state.provenance.eod_id
     iterators = batch_iterators(state.config, dataset, 0, len(dataset), state.groups, device, eod_id)
     loss_sum, num_tokens = 0.0, 0.0
-    for _ in range(len(dataset) // state.config.train.global_batch_size):
-        one_sum, one_count = run_schedule(state.config, state.model, iterators, state.groups, forward_only=True)
+    size = state.config.train.global_batch_size  # also while a schedule trains with other batches: same samples, same numbers
+    for _ in range(len(dataset) // size):
+        one_sum, one_count = run_schedule(
+            state.config, state.model, iterators, state.groups, global_batch_size=size, forward_only=True
+        )
         loss_sum, num_tokens = loss_sum + one_sum, num_tokens + one_count
     lm_loss = loss_sum / num_tokens
     return {

@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 
 from megatron_ledom.checkpoint.manifest import MANIFEST, load_manifest
@@ -206,15 +206,19 @@ def outdated(iterations: list[int], latest: int, settings: CheckpointConfig, rep
     ]
 
 
-def retire(folder: str, settings: CheckpointConfig, replayed: Iterable[int] = ()) -> None:
-    """Move `outdated` checkpoints to the trash. If one cannot be moved, log a warning: the run continues."""
+def retire(folder: str, settings: CheckpointConfig, replayed: Iterable[int] = (), held: Set[int] = frozenset()) -> None:
+    """Move `outdated` checkpoints to the trash, except those of the iterations `held`, whose turn comes later.
+
+    If one cannot be moved, log a warning: the run continues.
+    """
     latest = latest_name(folder)
     if latest is None:
         return
     names = finished_checkpoints(folder)
     try:
         for iteration in outdated(list(names), int(latest.removeprefix("iter_")), settings, replayed):
-            move_to_trash(folder, names[iteration])
+            if iteration not in held:
+                move_to_trash(folder, names[iteration])
     except (OSError, ValueError) as error:
         log.warning("outdated checkpoints in %s could not be deleted: %s", folder, error)
 

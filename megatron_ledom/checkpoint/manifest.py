@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import megatron_ledom
+from megatron_ledom.config.batch_schedule import batch_phases
 from megatron_ledom.config.derived import head_dim, query_groups
 from megatron_ledom.config.load import config_from_dict, to_dict
 from megatron_ledom.config.schema import ModelConfig, RunConfig
@@ -72,7 +73,9 @@ class CheckpointManifest:
     files: FileSums = field(default_factory=dict)
     """Size and sha256 of every other file, added when all are written. Empty in the previous format."""
     weights_only: bool = False
-    """True for imported weights, which have no optimizer state."""
+    """True for imported and averaged weights, which have no optimizer state."""
+    average: dict[str, Any] | None = None
+    """For averaged weights: the method, and iteration, share and manifest hash of each checkpoint (see `convert.average`)."""
     started_from: list[dict[str, Any]] = field(default_factory=list)
     """The checkpoints of other runs that this run started from by `init_from`, the oldest first (see training/origin.py)."""
     format_version: int = FORMAT_VERSION
@@ -101,6 +104,11 @@ class CheckpointManifest:
             started_from=list(started_from),
         )
 
+    @property
+    def has_ema(self) -> bool:
+        """Return True if the checkpoint has a moving average of its weights."""
+        return not self.weights_only and self.config.get("optimizer", {}).get("ema_decay") is not None
+
     def run_config(self, where: str) -> RunConfig:
         """Return the config with which the checkpoint was trained. `where` names the checkpoint in errors."""
         return config_from_dict(self.config, where)
@@ -110,6 +118,8 @@ def save_manifest(manifest: CheckpointManifest, folder: str) -> None:
     """Write `manifest.json` into the checkpoint folder, with its own hash."""
     values = {**asdict(manifest), "provenance": None, **manifest.provenance.to_dict()}
     del values["provenance"]
+    if manifest.average is None:
+        del values["average"]
     content = json.dumps({**values, OWN_HASH: _hash(values)}, indent=2, allow_nan=False)
     write_synced(os.path.join(folder, MANIFEST), content.encode())
 
@@ -129,6 +139,7 @@ def load_manifest(folder: str) -> CheckpointManifest:
         )
     values.setdefault("weights_only", False)  # older checkpoints were never weights only
     values.setdefault("started_from", [])
+    values.setdefault("average", None)
     provenance = Provenance.from_dict(values, path)
     names = [name for name in CheckpointManifest.__dataclass_fields__ if name != "provenance"]
     missing = [name for name in names if name not in values]
@@ -172,22 +183,23 @@ def check_fits(manifest: CheckpointManifest, config: RunConfig, provenance: Prov
     trained, otherwise = manifest.run_config(where), "another run_dir for a new run"
     check_architecture(trained, config, where, ARCHITECTURE_KEYS, otherwise)
     if not manifest.weights_only:
-        check_optimizer_kind(trained, config, where, otherwise)
+        check_optimizer_kind(trained, config, where, f"{otherwise}, which may begin with these weights")
     manifest.provenance.check_same(provenance, f"the checkpoint {where}", "this run's data")
 
 
 def check_architecture(trained: RunConfig, config: RunConfig, where: str, keys: Sequence[str], otherwise: str) -> None:
     """Raise MismatchError if one of these keys of `model` differs. `otherwise` is what a user can use in place of its value."""
-    stored, wanted = _architecture(trained.model), _architecture(config.model)
-    different = [
-        f"model.{key}={wanted[key]} but the checkpoint has {stored[key]}" for key in keys if stored[key] != wanted[key]
-    ]
-    if different:
+    if different := other_architecture(trained.model, config.model, keys):
         raise MismatchError(f"{where} has another architecture: {'; '.join(different)}; use its values, or {otherwise}")
 
 
 def check_optimizer_kind(trained: RunConfig, config: RunConfig, where: str, otherwise: str) -> None:
     """Raise MismatchError if the run has not the kind of optimizer whose state the checkpoint has."""
+    if trained.optimizer.optimizer != config.optimizer.optimizer:
+        raise MismatchError(
+            f"{where} has the state of optimizer.optimizer={trained.optimizer.optimizer}, which {config.optimizer.optimizer} cannot"
+            f" load; set optimizer.optimizer={trained.optimizer.optimizer}, or {otherwise}"
+        )
     is_distributed = trained.parallel.use_distributed_optimizer
     if is_distributed != config.parallel.use_distributed_optimizer:
         raise MismatchError(
@@ -219,6 +231,11 @@ def check_same_samples(manifest: CheckpointManifest, config: RunConfig, train_sh
         )
     for change in changed:
         log.warning("OTHER TRAINING DATA than in %s, allowed by data.allow_changed_data=true: %s", where, change)
+    if trained.data.seq_length != config.data.seq_length and config.train.batch_size_schedule is not None:
+        raise ConfigError(
+            f"data.seq_length was {trained.data.seq_length} and is now {config.data.seq_length}, so train.batch_size_schedule would"
+            f" count the tokens up to {where} wrongly; remove the schedule, restore the length, or use another run_dir for a new run"
+        )
     _check_still_decidable(manifest, trained, config, where)
     if manifest.iteration > config.train.train_iters:
         raise ConfigError(
@@ -250,9 +267,10 @@ def _check_still_decidable(manifest: CheckpointManifest, trained: RunConfig, con
 
 
 def samples_at_end(manifest: CheckpointManifest, config: RunConfig) -> int:
-    """Return the number of samples that a resumed run will have consumed at its end, with its current batch size."""
-    remaining = max(0, config.train.train_iters - manifest.iteration)
-    return manifest.consumed_train_samples + remaining * config.train.global_batch_size
+    """Return the number of samples that a resumed run will have consumed at its end, with its current batch sizes."""
+    consumed = manifest.consumed_train_samples
+    phases = batch_phases(config, iteration=manifest.iteration, consumed_samples=consumed)
+    return consumed + sum(phase.num_samples for phase in phases)
 
 
 def _changed_shards(old: list[list[Any]], new: list[list[Any]]) -> list[str]:
@@ -267,6 +285,12 @@ def _changed_shards(old: list[list[Any]], new: list[list[Any]]) -> list[str]:
     kinds = differences(dict(zip(names, one, strict=False)), dict(zip(names, other, strict=False)))
     more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
     return [f"data.train_blend: the shard {other[-1]}, in place of {one[-1]}: {', '.join(kinds)}{more}"]
+
+
+def other_architecture(stored: ModelConfig, wanted: ModelConfig, keys: Sequence[str] = ARCHITECTURE_KEYS) -> list[str]:
+    """Return a text for each of these keys of the architecture in which a checkpoint differs from the wanted model."""
+    found, expected = _architecture(stored), _architecture(wanted)
+    return [f"model.{key}={expected[key]} but the checkpoint has {found[key]}" for key in keys if found[key] != expected[key]]
 
 
 def _architecture(model: ModelConfig) -> dict[str, Any]:

@@ -14,12 +14,16 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.dist_checkpointing.validation import StrictHandling, maybe_report_missing_and_unexpected_keys
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ledom.checkpoint import stored_tensors
+from megatron_ledom.checkpoint.averaging import EMA, MAIN
 from megatron_ledom.checkpoint.folder import COMMON_STATE, LATEST, advising_another, latest_checkpoint
+from megatron_ledom.checkpoint.main_weights import MainWeights
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, check_sizes, load_manifest
+from megatron_ledom.checkpoint.weight_ema import WeightEma
 from megatron_ledom.checkpoint.writing import CheckpointWriter
 from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.errors import DataError, TransientError, may_pass
@@ -49,6 +53,8 @@ class CheckpointStore:
         self.metadata = metadata
         self.settings = settings
         self.writer = CheckpointWriter(folder, settings, metadata["dp_cp_group"])
+        self.seconds_to_copy = 0.0
+        """Estimated seconds to copy a checkpoint to the mirror, on the first rank."""
 
     def latest(self) -> str | None:
         """Return the folder of the latest finished checkpoint, the same on every rank; None for a new run."""
@@ -58,7 +64,9 @@ class CheckpointStore:
         """Return the manifest of a checkpoint."""
         return on_every_rank(lambda: load_manifest(checkpoint))
 
-    def save(self, manifest: CheckpointManifest, model: list[Any], optimizer: Any, scheduler: Any) -> None:
+    def save(
+        self, manifest: CheckpointManifest, model: list[Any], optimizer: Any, scheduler: Any, ema: WeightEma | None = None
+    ) -> None:
         """Start a checkpoint of the current state. With `async_save`, `poll`, `finish` or the next save completes it.
 
         Weights that are not finite are not saved, so that the run can return to the previous checkpoint.
@@ -69,7 +77,7 @@ class CheckpointStore:
             if not _are_finite(model):
                 log.error("iteration %d was not saved: some weights are not finite", manifest.iteration)
                 return
-            state = self._sharded(model, optimizer, scheduler, loading=False)
+            state = self._sharded(model, optimizer, scheduler, ema, loading=False)
             self.writer.save(manifest, state, content)
 
     def poll(self) -> None:
@@ -88,23 +96,37 @@ class CheckpointStore:
         self.writer.replayed = iterations
 
     def seconds_to_finish(self) -> float:
-        """Return the estimated seconds to write the checkpoints if the run stops now; 0 before the first save."""
-        return self.writer.seconds_to_finish()
+        """Return the estimated seconds to write and copy the checkpoints if the run stops now; 0 before the first save."""
+        return self.writer.seconds_to_finish() + self.seconds_to_copy
 
-    def load(self, checkpoint: str, model: list[Any], optimizer: Any, scheduler: Any) -> None:
-        """Fill model, optimizer and scheduler from a checkpoint of any layout; from imported weights, only the model.
+    @property
+    def newest(self) -> int | None:
+        """Iteration of the last checkpoint that this launch completed, on the first rank; None before the first."""
+        return self.writer.newest
+
+    def load(self, checkpoint: str, model: list[Any], optimizer: Any, scheduler: Any, ema: WeightEma | None = None) -> None:
+        """Fill model, optimizer and scheduler from a checkpoint of any layout; from imported or averaged weights, only the model.
 
         The optimizer gets its moments and number of updates from the checkpoint and keeps its own settings.
         """
         with advising_another(checkpoint):
-            self._load(checkpoint, model, optimizer, scheduler, verify=self.settings.verify_on_load)
+            self._load(checkpoint, model, optimizer, scheduler, ema, verify=self.settings.verify_on_load)
 
-    def start_from(self, checkpoint: str, model: list[Any], optimizer: Any, scheduler: Any, *, only_weights: bool) -> None:
-        """Fill the model and, without `only_weights`, optimizer and scheduler from the checkpoint of another run.
+    def start_from(
+        self,
+        checkpoint: str,
+        model: list[Any],
+        optimizer: Any,
+        scheduler: Any,
+        ema: WeightEma | None,
+        *,
+        only_weights: bool,
+    ) -> None:
+        """Fill the model and, without `only_weights`, optimizer, scheduler and `ema` from the checkpoint of another run.
 
         The sha256 of every file is compared, whatever `checkpoint.verify_on_load` is.
         """
-        self._load(checkpoint, model, optimizer, scheduler, verify=True, only_weights=only_weights)
+        self._load(checkpoint, model, optimizer, scheduler, ema, verify=True, only_weights=only_weights)
 
     def _load(
         self,
@@ -112,6 +134,7 @@ class CheckpointStore:
         model: list[Any],
         optimizer: Any,
         scheduler: Any,
+        ema: WeightEma | None,
         *,
         verify: bool,
         only_weights: bool = False,
@@ -122,8 +145,13 @@ class CheckpointStore:
         if manifest.weights_only or only_weights:
             load_weights(checkpoint, model, self.metadata)
             optimizer.reload_model_params()  # its fp32 copies
+            if any(name.startswith(f"{MAIN}.") for name in stored_tensors.tensors_of(checkpoint)):
+                load_main_weights(checkpoint, model, optimizer, self.metadata)
+            if ema is not None:
+                ema.restart()
             return
-        wanted = self._sharded(model, optimizer, scheduler, loading=True)
+        stored_ema = ema if manifest.has_ema else None
+        wanted = self._sharded(model, optimizer, scheduler, stored_ema, loading=True)
         state = _read(checkpoint, wanted, exact=True)
 
         def fill() -> None:
@@ -132,14 +160,36 @@ class CheckpointStore:
             use_settings_of(optimizer, state["optimizer"])
             optimizer.load_state_dict(state["optimizer"])
             scheduler.load_state_dict(state["scheduler"])
+            if stored_ema is not None:
+                stored_ema.load(state[EMA])
+            elif ema is not None:
+                ema.restart()
 
         on_every_rank(fill)
+        if (ema is not None) != manifest.has_ema:
+            log.warning(
+                "%s has no moving average of the weights: it begins at iteration %d"
+                if ema is not None
+                else "the moving average in %s is dropped at iteration %d: optimizer.ema_decay is not set",
+                checkpoint,
+                manifest.iteration,
+            )
 
-    def _sharded(self, model: list[Any], optimizer: Any, scheduler: Any, *, loading: bool) -> dict[str, Any]:
+    def _sharded(
+        self, model: list[Any], optimizer: Any, scheduler: Any, ema: WeightEma | None, *, loading: bool
+    ) -> dict[str, Any]:
         state = sharded_weights(model, self.metadata)
+        average = None if ema is None else ema.sharded_state(state, loading=loading)
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=loading, metadata=self.metadata)
         state["scheduler"] = scheduler.state_dict()
+        if average is not None:
+            state[EMA] = average
         return state
+
+
+def _is_of_ema(key: str) -> bool:
+    """Return True for a key of the moving average, which a run without `optimizer.ema_decay` does not read."""
+    return key.startswith(f"{EMA}.")
 
 
 def sharded_weights(model: list[Any], metadata: dict[str, Any]) -> dict[str, Any]:
@@ -149,11 +199,22 @@ def sharded_weights(model: list[Any], metadata: dict[str, Any]) -> dict[str, Any
     return {key: _without(state, EXTRA_STATE_OF_NORMS) for key, state in states.items()}
 
 
-def load_weights(checkpoint: str, model: list[Any], metadata: dict[str, Any]) -> None:
-    """Fill a model with the weights of a checkpoint of any layout; nothing else is read."""
+def load_weights(checkpoint: str, model: list[Any], metadata: dict[str, Any], prefix: str = "") -> None:
+    """Fill a model with the weights of a checkpoint of any layout; nothing else is read.
+
+    prefix: of the names of the tensors, such as `ema.` for the moving average.
+    """
     wanted = {key: _without(part, EXTRA_STATE) for key, part in sharded_weights(model, metadata).items()}
+    add_prefix_for_sharding(wanted, prefix)
     state = _read(checkpoint, wanted, exact=False)
     on_every_rank(lambda: _fill(model, state))
+
+
+def load_main_weights(checkpoint: str, model: list[Any], optimizer: Any, metadata: dict[str, Any]) -> None:
+    """Fill the fp32 main weights from a checkpoint of averaged weights, of which the model has the rounded ones."""
+    main = MainWeights(optimizer)
+    state = _read(checkpoint, {"main": main.sharded(sharded_weights(model, metadata), MAIN, None)}, exact=False)
+    on_every_rank(lambda: main.fill(main.tensors, state["main"]))
 
 
 def _without(state: dict[str, Any], suffix: str) -> dict[str, Any]:
@@ -209,7 +270,7 @@ def _read_own(checkpoint: str, wanted: dict[str, Any], *, exact: bool) -> dict[s
     try:
         if exact:
             state, left, absent = dist_checkpointing.load(wanted, checkpoint, strict=StrictHandling.RETURN_ALL)
-            left = {key for key in left if not key.endswith(EXTRA_STATE_OF_NORMS)}
+            left = {key for key in left if not key.endswith(EXTRA_STATE_OF_NORMS) and (EMA in wanted or not _is_of_ema(key))}
             maybe_report_missing_and_unexpected_keys(left, absent)
         else:
             state = dist_checkpointing.load(wanted, checkpoint)

@@ -1,6 +1,7 @@
-"""Write a checkpoint of imported weights, tensor by tensor in one process. A run starts from it.
+"""Write a checkpoint of imported or averaged weights, tensor by tensor in one process. A run starts from it.
 
-The format is that of training, so any layout can load it. It has no optimizer state, and the manifest records this.
+The format is that of training, so any layout can load it. It has no optimizer state, and the manifest records this. Averaged bf16
+weights have fp32 main weights beside them.
 """
 
 import os
@@ -47,6 +48,13 @@ class Piece:
     layer: int | None
     shape: torch.Size
     """Shape without the layer axis."""
+    dtype: torch.dtype
+    """Type in which it is stored."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in the file."""
+        return self.shape.numel() * self.dtype.itemsize
 
     @property
     def offsets(self) -> torch.Size:
@@ -102,7 +110,7 @@ class _TensorSource(DefaultSavePlanner):
         """Return the tensor of one item, with its layer axis."""
         piece, tensor = next(self._tensors)
         assert (piece.name, piece.offsets) == (write_item.index.fqn, write_item.index.offset), (piece, write_item)
-        assert tensor.shape == piece.shape, (piece, tensor.shape)
+        assert (tensor.shape, tensor.dtype) == (piece.shape, piece.dtype), (piece, tensor.shape, tensor.dtype)
         return tensor.view(piece.stored_shape)
 
 
@@ -111,7 +119,6 @@ def save_weights(
     manifest: CheckpointManifest,
     pieces: Sequence[Piece],
     read: Callable[[Piece], torch.Tensor],
-    dtype: torch.dtype,
     max_file_size: int,
 ) -> CheckpointManifest:
     """Write a checkpoint into the empty `folder`. `read` is called for one piece after the other; the manifest is written last.
@@ -119,8 +126,8 @@ def save_weights(
     Files have at most `max_file_size` bytes unless a piece is larger. Returns the manifest with their sizes and checksums.
     """
     num_layers = 1 + max((piece.layer for piece in pieces if piece.layer is not None), default=0)
-    groups = grouped([(piece, piece.shape.numel() * dtype.itemsize) for piece in pieces], max_file_size)
-    plans = [SavePlan([_item(piece, dtype, num_layers) for piece in group]) for group in groups]
+    groups = grouped([(piece, piece.num_bytes) for piece in pieces], max_file_size)
+    plans = [SavePlan([_item(piece, num_layers) for piece in group]) for group in groups]
     with ThreadPoolExecutor(4) as threads:
         source = _TensorSource(read_ahead(((piece, read(piece)) for piece in pieces), threads))
         file_system = _HashedFiles(threads)
@@ -130,7 +137,7 @@ def save_weights(
         with _without_crc32():
             results = [_written(writer, plan, source) for plan in plans]
         files = {name: file.sums() for name, file in file_system.files.items()}
-    writer.finish(Metadata(_entries(pieces, dtype, num_layers)), results)
+    writer.finish(Metadata(_entries(pieces, num_layers)), results)
     torch.save({"content_metadata": CONTENT}, os.path.join(folder, COMMON_STATE))
     save_backends(folder)
     files |= {name: checksum(os.path.join(folder, name)) for name in COMMON_FILES}
@@ -178,15 +185,15 @@ def _whole_shape(piece: Piece, num_layers: int) -> torch.Size:
     return piece.shape if piece.layer is None else torch.Size([num_layers, *piece.shape])
 
 
-def _item(piece: Piece, dtype: torch.dtype, num_layers: int) -> WriteItem:
+def _item(piece: Piece, num_layers: int) -> WriteItem:
     chunk = ChunkStorageMetadata(piece.offsets, piece.stored_shape)
-    data = TensorWriteData(chunk, TensorProperties(dtype=dtype), _whole_shape(piece, num_layers))
+    data = TensorWriteData(chunk, TensorProperties(dtype=piece.dtype), _whole_shape(piece, num_layers))
     return WriteItem(MetadataIndex(piece.name, piece.offsets), WriteItemType.SHARD, tensor_data=data)
 
 
-def _entries(pieces: Sequence[Piece], dtype: torch.dtype, num_layers: int) -> dict[str, Any]:
+def _entries(pieces: Sequence[Piece], num_layers: int) -> dict[str, Any]:
     entries: dict[str, TensorStorageMetadata] = {}
     for piece in pieces:
-        empty = TensorStorageMetadata(TensorProperties(dtype=dtype), _whole_shape(piece, num_layers), [])
+        empty = TensorStorageMetadata(TensorProperties(dtype=piece.dtype), _whole_shape(piece, num_layers), [])
         entries.setdefault(piece.name, empty).chunks.append(ChunkStorageMetadata(piece.offsets, piece.stored_shape))
     return dict(entries)

@@ -93,6 +93,10 @@ class CheckpointWriter:
         self.folder, self.settings = folder, settings
         self.replayed: list[int] = []
         """Iterations to replay: the checkpoint before each is not deleted. Used on the first rank."""
+        self.held: set[int] = set()
+        """Iterations whose checkpoints are being copied and are not deleted now. Used on the first rank."""
+        self.newest: int | None = None
+        """Iteration of the last checkpoint that this launch completed. Set on the first rank."""
         self._longest_save, self._begun = 0.0, 0.0
         self._calls = AsyncCallsQueue(persistent=False)
         self._strategy = _Strategy("torch_dist", 1, thread_count=1)
@@ -206,7 +210,8 @@ class CheckpointWriter:
                 f"checkpoint {pending.manifest.iteration} was not saved; the earlier ones are unchanged: {found}"
             )
         self._record(pending.manifest.iteration)
-        retire(self.folder, self.settings, self.replayed)
+        self.newest = pending.manifest.iteration
+        retire(self.folder, self.settings, self.replayed, self.held)
         return None
 
     def _record(self, iteration: int) -> None:

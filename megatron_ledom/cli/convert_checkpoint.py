@@ -35,6 +35,12 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         metavar="NAME",
         help="architecture, such as MistralForCausalLM; default: the first that can represent the model",
     )
+    export.add_argument(
+        "--weights",
+        choices=["main", "ema"],
+        default="main",
+        help="main: the weights; ema: their moving average, which a run with optimizer.ema_decay keeps (default %(default)s)",
+    )
     load = commands.add_parser(
         "hf-to-mcore",
         help="convert a stock Llama, Mistral, Qwen2 or Qwen3 folder to a run folder to train",
@@ -106,9 +112,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     if arguments.command == "mcore-to-hf":
         from megatron_ledom.convert.hf_export import export_hf
 
-        export_hf(arguments.load, arguments.save, overwrite=arguments.overwrite, architecture=arguments.architecture, **both)
+        given = {name: getattr(arguments, name) for name in ("overwrite", "architecture", "weights")}
+        export_hf(arguments.load, arguments.save, **given, **both)
         return
     from megatron_ledom.convert.hf_import import import_hf
 
-    given = ("direction", "tokenizer", "eod_token", "seq_length", "params_dtype")
-    import_hf(arguments.load, arguments.save, **{key: getattr(arguments, key) for key in given}, **both)
+    names = ("direction", "tokenizer", "eod_token", "seq_length", "params_dtype")
+    import_hf(arguments.load, arguments.save, **{key: getattr(arguments, key) for key in names}, **both)

@@ -47,6 +47,12 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--show", type=int, default=0, metavar="N", help="only print the prompts of N items, without loading weights"
     )
     parser.add_argument(
+        "--check",
+        action="store_true",
+        help="only check the options, the tasks, their files and the tokenizer, without loading weights or writing anything; the"
+        " sandbox and the device are not checked, since a login node may lack them",
+    )
+    parser.add_argument(
         "--list",
         action="store_true",
         help="only list the tasks, the sources of their files, and the hashes of the files in --data",

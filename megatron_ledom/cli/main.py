@@ -32,11 +32,13 @@ GROUPS = {
         "calibrate-hardware": "measure this machine for the planner",
         "validate-planner": "compare the planner with published runs",
         "check-hardware": "check a machine in minutes and write a report",
+        "check-nodes": "check the nodes of a SLURM job in seconds and name the bad ones",
         "ops": "show which fused operators are built, and which are used on this machine",
     },
     "training": {
         "train": "train a model from shards; torchrun or srun starts one process per GPU",
         "inspect-checkpoint": "show and verify a checkpoint",
+        "average-checkpoints": "average the weights of checkpoints into a new run folder",
         "replay-step": "compute one step of a run again, bit for bit",
         "report-run": "plot the curves of runs, with an HTML page of their final metrics",
     },
@@ -50,6 +52,7 @@ GROUPS = {
     },
     "evaluating models": {
         "evaluate": "evaluate a model of either direction on tasks from local files",
+        "summarize-evaluation": "join the results of tasks that were evaluated one by one",
         "harness": "evaluate a model in lm-evaluation-harness",
         "compare-losses": "compare the losses of a forward model and its reverse twin",
         "make-analysis-data": "write synthetic training text and questions for an analysis",
@@ -76,7 +79,7 @@ EXAMPLE = """\
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `ledom` itself."""
     listed = [
-        f"{title}:\n" + "".join(f"  {name:20}{text}\n" for name, text in group.items()) for title, group in GROUPS.items()
+        f"{title}:\n" + "".join(f"  {name:21}{text}\n" for name, text in group.items()) for title, group in GROUPS.items()
     ]
     parser = argparse.ArgumentParser(
         prog="ledom",

@@ -7,17 +7,15 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
+from megatron_ledom.config.batch_checks import batch, batch_schedule, tokens_to_draw
 from megatron_ledom.config.derived import (
-    data_parallel_size,
     head_dim,
     lr_decay_iters,
     model_parallel_size,
     named_blends,
     next_multiple,
-    num_microbatches,
     padded_vocab_size,
     query_groups,
-    tokens_per_iteration,
 )
 from megatron_ledom.config.gpu_checks import GPU_RULES
 from megatron_ledom.config.schema import RunConfig
@@ -175,6 +173,31 @@ def optimizer_overlap(config: RunConfig) -> Problems:
         )
 
 
+def muon(config: RunConfig) -> Problems:
+    """Check that keys of Muon are set only with it, and that its momentum is that of whole matrices."""
+    settings, parallel = config.optimizer, config.parallel
+    if settings.optimizer != "muon":
+        for key in dataclasses.fields(settings):
+            if key.name.startswith("muon_") and getattr(settings, key.name) != key.default:
+                yield (
+                    f"optimizer.{key.name}={getattr(settings, key.name)} needs optimizer.optimizer=muon, found"
+                    f" {settings.optimizer}; remove it, or set optimizer.optimizer=muon"
+                )
+        return
+    tensor, groups = parallel.tensor_model_parallel_size, query_groups(config.model)
+    if settings.muon_split_qkv and tensor > groups:
+        yield (
+            f"optimizer.muon_split_qkv=true needs at least one key-value head per tensor-parallel rank, found"
+            f" model.num_query_groups={groups} for parallel.tensor_model_parallel_size={tensor}: megatron-core would"
+            f" orthogonalize the joint matrix there; set optimizer.muon_split_qkv=false, or lower the tensor-parallel size to {groups}"
+        )
+    if parallel.use_distributed_optimizer:
+        yield (
+            "parallel.use_distributed_optimizer=true splits matrices over ranks, but optimizer.optimizer=muon needs whole ones; set"
+            " parallel.use_distributed_optimizer=false: every data-parallel rank then has all of the optimizer state"
+        )
+
+
 def schedule(config: RunConfig) -> Problems:
     """Check that the learning rate rises first and falls afterwards."""
     settings = config.optimizer
@@ -278,18 +301,6 @@ def held_out_sets(config: RunConfig) -> Problems:
         yield f"{name} names a shard of data.valid_blend and a set of data.valid_sets; choose another name for the set"
 
 
-def tokens_to_draw(config: RunConfig) -> Problems:
-    """Check that the run draws as many tokens as a blend in tokens lists."""
-    data, each = config.data, tokens_per_iteration(config)
-    blend_tokens, iterations = sum(tokens for tokens, _ in data.train_blend), config.train.train_iters
-    if data.blend_unit == "tokens" and data.train_blend and not iterations - 1 < blend_tokens / each < iterations + 1:
-        yield (
-            f"the numbers of data.train_blend add up to {blend_tokens:,.0f} tokens, but train.train_iters={iterations} draws"
-            f" {iterations * each:,}; set train.train_iters={max(1, int(blend_tokens // each))}, or data.blend_unit=weight to"
-            " use the numbers as relative weights"
-        )
-
-
 def retention(config: RunConfig) -> Problems:
     """Check that checkpoint.keep_interval has an effect and that checkpoints are written at its multiples."""
     settings = config.checkpoint
@@ -298,6 +309,24 @@ def retention(config: RunConfig) -> Problems:
         yield (
             f"{keep}={every} without checkpoint.keep_last has no effect, since all checkpoints are kept; set"
             f" checkpoint.keep_last too, or remove {keep}"
+        )
+    elif every and every % save:
+        yield (
+            f"{keep}={every} is not a multiple of checkpoint.save_interval={save}, so few or no checkpoints would be written at"
+            f" its multiples; the next possible value is {next_multiple(every, save)}"
+        )
+
+
+def mirror(config: RunConfig) -> Problems:
+    """Check that checkpoint.mirror_keep_interval has an effect and that checkpoints are written at its multiples."""
+    settings = config.checkpoint
+    keep, every, save = "checkpoint.mirror_keep_interval", settings.mirror_keep_interval, settings.save_interval
+    if settings.mirror == "":
+        yield "checkpoint.mirror is empty; give an address, such as s3://bucket/run, or remove it"
+    if every and settings.mirror_keep_last is None:
+        yield (
+            f"{keep}={every} without checkpoint.mirror_keep_last has no effect, since all copies are kept; set"
+            f" checkpoint.mirror_keep_last too, or remove {keep}"
         )
     elif every and every % save:
         yield (
@@ -323,29 +352,6 @@ def world(config: RunConfig, world_size: int) -> Problems:
         )
 
 
-def batch(config: RunConfig, world_size: int) -> Problems:
-    """Check that every rank gets the same number of micro-batches, and the interleaved schedule whole rounds of them."""
-    train, parallel = config.train, config.parallel
-    data_parallel = data_parallel_size(parallel, world_size)
-    if world_size % model_parallel_size(parallel) or not data_parallel:
-        return  # `world` reports this problem
-    at_once = train.micro_batch_size * data_parallel
-    if train.global_batch_size % at_once:
-        yield (
-            f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size="
-            f"{train.micro_batch_size} x data-parallel size {data_parallel} = {at_once}; the next multiple is"
-            f" {next_multiple(train.global_batch_size, at_once)}"
-        )
-        return
-    stages, count = parallel.pipeline_model_parallel_size, num_microbatches(config, world_size)
-    if parallel.virtual_pipeline_model_parallel_size and count % stages:
-        yield (
-            f"{count} micro-batches are not a multiple of parallel.pipeline_model_parallel_size={stages}, which"
-            " parallel.virtual_pipeline_model_parallel_size requires; train.global_batch_size can be"
-            f" {next_multiple(train.global_batch_size, at_once * stages)}"
-        )
-
-
 def profiled_ranks(config: RunConfig, world_size: int) -> Problems:
     """Check that the ranks that profile exist."""
     missing = [rank for rank in config.logging.profile_ranks if rank >= world_size]
@@ -360,6 +366,7 @@ RULES: tuple[Callable[[RunConfig], Problems], ...] = (
     sequence_parallel,
     pipeline,
     optimizer_overlap,
+    muon,
     schedule,
     wsd_schedule,
     masks,
@@ -367,7 +374,9 @@ RULES: tuple[Callable[[RunConfig], Problems], ...] = (
     profile,
     blends,
     retention,
+    mirror,
     held_out_sets,
+    batch_schedule,
     tokens_to_draw,
     *GPU_RULES,
 )

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 
+from megatron_ledom.config.batch_schedule import samples_before
 from megatron_ledom.config.schema import BlendEntry, DataConfig, ModelConfig, ParallelConfig, RunConfig
 
 
@@ -47,25 +48,25 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     return world_size // model_parallel_size(parallel)
 
 
-def num_microbatches(config: RunConfig, world_size: int) -> int:
-    """Return the number of micro-batches of one rank in one iteration."""
+def num_microbatches(config: RunConfig, world_size: int, global_batch_size: int | None = None) -> int:
+    """Return the micro-batches of one rank in an iteration of `global_batch_size`; None for `train.global_batch_size`."""
     samples_at_once = config.train.micro_batch_size * data_parallel_size(config.parallel, world_size)
-    return config.train.global_batch_size // samples_at_once
+    return (config.train.global_batch_size if global_batch_size is None else global_batch_size) // samples_at_once
 
 
 def tokens_per_iteration(config: RunConfig) -> int:
-    """Return the number of positions of one iteration, over all ranks."""
+    """Return the number of positions of one iteration with `train.global_batch_size` samples, over all ranks."""
     return config.train.global_batch_size * config.data.seq_length
 
 
 def train_samples(config: RunConfig) -> int:
     """Return the number of samples of the whole run."""
-    return config.train.train_iters * config.train.global_batch_size
+    return samples_before(config, config.train.train_iters)
 
 
 def total_tokens(config: RunConfig) -> int:
     """Return the number of positions of the whole run."""
-    return config.train.train_iters * tokens_per_iteration(config)
+    return train_samples(config) * config.data.seq_length
 
 
 def lr_decay_iters(config: RunConfig) -> int:

@@ -208,10 +208,13 @@ class ParallelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class OptimizerSettings:
-    """AdamW and its learning-rate schedule. Norms and biases have no weight decay."""
+    """AdamW or Muon, and the learning-rate schedule. Norms and biases have no weight decay."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
+    optimizer: Literal["adam", "muon"] = "adam"
+    """adam: AdamW for all weights. muon: Muon for the matrices of the layers; embedding, output layer, norms and biases have
+    AdamW. muon needs megatron-core 0.19 and the package emerging-optimizers."""
     lr: PositiveFloat = 2e-4
     """Peak learning rate, reached at the end of the warm-up."""
     min_lr: NotNegativeFloat = 2e-5
@@ -237,6 +240,34 @@ class OptimizerSettings:
     """Added to the root of the second moment, against division by zero."""
     clip_grad: NotNegativeFloat = 1.0
     """Largest global gradient norm; a larger gradient is scaled down to it. 0 does not clip."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay rate per update of an exponential moving average of the weights, above 0 and below 1, such as 0.999. It is kept in
+    fp32 (4 bytes a weight, sharded like the optimizer), saved, evaluated at each validation, and exported with
+    `--weights ema`. Default: none."""
+    muon_momentum: Fraction = 0.95
+    """Decay rate of the running mean of the gradient in Muon, 0 or more and below 1. Like the other muon_ keys, it has an
+    effect only with optimizer=muon, and is refused without."""
+    muon_nesterov: bool = False
+    """Orthogonalize the Nesterov momentum instead of the running mean."""
+    muon_split_qkv: bool = True
+    """Orthogonalize the projections of queries, keys and values each on their own, instead of their joint matrix. Needs at
+    least one key-value head per tensor-parallel rank."""
+    muon_num_ns_steps: Positive = 5
+    """Number of Newton-Schulz iterations."""
+    muon_coefficient_type: Literal["simple", "quintic", "polar_express", "cans", "aol", "deepseekv4"] = "quintic"
+    """Coefficients of the Newton-Schulz iterations, by their names in emerging-optimizers."""
+    muon_scale_mode: Literal["spectral", "unit_rms_norm", "shape_scaling"] = "spectral"
+    """Factor of the orthogonal update of a matrix [out, in]. spectral: sqrt(max(out, in)); unit_rms_norm: sqrt(out / in);
+    shape_scaling: sqrt(max(1, out / in))."""
+    muon_extra_scale_factor: PositiveFloat = 1.0
+    """Further factor of the update. With spectral, 0.2 gives updates about as large as AdamW's, so that its learning rates
+    fit."""
+    muon_fp32_matmul_prec: Literal["medium", "high", "highest"] = "medium"
+    """Precision of the products of Newton-Schulz iterations: medium (bf16), high (TF32 on a GPU) or highest (fp32)."""
+    muon_tp_mode: Literal["duplicated", "distributed", "blockwise"] = "duplicated"
+    """Newton-Schulz iterations of a matrix that tensor parallelism splits. duplicated: every rank gathers the matrix;
+    distributed: the ranks share the products; blockwise: every rank orthogonalizes its part alone, so that the result depends
+    on tensor_model_parallel_size."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -250,7 +281,15 @@ class TrainConfig:
     micro_batch_size: Positive = 1
     """Number of samples in one forward pass of one data-parallel rank."""
     global_batch_size: Positive
-    """Number of samples of one iteration, over all ranks. Must be a multiple of micro_batch_size x data-parallel size."""
+    """Number of samples of one iteration, over all ranks. Must be a multiple of micro_batch_size x data-parallel size. With
+    a schedule of the batch size, its last one; validations always use it."""
+    rampup_batch_size: tuple[Positive, Positive, Positive] | None = None
+    """[start, increment, samples]: begin with `start` samples in an iteration, and raise that in equal steps of `increment` to
+    global_batch_size over the first `samples` samples, as in megatron-core. Each size must be a multiple like
+    global_batch_size. Default: no ramp-up."""
+    batch_size_schedule: list[tuple[NotNegative, Positive]] | None = None
+    """[[0, size], [tokens, size], ...]: global batch sizes, each with the number of consumed tokens from which it holds. The
+    last size must be global_batch_size. Default: the same size in every iteration."""
     seed: NotNegative = 42
     """Seed of the initial weights, dropout and sample order."""
     eval_interval: Positive = 1000
@@ -316,12 +355,23 @@ class CheckpointConfig:
     async_save: bool = True
     """Write checkpoints in a separate process while training continues. The host keeps a copy of the state in memory
     until the write is done."""
-    keep_last: Positive | None = None
-    """Number of newest checkpoints to keep. Default: all. The checkpoint before each of the two newest bad steps is kept
-    as well. With 1, a damaged checkpoint cannot be replaced by an older one."""
+    keep_last: Positive | None = 5
+    """Number of newest checkpoints to keep; null keeps all. The checkpoint before each of the two newest bad steps is kept as
+    well. With 1, a damaged checkpoint cannot be replaced by an older one. A run that kept all so far still does
+    so with the default."""
     keep_interval: Positive | None = None
     """Also keep every checkpoint at a multiple of this many iterations, a multiple of save_interval. Needs keep_last.
     Default: none."""
+    mirror: str | None = None
+    """Address at which each finished checkpoint is copied in the background, such as s3://bucket/run or a folder on another
+    disk; one address for each run. A start without checkpoints in the run folder continues from there. Default: no copies."""
+    mirror_keep_last: Positive | None = 3
+    """Number of newest checkpoints to keep at the mirror. null keeps all."""
+    mirror_keep_interval: Positive | None = None
+    """Also keep every checkpoint at a multiple of this many iterations at the mirror. Needs mirror_keep_last. Default: none."""
+    mirror_wait_seconds: NotNegative = 300
+    """Seconds that the end of a run waits for the copy of its last checkpoint; fewer after SIGTERM and near the end of a SLURM
+    job. The log names what is not copied."""
     verify_on_load: bool = True
     """Compare the sha256 of every file before a run resumes; each rank checks a part of the files. File sizes are always
     compared."""

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
 from megatron_ledom.checkpoint.manifest import CheckpointManifest
+from megatron_ledom.config.batch_schedule import batch_phases
 from megatron_ledom.config.derived import padded_vocab_size
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.direction import Direction
@@ -83,7 +84,14 @@ instructions or to refuse them. It may generate false or harmful text, and it re
 
 
 def write_model_card(
-    folder: str, name: str, checkpoint: str, manifest: CheckpointManifest, hf_config: PreTrainedConfig, is_verified: bool
+    folder: str,
+    name: str,
+    checkpoint: str,
+    manifest: CheckpointManifest,
+    hf_config: PreTrainedConfig,
+    is_verified: bool,
+    *,
+    ema: bool = False,
 ) -> None:
     """Write README.md, the model card of the model `name`, into the `folder` of an export."""
     config, direction = manifest.run_config(checkpoint), manifest.provenance.direction
@@ -104,8 +112,8 @@ def write_model_card(
         ABOUT[direction],
         _facts(config, manifest, hf_config),
         f"{USE[direction]}\n\n`folder` is the folder or repository of this file. Generation ends at the id {manifest.provenance.eod_id}.",
-        _training(config, manifest),
-        _losses(checkpoint, manifest.iteration),
+        _training(config, manifest, ema=ema),
+        "" if ema else _losses(checkpoint, manifest.iteration),
         LIMITS,
         verified,
     ]
@@ -134,17 +142,20 @@ def _facts(config: RunConfig, manifest: CheckpointManifest, hf_config: PreTraine
     )
 
 
-def _training(config: RunConfig, manifest: CheckpointManifest) -> str:
+def _training(config: RunConfig, manifest: CheckpointManifest, *, ema: bool) -> str:
     optimizer, train = config.optimizer, config.train
+    if manifest.average is not None:
+        return f"## Training\n\n{_averaged(manifest.average)}"
     if manifest.weights_only:
         return "## Training\n\nThe weights were imported from another model and were not trained further."
     recipe = {
         "tokens": f"{manifest.consumed_train_tokens:,} in {manifest.iteration:,} iterations",
-        "batch": f"{train.global_batch_size:,} samples of {config.data.seq_length:,} tokens",
+        "batch": f"{_batches(config, manifest.iteration)} samples of {config.data.seq_length:,} tokens",
         "optimizer": f"AdamW, betas {optimizer.adam_beta1} and {optimizer.adam_beta2}, weight decay {optimizer.weight_decay},"
         f" clip {optimizer.clip_grad}",
         "learning rate": f"{optimizer.lr:g} to {optimizer.min_lr:g}, {optimizer.lr_decay_style}",
         "weights": WEIGHTS[config.model.params_dtype],
+        **({"average": f"exponential moving average of the weights, decay {optimizer.ema_decay}"} if ema else {}),
         "seed": train.seed,
     }
     rows = [["fraction of the samples", "text", "sha256 of the ids"]]
@@ -153,6 +164,23 @@ def _training(config: RunConfig, manifest: CheckpointManifest) -> str:
         for fraction, bin_sha256, *_, prefix in manifest.train_shards
     ]
     return "\n\n".join(["## Training", _table(recipe), markdown_table(rows)])
+
+
+def _averaged(average: dict[str, Any]) -> str:
+    """Return a sentence about the average, and a table of its checkpoints."""
+    what = "moving averages of the weights" if average["weights"] == "ema" else "weights"
+    rows = [["run", "iteration", "tokens", "share"]]
+    rows += [
+        [one["run"], f"{one['iteration']:,}", f"{one['consumed_train_tokens']:,}", f"{one['share']:.4g}"]
+        for one in average["checkpoints"]
+    ]
+    return f"The weights are the {average['method']} average of the {what} of these checkpoints:\n\n{markdown_table(rows)}"
+
+
+def _batches(config: RunConfig, iteration: int) -> str:
+    """Return the global batch size of the first iterations, and the last one if a schedule has changed it."""
+    sizes = [phase.global_batch_size for phase in batch_phases(config, train_iters=max(iteration, 1))]
+    return f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,}, by a schedule up to {max(sizes):,},"
 
 
 def _losses(checkpoint: str, iteration: int) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megatron_ledom.checkpoint.averaging import EMA
 from megatron_ledom.checkpoint.manifest import CheckpointManifest
 from megatron_ledom.checkpoint.store import EXTRA_STATE, load_weights
 from megatron_ledom.checkpoint.stored_tensors import StoredTensors
@@ -18,6 +19,7 @@ from megatron_ledom.config.derived import padded_vocab_size
 from megatron_ledom.config.schema import ParallelConfig, RunConfig
 from megatron_ledom.convert.hf_folder import BLOCK_ELEMENTS
 from megatron_ledom.model.builder import build_model_chunks, checkpoint_metadata
+from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.model.layer_specs import LayerChoice
 from megatron_ledom.parallel.groups import ParallelGroups, start_distributed, stop_distributed
 from megatron_ledom.platform.device import prepare_platform
@@ -30,13 +32,22 @@ class CoreSide:
     """The stages of the megatron-core model. The function `core_side` makes one."""
 
     def __init__(
-        self, checkpoint: str, config: RunConfig, vocab_size: int, groups: ParallelGroups, dtype: torch.dtype, whole: bool
+        self,
+        checkpoint: str,
+        config: RunConfig,
+        vocab_size: int,
+        groups: ParallelGroups,
+        dtype: torch.dtype,
+        whole: bool,
+        rounded_ema: torch.dtype | None,
     ) -> None:
+        """rounded_ema: the type to which the moving average, read in place of the weights, is rounded; None for the weights."""
         self.checkpoint, self.vocab_size, self.whole, self.dtype = checkpoint, vocab_size, whole, dtype
         self.num_layers, self.hidden_size = config.model.num_layers, config.model.hidden_size
         self.padded_vocab = padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by)
         self.tied = config.model.share_embeddings_and_output_weights
         self._metadata = checkpoint_metadata(groups)
+        self._prefix, self._rounded = ("" if rounded_ema is None else f"{EMA}."), rounded_ema
         if not whole:
             config = replace(config, model=replace(config.model, num_layers=1, make_vocab_size_divisible_by=1))
         ids = vocab_size if whole else 1
@@ -44,10 +55,22 @@ class CoreSide:
         self.model.eval()
         self._device = next(self.model.parameters()).device
         if whole:
-            load_weights(checkpoint, [self.model], self._metadata)
+            load_weights(checkpoint, [self.model], self._metadata, self._prefix)
+            for value in self.model.parameters():
+                self._round(value)
         else:
             self._stored = StoredTensors(checkpoint)
             self.model.decoder.layers[0].to("meta")
+
+    def _fill(self, target: torch.Tensor, key: str, layer: int | None = None, first_row: int = 0) -> None:
+        """Fill `target` with a weight of the checkpoint, or with its moving average."""
+        self._stored.fill(target, self._prefix + key, layer, first_row)
+        self._round(target)
+
+    def _round(self, value: torch.Tensor) -> None:
+        """Round a moving average, which is stored in fp32, to the type in which it is exported."""
+        if self._rounded is not None:
+            value.copy_(value.to(self._rounded))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the logits [B, S, V] of ids [B, S] by the forward pass of the whole model."""
@@ -77,7 +100,7 @@ class CoreSide:
         names = layer.sharded_state_dict("", [], self._metadata)
         for name, value in layer.state_dict().items():
             if not name.endswith(EXTRA_STATE):
-                self._stored.fill(value, "decoder.layers." + names[name].key, index)
+                self._fill(value, "decoder.layers." + names[name].key, index)
         yield layer
         layer.to("meta")
 
@@ -91,7 +114,7 @@ class CoreSide:
         """Return hidden [B, S, h] after the final norm."""
         norm = self.model.decoder.final_layernorm
         if not self.whole:
-            self._stored.fill(norm.weight.data, "decoder.final_layernorm.weight")
+            self._fill(norm.weight.data, "decoder.final_layernorm.weight")
         return torch.as_tensor(norm(hidden.to(self._device))).detach().cpu()
 
     def head(self, normed: torch.Tensor) -> torch.Tensor:
@@ -108,15 +131,18 @@ class CoreSide:
         step = max(1, BLOCK_ELEMENTS // self.hidden_size)
         for start in range(0, self.padded_vocab, step):
             rows = torch.empty(min(step, self.padded_vocab - start), self.hidden_size, dtype=self.dtype)
-            self._stored.fill(rows, key, first_row=start)
+            self._fill(rows, key, first_row=start)
             yield start, rows
 
 
 @contextmanager
 def core_side(
-    checkpoint: str, manifest: CheckpointManifest, *, dtype: torch.dtype = FP32, whole: bool = True
+    checkpoint: str, manifest: CheckpointManifest, *, dtype: torch.dtype = FP32, whole: bool = True, ema: bool = False
 ) -> Iterator[CoreSide]:
-    """Yield the model of a checkpoint of any layout, without gradients. Its process group ends with the context."""
+    """Yield the model of a checkpoint of any layout, without gradients. Its process group ends with the context.
+
+    ema: with the moving average of the weights, rounded to the type of the weights.
+    """
     trained = manifest.run_config(checkpoint)
     config = replace(
         trained,
@@ -129,6 +155,7 @@ def core_side(
     groups = start_distributed(platform, config.parallel, ALONE)
     try:
         with torch.no_grad():
-            yield CoreSide(checkpoint, config, manifest.provenance.vocab_size, groups, dtype, whole)
+            rounded_ema = PARAMS_DTYPES[trained.model.params_dtype] if ema else None
+            yield CoreSide(checkpoint, config, manifest.provenance.vocab_size, groups, dtype, whole, rounded_ema)
     finally:
         stop_distributed()

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 import megatron_ledom
+from megatron_ledom.checkpoint.averaging import EMA
 from megatron_ledom.checkpoint.folder import find_checkpoint
 from megatron_ledom.checkpoint.manifest import MANIFEST, CheckpointManifest, check_sizes
 from megatron_ledom.checkpoint.stored_tensors import StoredTensors
@@ -29,6 +30,7 @@ from megatron_ledom.storage.hashes import sha256_of
 log = logging.getLogger(__name__)
 
 CARD = "export.json"
+WeightsKind = Literal["main", "ema"]
 SHARD_BYTES = 5 * 10**9
 PACKAGES = ("torch", "megatron-core", "transformers", "safetensors")
 
@@ -41,15 +43,23 @@ def export_hf(
     max_shard_size: int = SHARD_BYTES,
     verify: VerifyMode | None = "auto",
     architecture: str | None = None,
+    weights: WeightsKind = "main",
 ) -> ParityCheck | None:
     """Export the checkpoint `load`, or the latest of the run folder `load`, to the folder `save`.
 
     Weight files have at most `max_shard_size` bytes each. The folder appears only after the parity check; `verify` None skips
-    the check. `architecture`: a stock architecture; None: the first that fits. Returns the results of the check.
+    the check. `architecture`: a stock architecture; None: the first that fits. `weights`: `ema` exports the moving average of
+    `optimizer.ema_decay`, rounded to the type of the weights. Returns the results of the check.
     """
     checkpoint = find_checkpoint(load)
     manifest = check_sizes(checkpoint)
     config = manifest.run_config(checkpoint)
+    ema = weights == "ema"
+    if ema and not manifest.has_ema:
+        raise UsageError(
+            f"{checkpoint} has no moving average of its weights: its run was trained without optimizer.ema_decay; export the weights themselves, or"
+            " average its checkpoints with ledom average-checkpoints"
+        )
     hf_config = build_hf_config(config, manifest.provenance, architecture)
     tokenizer = run_tokenizer(checkpoint, manifest.provenance)
 
@@ -58,33 +68,35 @@ def export_hf(
 
     with new_folder(save, CONFIG, may_replace) as part:
         write_companions(part, tokenizer, manifest.provenance)
-        files = write_hf_weights(checkpoint, Sizes(config.model, manifest.provenance.vocab_size), part, max_shard_size)
-        check = run_parity_check(
-            Conversion(checkpoint, manifest, part, hf_config, PARAMS_DTYPES[config.model.params_dtype]), verify
-        )
-        write_model_card(part, Path(save).name, checkpoint, manifest, hf_config, is_verified=check is not None)
-        write_verification_card(part, CARD, _card(checkpoint, manifest, files, check))
+        sizes = Sizes(config.model, manifest.provenance.vocab_size)
+        files = write_hf_weights(checkpoint, sizes, part, max_shard_size, ema=ema)
+        dtype = PARAMS_DTYPES[config.model.params_dtype]
+        check = run_parity_check(Conversion(checkpoint, manifest, part, hf_config, dtype, ema), verify)
+        write_model_card(part, Path(save).name, checkpoint, manifest, hf_config, is_verified=check is not None, ema=ema)
+        write_verification_card(part, CARD, _card(checkpoint, manifest, files, check, ema=ema))
         write_config(part, CONFIG + PART_SUFFIX, hf_config)
     log.info("exported %s to %s as %s", checkpoint, save, hf_config.architectures[0])
-    if manifest.iteration < config.train.train_iters:
+    if manifest.iteration < config.train.train_iters and not manifest.weights_only:
         log.warning(
             "the run is not complete: %s is iteration %d of %d", checkpoint, manifest.iteration, config.train.train_iters
         )
     return check
 
 
-def write_hf_weights(checkpoint: str, sizes: Sizes, folder: str, max_shard_size: int) -> dict[str, str]:
-    """Convert every weight of a checkpoint, one at a time, into `folder`. Returns file name -> sha256."""
+def write_hf_weights(checkpoint: str, sizes: Sizes, folder: str, max_shard_size: int, *, ema: bool = False) -> dict[str, str]:
+    """Convert every weight of a checkpoint, or its moving average, one at a time, into `folder`. Returns file name -> sha256."""
     weights = list(weights_of(sizes))
     shapes = {name: shape for weight in weights for name, shape in weight.hf_shapes().items()}
     stored = StoredTensors(checkpoint)
     dtype = PARAMS_DTYPES[sizes.model.params_dtype]  # the type of the checkpoint, so the conversion is exact
-    return WeightsWriter(folder, shapes, dtype, max_shard_size).write(_converted(stored, weights, dtype))
+    return WeightsWriter(folder, shapes, dtype, max_shard_size).write(_converted(stored, weights, dtype, ema=ema))
 
 
-def _converted(stored: StoredTensors, weights: list[Weight], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def _converted(
+    stored: StoredTensors, weights: list[Weight], dtype: torch.dtype, *, ema: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
     for weight in weights:
-        core = stored.read(weight.core, weight.layer)
+        core = stored.read(f"{EMA}.{weight.core}", weight.layer).to(dtype) if ema else stored.read(weight.core, weight.layer)
         if core.shape != weight.shape or core.dtype != dtype:
             raise DataError(
                 f"{stored.checkpoint} has {weight.core} as {core.dtype} {tuple(core.shape)}, but by its config it should be {dtype}"
@@ -109,11 +121,14 @@ def versions() -> dict[str, str]:
     return {"megatron-ledom": megatron_ledom.__version__, **{name: version(name) for name in PACKAGES}}
 
 
-def _card(checkpoint: str, manifest: CheckpointManifest, files: dict[str, str], check: ParityCheck | None) -> dict[str, Any]:
+def _card(
+    checkpoint: str, manifest: CheckpointManifest, files: dict[str, str], check: ParityCheck | None, *, ema: bool
+) -> dict[str, Any]:
     """Return the content of export.json: the source, the files and the results of the parity check."""
     return {
         "checkpoint": os.path.basename(checkpoint),
         "checkpoint_manifest_sha256": sha256_of(os.path.join(checkpoint, MANIFEST)),
+        **({"weights": "ema"} if ema else {}),
         "iteration": manifest.iteration,
         "consumed_train_tokens": manifest.consumed_train_tokens,
         **manifest.provenance.to_dict(),

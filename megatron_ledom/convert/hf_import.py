@@ -5,9 +5,6 @@ The checkpoint is iteration 0: a run of any layout starts from its weights with 
 
 import logging
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -42,6 +39,7 @@ from megatron_ledom.errors import MismatchError, UsageError
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.storage.files import PART_SUFFIX
 from megatron_ledom.storage.folders import new_folder
+from megatron_ledom.storage.hashed_file import one_thread
 from megatron_ledom.storage.hashes import checksum
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
 
@@ -83,14 +81,14 @@ def import_hf(
     weights = _check_weights(reader, sizes)
     checkpoints = os.path.relpath(checkpoint_folder(config), save)
     latest = os.path.join(checkpoints, LATEST)
-    with new_folder(save, latest) as part, _one_thread() as hashing:
+    with new_folder(save, latest) as part, one_thread() as hashing:
         sources = {name: hashing.submit(checksum, os.path.join(load, name)) for name in [CONFIG, *reader.files()]}
         checkpoint = os.path.join(part, checkpoints, checkpoint_name(0))
         os.makedirs(checkpoint)
         manifest = _write_checkpoint(checkpoint, config, loaded, reader, weights, max_shard_size)
         check = run_parity_check(Conversion(checkpoint, manifest, load, hf_config, reader.exact_dtype()), verify)
         loaded.save(os.path.join(part, TOKENIZER))
-        Path(part, MODEL_YAML).write_text(_model_yaml(config, loaded), encoding="utf-8")
+        Path(part, MODEL_YAML).write_text(model_yaml(config, loaded, "imported"), encoding="utf-8")
         sums = {name: found.result()["sha256"] for name, found in sources.items()}
         write_verification_card(part, CARD, _card(load, hf_config, sums, manifest, check))
         Path(part, latest + PART_SUFFIX).write_text(f"{checkpoint_name(0)}\n", encoding="utf-8")
@@ -98,17 +96,6 @@ def import_hf(
         "imported %s to %s, for training in the %s direction with --config %s", load, save, aim, os.path.join(save, MODEL_YAML)
     )
     return check
-
-
-@contextmanager
-def _one_thread() -> Iterator[ThreadPoolExecutor]:
-    """Yield a pool of one thread. After an error the thread finishes its current task and starts no other."""
-    with ThreadPoolExecutor(1) as pool:
-        try:
-            yield pool
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def _direction(hf_config: PreTrainedConfig, given: Direction | None, folder: str) -> Direction:
@@ -207,12 +194,12 @@ def _write_checkpoint(
         consumed_train_samples=0,
         consumed_train_tokens=0,
     )
-    pieces = [Piece(weight.core, weight.layer, weight.shape) for weight in weights]
-    return save_weights(folder, manifest, pieces, read, dtype, max_file_size)
+    pieces = [Piece(weight.core, weight.layer, weight.shape, dtype) for weight in weights]
+    return save_weights(folder, manifest, pieces, read, max_file_size)
 
 
-def _model_yaml(config: RunConfig, tokenizer: Tokenizer) -> str:
-    """Return model.yaml: the config keys that these weights fix. The command line or another file adds the rest."""
+def model_yaml(config: RunConfig, tokenizer: Tokenizer, kind: str) -> str:
+    """Return model.yaml: the config keys that imported or averaged (`kind`) weights fix. The user adds the rest."""
     keys = fields(config.model)
     model = {key.name: getattr(config.model, key.name) for key in keys if getattr(config.model, key.name) != key.default}
     values: dict[str, Any] = {
@@ -225,7 +212,7 @@ def _model_yaml(config: RunConfig, tokenizer: Tokenizer) -> str:
         },
     }
     head = (
-        "# The architecture of the imported weights. Add data.train_blend and the section train (train_iters, global_batch_size)\n"
+        f"# The architecture of the {kind} weights. Add data.train_blend and the section train (train_iters, global_batch_size)\n"
         f"# on the command line, or in a file with `base:` this one. Shards need --tokenizer {config.data.tokenizer}"
         f" --eod-token '{tokenizer.eod_token}'\n# --direction {config.data.direction}.\n"
     )

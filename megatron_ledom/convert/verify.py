@@ -75,6 +75,8 @@ class Conversion:
     hf_config: PreTrainedConfig
     folder_dtype: torch.dtype
     """Type that represents the weights of the folder exactly."""
+    ema: bool = False
+    """True if the folder has the moving average of the checkpoint's weights."""
 
     @property
     def checkpoint_dtype(self) -> torch.dtype:
@@ -202,7 +204,7 @@ def _sides(pair: Conversion, dtype: torch.dtype, how: str) -> Iterator[tuple["Co
     """Yield both models, without gradients."""
     from megatron_ledom.convert.core_side import core_side  # importing megatron-core takes seconds
 
-    with core_side(pair.checkpoint, pair.manifest, dtype=dtype, whole=how == "whole") as core:
+    with core_side(pair.checkpoint, pair.manifest, dtype=dtype, whole=how == "whole", ema=pair.ema) as core:
         yield core, _stock_side(pair, dtype, how)
 
 

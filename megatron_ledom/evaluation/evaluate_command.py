@@ -109,7 +109,8 @@ def _load_tasks(options: Options) -> list[LoadedTask]:
     for name in names:
         if task_named(name).kind is TaskKind.CODE and not options["show"]:
             check_allowed(name, _code_sandbox(options))
-            check_sandbox(Sandbox(options["sandbox"]))
+            if not options["check"]:
+                check_sandbox(Sandbox(options["sandbox"]))
     chosen = {name: options[name] for name in ("limit", "num_fewshot", "seed", "max_new_tokens")}
     tasks = [load_task(name, options["data"], **chosen) for name in dict.fromkeys(names)]
     for task in tasks:
@@ -137,6 +138,10 @@ def _evaluate(options: Options, tasks: list[LoadedTask], folder: Path, direction
             comparison.check([item.gold if isinstance(item.gold, tuple) else () for item in task.items])
     if options["output"] is None:
         raise UsageError("--output is missing; give a folder for the summary and the record of each item")
+    if options["check"]:
+        load_tokenizer(folder, direction, options["eod_id"], COMMAND_OPTIONS)
+        print(f"{len(tasks)} tasks with {sum(len(task.items) for task in tasks):,} items can be evaluated")
+        return
     about = _made_by(options, folder, direction)
     with output_folder_lock(options["output"]):
         _evaluate_into(Path(options["output"]), options, tasks, folder, direction, about)

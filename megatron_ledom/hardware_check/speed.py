@@ -180,7 +180,8 @@ def training_step(config: RunConfig, vocab_size: int, groups: ParallelGroups, de
 
     def step() -> float:
         """Train one step and return its loss."""
-        result = train_step(config, model, optimizer, batches, groups, lambda *_: accept)
+        size = config.train.global_batch_size
+        result = train_step(config, model, optimizer, batches, groups, lambda *_: accept, global_batch_size=size)
         scheduler.step(increment=1)
         return float(result.lm_loss)
 

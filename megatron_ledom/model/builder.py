@@ -51,8 +51,15 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
 
 
 def checkpoint_metadata(groups: ParallelGroups) -> dict[str, Any]:
-    """Return the metadata of sharded state dicts; only the format `fully_reshardable` can be loaded by every layout."""
-    return {"dp_cp_group": groups.data_and_context, "distrib_optim_sharding_type": "fully_reshardable"}
+    """Return the metadata of sharded state dicts; only the format `fully_reshardable` can be loaded by every layout.
+
+    The state of chained optimizers, Muon and AdamW, is named as that of one.
+    """
+    return {
+        "dp_cp_group": groups.data_and_context,
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+    }
 
 
 def build_model_chunks(

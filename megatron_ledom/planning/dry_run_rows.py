@@ -1,8 +1,9 @@
 """Rows of the dry run: numbers derived from a config, on model, layout, execution, batch, run, compute and operation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from megatron_ledom.config.batch_schedule import BatchPhase, batch_phases, has_batch_schedule, largest_batch, samples_before
 from megatron_ledom.config.derived import (
     data_parallel_size,
     expected_world_size,
@@ -12,17 +13,16 @@ from megatron_ledom.config.derived import (
     num_microbatches,
     padded_vocab_size,
     query_groups,
-    tokens_per_iteration,
     total_tokens,
     train_samples,
     validation_iterations,
 )
 from megatron_ledom.config.gpu_checks import FP8_NEEDS
-from megatron_ledom.config.schema import ModelConfig, ParallelConfig, RunConfig
+from megatron_ledom.config.schema import ModelConfig, OptimizerSettings, ParallelConfig, RunConfig
 from megatron_ledom.model.arithmetic import count_parameters, flops_per_token
-from megatron_ledom.planning.memory import GIB, stage_parameters, state_bytes
+from megatron_ledom.planning.memory import GIB, muon_parameters, stage_parameters, state_bytes
 from megatron_ledom.planning.plan import bytes_of_checkpoint
-from megatron_ledom.planning.plan_text import Row
+from megatron_ledom.planning.plan_text import Row, shortened
 from megatron_ledom.planning.shapes import architecture_of, layout_of
 from megatron_ledom.tables import aligned_lines
 
@@ -60,10 +60,12 @@ def layout_rows(config: RunConfig, world_size: int, model: ModelConfig) -> Itera
 
 
 def state_gibibytes(config: RunConfig, model: ModelConfig, world_size: int) -> float:
-    """Return GiB of weights, fp32 gradients and Adam's state of one rank, on the largest pipeline stage."""
+    """Return GiB of weights, fp32 gradients and the optimizer's state of one rank, on the largest pipeline stage."""
     shape, layout = architecture_of(model), layout_of(config, world_size)
-    stages = [sum(stage_parameters(shape, layout, stage).values()) for stage in range(layout.pipeline)]
-    return sum(state_bytes(shape, layout, max(stages))) / GIB
+    stages = [stage_parameters(shape, layout, stage) for stage in range(layout.pipeline)]
+    return (
+        max(sum(state_bytes(shape, layout, sum(counts.values()), muon_parameters(layout, counts))) for counts in stages) / GIB
+    )
 
 
 def execution_rows(config: RunConfig) -> Iterator[Row]:
@@ -116,23 +118,38 @@ def _recompute_in_words(config: RunConfig) -> str:
 def batch_rows(config: RunConfig, world_size: int) -> Iterator[Row]:
     """Yield the sizes of micro-batch and global batch."""
     train, length = config.train, config.data.seq_length
-    count = num_microbatches(config, world_size)
+    phases = batch_phases(config)
+    sizes = [phase.global_batch_size for phase in phases]
+    counts = [num_microbatches(config, world_size, size) for size in sizes]
     yield (
         "micro-batch",
         f"{train.micro_batch_size:,} {'sample' if train.micro_batch_size == 1 else 'samples'}, {train.micro_batch_size * length:,} tokens",
     )
-    yield "micro-batches", f"{count:,} an iteration"
-    yield "samples a rank", f"{count * train.micro_batch_size:,} an iteration"
-    yield "global batch", f"{train.global_batch_size:,} samples, {tokens_per_iteration(config):,} tokens"
+    yield "micro-batches", f"{_span(counts)} an iteration"
+    yield "samples a rank", f"{_span([count * train.micro_batch_size for count in counts])} an iteration"
+    yield "global batch", f"{_span(sizes)} samples, {_span([size * length for size in sizes])} tokens"
+    if has_batch_schedule(config):
+        yield "batch schedule", "; ".join(shortened([*map(_phase_in_words, phases)], MOST_LINES))
+
+
+def _span(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _phase_in_words(phase: BatchPhase) -> str:
+    return f"{phase.global_batch_size:,} from iteration {phase.first_iteration:,} (sample {phase.first_sample:,})"
 
 
 def run_rows(config: RunConfig, model: ModelConfig) -> Iterator[Row]:
     """Yield length, schedule, checkpoints and validations."""
-    settings, tokens = config.optimizer, tokens_per_iteration(config)
+    settings = config.optimizer
+    warm_up = samples_before(config, settings.lr_warmup_iters) * config.data.seq_length
     yield "iterations", f"{config.train.train_iters:,}"
     yield "samples", f"{train_samples(config):,}"
     yield "tokens", f"{scaled(total_tokens(config))} ({total_tokens(config):,})"
-    yield "warm-up", f"{settings.lr_warmup_iters:,} iterations, {scaled(settings.lr_warmup_iters * tokens)} tokens"
+    yield "optimizer", _optimizer_in_words(settings)
+    yield "warm-up", f"{settings.lr_warmup_iters:,} iterations, {scaled(warm_up)} tokens"
     if settings.lr_decay_style == "constant":
         yield "learning rate", f"{settings.lr:g}, constant"
     else:
@@ -140,11 +157,25 @@ def run_rows(config: RunConfig, model: ModelConfig) -> Iterator[Row]:
     if config.train.z_loss_coeff:
         yield "z-loss", f"{config.train.z_loss_coeff:g} (log Z)^2"
     yield "checkpoints", _checkpoints(config, model)
+    if config.checkpoint.mirror is not None:
+        yield "mirror", _mirror(config, model)
     if has_validation(config.data):
         samples = config.train.eval_iters * config.train.global_batch_size
         yield "validations", f"{validation_iterations(config):,}, {samples:,} samples of each set at most"
     else:
         yield "validations", "none: data.valid_blend, data.valid_sets and data.split are empty"
+
+
+def _optimizer_in_words(settings: OptimizerSettings) -> str:
+    """Return the optimizer of the matrices and of the other weights, and the state that they keep."""
+    if settings.optimizer == "adam":
+        return "AdamW, two moments of every weight"
+    products = {"medium": "bf16", "high": "TF32 on a GPU", "highest": "fp32"}[settings.muon_fp32_matmul_prec]
+    alone = "; depends on the tensor-parallel size (blockwise)" if settings.muon_tp_mode == "blockwise" else ""
+    return (
+        f"Muon for the matrices of the layers, one momentum, {settings.muon_num_ns_steps} iterations in {products}; AdamW for the other"
+        f" weights{alone}"
+    )
 
 
 def _decay_in_words(config: RunConfig) -> str:
@@ -158,14 +189,29 @@ def _decay_in_words(config: RunConfig) -> str:
 def _checkpoints(config: RunConfig, model: ModelConfig) -> str:
     """Return the number and size of checkpoints, and which of them are kept."""
     settings = config.checkpoint
-    words = [f"{-(-config.train.train_iters // settings.save_interval):,}"]
+    count = -(-config.train.train_iters // settings.save_interval)
+    words = [f"{count:,}"]
     if model.vocab_size is not None:
-        words.append(f"about {bytes_of_checkpoint(model) / GIB:,.2f} GiB each")
+        each = bytes_of_checkpoint(model, config.optimizer) / GIB
+        words += [f"about {each:,.2f} GiB each", f"{count * each:,.1f} GiB written over the run"]
     words.append("written while training continues" if settings.async_save else "training waits for them")
     if settings.keep_last is not None:
         multiples = f" and those at multiples of {settings.keep_interval:,}" if settings.keep_interval else ""
         words.append(f"the newest {settings.keep_last:,}{multiples} kept")
+    else:
+        words.append("all kept")
     return ", ".join(words)
+
+
+def _mirror(config: RunConfig, model: ModelConfig) -> str:
+    """Return the address of the mirror, and the copies that it keeps."""
+    settings = config.checkpoint
+    kept = "all kept" if settings.mirror_keep_last is None else f"the newest {settings.mirror_keep_last:,}"
+    kept += f" and those at multiples of {settings.mirror_keep_interval:,}" if settings.mirror_keep_interval else ""
+    if model.vocab_size is not None and settings.mirror_keep_last is not None and not settings.mirror_keep_interval:
+        each = bytes_of_checkpoint(model, config.optimizer) / GIB
+        kept += f", about {(settings.mirror_keep_last + 1) * each:,.1f} GiB at most"
+    return f"{settings.mirror}, {kept}"
 
 
 def compute_rows(config: RunConfig, model: ModelConfig) -> Iterator[Row]:
@@ -175,7 +221,8 @@ def compute_rows(config: RunConfig, model: ModelConfig) -> Iterator[Row]:
         return
     each = flops_per_token(model, config.data.seq_length, padded_rows(model))
     yield "FLOPs a token", f"{each / 1e9:,.4g} GFLOP (forward and backward, full attention)"
-    yield "FLOPs an iteration", f"{each * tokens_per_iteration(config):.4g}"
+    largest = " of the largest batch" if has_batch_schedule(config) else ""
+    yield "FLOPs an iteration", f"{each * largest_batch(config) * config.data.seq_length:.4g}{largest}"
     yield "FLOPs of the run", f"{each * total_tokens(config):.4g}"
 
 
@@ -235,7 +282,7 @@ def rank_lines(config: RunConfig, world_size: int) -> list[str]:
             f"PP {position.pipeline}",
         ]
         lines.append(f"{ranks:<13}  {'  '.join(f'{part:<7}' for part in parts)}".rstrip())
-    return _shortened(lines)
+    return shortened(lines, MOST_LINES)
 
 
 def parameter_lines(config: RunConfig, model: ModelConfig) -> list[str]:
@@ -248,7 +295,7 @@ def parameter_lines(config: RunConfig, model: ModelConfig) -> list[str]:
         counts = parameters_of_rank(config, model, stage)
         rows.append((str(stage), layers, *[f"{counts[part]:,}" for part in PARTS], f"{sum(counts.values()):,}"))
     lines = aligned_lines(rows)
-    return [lines[0], *_shortened(lines[1:])]
+    return [lines[0], *shortened(lines[1:], MOST_LINES)]
 
 
 def stage_layers(config: RunConfig, stage: int) -> list[range]:
@@ -262,13 +309,6 @@ def stage_layers(config: RunConfig, stage: int) -> list[range]:
 def parameters_of_rank(config: RunConfig, model: ModelConfig, stage: int) -> dict[str, int]:
     """Return the number of weights on each rank of a pipeline stage, by part of the model."""
     return stage_parameters(architecture_of(model), layout_of(config, expected_world_size(config)), stage)
-
-
-def _shortened(lines: list[str]) -> list[str]:
-    half = MOST_LINES // 2
-    if len(lines) <= MOST_LINES:
-        return lines
-    return [*lines[:half], f"... {len(lines) - MOST_LINES:,} more", *lines[-half:]]
 
 
 def padded_rows(model: ModelConfig) -> int:

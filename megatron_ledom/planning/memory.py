@@ -14,6 +14,8 @@ from megatron_ledom.planning.shapes import Architecture, Layout
 
 Counting = Literal["published", "cpu", "cuda"]
 GIB = 2**30
+EMA_BYTES = 4
+"""Bytes per weight of a moving average, on a device and in a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,11 +231,21 @@ def stage_parameters(model: Architecture, layout: Layout, stage: int) -> dict[st
     }
 
 
-def state_bytes(model: Architecture, layout: Layout, parameters: int) -> tuple[int, int, int]:
-    """Return the bytes of weights, fp32 gradients and Adam's state; for bf16 the state includes fp32 weights."""
-    optimizer = 12 if model.element_bytes == 2 else 8
+def muon_parameters(layout: Layout, counts: dict[str, int]) -> int:
+    """Return the number of weights that Muon updates, of the `stage_parameters` of a rank."""
+    return counts["attention"] + counts["mlp"] if layout.muon else 0
+
+
+def state_bytes(model: Architecture, layout: Layout, parameters: int, in_muon: int = 0) -> tuple[int, int, int]:
+    """Return the bytes of weights, fp32 gradients and the optimizer's state; for bf16 the state includes fp32 weights.
+
+    in_muon: the weights with one momentum (Muon); the others have two moments (AdamW). A moving average of the weights counts as state.
+    """
+    optimizer = (
+        parameters * (12 if model.element_bytes == 2 else 8) - 4 * in_muon + (EMA_BYTES * parameters if layout.ema else 0)
+    )
     copies = layout.data * layout.context if layout.distributed_optimizer else 1
-    return parameters * model.element_bytes, parameters * 4, -(-parameters * optimizer // copies)
+    return parameters * model.element_bytes, parameters * 4, -(-optimizer // copies)
 
 
 def working_bytes(model: Architecture, layout: Layout, counting: Counting) -> int:
@@ -255,7 +267,8 @@ def working_bytes(model: Architecture, layout: Layout, counting: Counting) -> in
 
 def stage_memory(model: Architecture, layout: Layout, stage: int, counting: Counting = "cuda") -> StageMemory:
     """Return the peak memory of each rank of a pipeline stage."""
-    weights, gradients, optimizer = state_bytes(model, layout, sum(stage_parameters(model, layout, stage).values()))
+    counts = stage_parameters(model, layout, stage)
+    weights, gradients, optimizer = state_bytes(model, layout, sum(counts.values()), muon_parameters(layout, counts))
     activations, logits = activation_bytes(model, layout, stage, counting)
     boundary = model.element_bytes * model.hidden_size * layout.spread_tokens
     return StageMemory(

@@ -2,17 +2,36 @@
 
 from dataclasses import dataclass
 
+from megatron_ledom.config.batch_schedule import BatchPhase, batch_phases
 from megatron_ledom.config.checks import check_config
-from megatron_ledom.config.derived import total_tokens
-from megatron_ledom.config.schema import ModelConfig, RunConfig
+from megatron_ledom.config.derived import num_microbatches, total_tokens
+from megatron_ledom.config.schema import ModelConfig, OptimizerSettings, RunConfig
 from megatron_ledom.model.arithmetic import count_parameters, flops_per_token, model_flops_utilisation
 from megatron_ledom.planning.hardware import Hardware
-from megatron_ledom.planning.memory import GIB, StageMemory, all_stages, counting_for
+from megatron_ledom.planning.memory import (
+    EMA_BYTES,
+    GIB,
+    StageMemory,
+    all_stages,
+    counting_for,
+    muon_parameters,
+    stage_parameters,
+)
 from megatron_ledom.planning.shapes import Architecture, Layout, architecture_of, layout_of
 from megatron_ledom.planning.step_time import Software, StepTime, step_time
 
 CHECKPOINT_BYTES = {2: 14, 4: 12}
-"""Bytes per parameter in a checkpoint, by bytes per element: weight and Adam's moments; for bf16 also the fp32 weight."""
+"""Bytes per parameter in a checkpoint, by bytes per element: weight and AdamW's moments; for bf16 also the fp32 weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedPhase:
+    """Iterations of one global batch size, with their predicted time."""
+
+    batch: BatchPhase
+    num_microbatches: int
+    seconds: float
+    """Of one iteration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +40,7 @@ class Plan:
 
     model: Architecture
     layout: Layout
+    """In iterations of the largest global batch, which needs the most memory; so are `stages` and `time`."""
     hardware: Hardware
     stages: list[StageMemory]
     time: StepTime
@@ -28,6 +48,8 @@ class Plan:
     flops_per_token: float
     train_iters: int
     tokens: int
+    phases: list[PlannedPhase]
+    """One for each global batch size of the run, in order."""
 
     @property
     def needed_gib(self) -> float:
@@ -57,7 +79,22 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Seconds of all iterations, without validations and waits for checkpoints."""
-        return self.train_iters * self.time.total
+        if len(self.phases) == 1:
+            return self.train_iters * self.time.total
+        return sum(phase.batch.num_iterations * phase.seconds for phase in self.phases)
+
+    @property
+    def mean_seconds(self) -> float:
+        """Seconds of an iteration, on average over the run."""
+        return self.time.total if len(self.phases) == 1 else self.seconds / self.train_iters
+
+    @property
+    def mean_mfu(self) -> float:
+        """Model FLOP utilisation on average over the run, as a fraction."""
+        if len(self.phases) == 1:
+            return self.mfu
+        rate = self.tokens / self.seconds / self.layout.num_ranks
+        return model_flops_utilisation(rate * self.flops_per_token, self.hardware.peak_tflops)
 
     @property
     def device_hours(self) -> float:
@@ -67,7 +104,7 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> int:
         """Size of one checkpoint, in bytes."""
-        return self.parameters * CHECKPOINT_BYTES[self.model.element_bytes]
+        return _checkpoint_bytes(self.model, self.parameters, is_muon=self.layout.muon, ema=self.layout.ema)
 
     @property
     def checkpoint_seconds(self) -> float:
@@ -84,23 +121,34 @@ def make_plan(config: RunConfig, world_size: int, hardware: Hardware, software: 
     """Return the plan of a configured run. Raises ConfigError if the run cannot work on `world_size` ranks."""
     check_config(config, world_size)
     model, layout = architecture_of(config.model), layout_of(config, world_size)
+    time = step_time(model, layout, hardware, software)
+    counts = [(phase, num_microbatches(config, world_size, phase.global_batch_size)) for phase in batch_phases(config)]
     return Plan(
         model=model,
         layout=layout,
         hardware=hardware,
         stages=all_stages(model, layout, counting_for(model, layout, hardware.is_cpu)),
-        time=step_time(model, layout, hardware, software),
+        time=time,
         parameters=count_parameters(config.model, model.padded_vocab_size),
         flops_per_token=flops_per_token(config.model, config.data.seq_length, model.padded_vocab_size),
         train_iters=config.train.train_iters,
         tokens=total_tokens(config),
+        phases=[PlannedPhase(phase, count, time.total_of(count)) for phase, count in counts],
     )
 
 
-def bytes_of_checkpoint(model: ModelConfig) -> int:
+def bytes_of_checkpoint(model: ModelConfig, optimizer: OptimizerSettings) -> int:
     """Return the bytes of one checkpoint of a configured model. The vocabulary size must be known."""
     shape = architecture_of(model)
-    return count_parameters(model, shape.padded_vocab_size) * CHECKPOINT_BYTES[shape.element_bytes]
+    parameters = count_parameters(model, shape.padded_vocab_size)
+    return _checkpoint_bytes(shape, parameters, is_muon=optimizer.optimizer == "muon", ema=optimizer.ema_decay is not None)
+
+
+def _checkpoint_bytes(model: Architecture, parameters: int, *, is_muon: bool, ema: bool) -> int:
+    """Return the bytes of one checkpoint: Muon has one momentum of the matrices of the layers instead of two moments."""
+    whole = Layout(seq_length=1, micro_batch_size=1, num_microbatches=1, muon=is_muon)
+    each = CHECKPOINT_BYTES[model.element_bytes] + (EMA_BYTES if ema else 0)
+    return parameters * each - 4 * muon_parameters(whole, stage_parameters(model, whole, 0))
 
 
 def name_layout(layout: Layout) -> str:

@@ -9,6 +9,7 @@ from megatron_ledom.tables import aligned_lines
 MEMORY = ("weights", "gradients", "optimizer", "activations", "logits", "working", "buffers")
 """Parts of a stage's memory, in the order of tables and plots."""
 MOST_STAGES = 6
+MOST_PHASES = 12
 Row = tuple[str, str]
 
 
@@ -20,6 +21,7 @@ def describe_plan(plan: Plan) -> str:
         f"{title}\n{fits}",
         titled("memory of a device, GiB", memory_lines(plan)),
         titled("an iteration", aligned_lines(time_rows(plan), "ll")),
+        *([titled("batch schedule", phase_lines(plan))] if len(plan.phases) > 1 else []),
         titled("the run", aligned_lines(run_rows(plan), "ll")),
     ]
     return "\n\n".join(parts) + "\n"
@@ -30,9 +32,7 @@ def memory_lines(plan: Plan) -> list[str]:
     rows: list[Sequence[str]] = [("stage", *MEMORY, "allowance", "sum", f"of {plan.hardware.memory_gib:g}")]
     rows += [_memory_row(plan, stage) for stage in plan.stages]
     lines = aligned_lines(rows)
-    half = MOST_STAGES // 2
-    if len(plan.stages) > MOST_STAGES:
-        lines = [*lines[: half + 1], f"... {len(plan.stages) - MOST_STAGES:,} more", *lines[-half:]]
+    lines = [lines[0], *shortened(lines[1:], MOST_STAGES)]
     fullest = max(plan.stages, key=plan.stage_gib).stage
     verdict = "fits" if plan.fits else "does not fit: recompute more, or use more devices (--search finds a layout)"
     return [*lines, f"stage {fullest} is the fullest; it {verdict}"]
@@ -69,6 +69,24 @@ def time_rows(plan: Plan) -> Iterable[Row]:
             yield name, f"{seconds:8.3f} s  {seconds / time.total:6.1%}"
 
 
+def phase_lines(plan: Plan) -> list[str]:
+    """Return a line for each global batch size of the run; of more than `MOST_PHASES`, the first and the last."""
+    rows: list[Sequence[str]] = [("iterations", "samples each", "micro-batches", "s/iteration", "tokens/s a device")]
+    for phase in plan.phases:
+        rate = phase.batch.global_batch_size * plan.layout.seq_length / phase.seconds / plan.layout.num_ranks
+        rows.append(
+            (
+                f"{phase.batch.first_iteration:,} to {phase.batch.last_iteration:,}",
+                f"{phase.batch.global_batch_size:,}",
+                f"{phase.num_microbatches:,}",
+                f"{phase.seconds:.2f}",
+                f"{rate:,.0f}",
+            )
+        )
+    lines = aligned_lines(rows)
+    return [lines[0], *shortened(lines[1:], MOST_PHASES), "the parts of an iteration above are those of the largest batch"]
+
+
 def run_rows(plan: Plan) -> Iterable[Row]:
     """Yield throughput, duration, cost and checkpoints."""
     yield "tokens/s a device", f"{plan.tokens_per_second_per_device:,.0f}"
@@ -77,7 +95,9 @@ def run_rows(plan: Plan) -> Iterable[Row]:
         f"{plan.mfu:.1%} ({plan.tokens_per_second_per_device * plan.flops_per_token / 1e12:,.3g} TFLOP/s, full attention)",
     )
     unit, name = (86400, "days") if plan.seconds >= 86400 else (3600, "hours")
-    low, high = (plan.train_iters * seconds / unit for seconds in plan.interval)
+    low, high = (plan.seconds * (1 + sign * plan.hardware.uncertainty) / unit for sign in (-1, 1))
+    if len(plan.phases) > 1:
+        yield "on average", f"{plan.mean_seconds:.2f} s an iteration, MFU {plan.mean_mfu:.1%}"
     yield name, f"{plan.seconds / unit:.2f} (between {low:.2f} and {high:.2f}) for {plan.tokens:,} tokens"
     yield "device-hours", f"{plan.device_hours:,.4g}" if plan.device_hours < 100 else f"{plan.device_hours:,.0f}"
     if plan.hardware.price_per_device_hour:
@@ -102,7 +122,15 @@ def summary_rows(plan: Plan) -> Iterable[Row]:
     )
     yield "seconds an iteration", f"{plan.time.total:.2f} (between {low:.2f} and {high:.2f})"
     yield "tokens/s a device", f"{plan.tokens_per_second_per_device:,.0f}, MFU {plan.mfu:.1%}"
+    if len(plan.phases) > 1:
+        yield "on average", f"{plan.mean_seconds:.2f} s an iteration, MFU {plan.mean_mfu:.1%}"
     yield "days", f"{plan.seconds / 86400:.1f}, {plan.device_hours:,.0f} device-hours"
+
+
+def shortened(lines: list[str], most: int) -> list[str]:
+    """Return at most `most` of the lines, the first and the last, with the number of others between them."""
+    half = most // 2
+    return lines if len(lines) <= most else [*lines[:half], f"... {len(lines) - most:,} more", *lines[-half:]]
 
 
 def titled(title: str, lines: list[str]) -> str:

@@ -134,9 +134,14 @@ def pipeline_seconds(times: PassTimes, microbatches: int) -> float:
     short, long = (STEADY_ROUNDS - 1) * stages, STEADY_ROUNDS * stages
     rest = microbatches % stages
     if microbatches <= long or (len(times.forward[0]) > 1 and rest):
-        return last_end(simulate(times, microbatches))
-    short_end, long_end = last_end(simulate(times, short)), last_end(simulate(times, long))
+        return _simulated_seconds(times, microbatches)
+    short_end, long_end = _simulated_seconds(times, short), _simulated_seconds(times, long)
     return long_end + (microbatches - long) * (long_end - short_end) / stages
+
+
+@cache
+def _simulated_seconds(times: PassTimes, microbatches: int) -> float:
+    return last_end(simulate(times, microbatches))
 
 
 def last_end(events: Sequence[Event]) -> float:

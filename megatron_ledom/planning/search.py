@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron_ledom.config.batch_schedule import has_batch_schedule
 from megatron_ledom.config.checks import RULES, WORLD_RULES, divisors
+from megatron_ledom.config.derived import train_samples
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import ConfigError
 from megatron_ledom.planning.hardware import Hardware
@@ -52,7 +54,7 @@ class UsableLayout:
     config: RunConfig
     layout: Layout
     bound: float
-    """Seconds of an iteration by the formula of the bubble, without simulation."""
+    """Seconds of an iteration by the formula of the bubble, without simulation, on average over the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,12 @@ def search(config: RunConfig, num_devices: int, hardware: Hardware) -> SearchRes
 def _rank(plan: Plan) -> tuple[float, int, int, int]:
     """Return the sort key: fastest first; of times within half a per cent, the simplest layout first."""
     layout = plan.layout
-    return round(math.log(plan.time.total) / 0.005), layout.context, layout.pipeline * layout.chunks, -layout.sequence_parallel
+    return (
+        round(math.log(plan.mean_seconds) / 0.005),
+        layout.context,
+        layout.pipeline * layout.chunks,
+        -layout.sequence_parallel,
+    )
 
 
 def try_layouts(
@@ -122,6 +129,7 @@ def shapes(config: RunConfig, num_devices: int, hardware: Hardware) -> Iterator[
             for context in divisors(num_devices // (tensor * pipeline)):
                 data = num_devices // (tensor * pipeline * context)
                 spreads = data * context > 1
+                splits = spreads and config.optimizer.optimizer != "muon"  # it needs whole matrices
                 parallel = replace(
                     config.parallel,
                     world_size=num_devices,
@@ -131,9 +139,9 @@ def shapes(config: RunConfig, num_devices: int, hardware: Hardware) -> Iterator[
                     context_parallel_size=context,
                     sequence_parallel=False,
                     tp_comm_overlap=False,
-                    use_distributed_optimizer=spreads,
+                    use_distributed_optimizer=splits,
                     overlap_grad_reduce=spreads,
-                    overlap_param_gather=spreads,
+                    overlap_param_gather=splits,
                     bucket_size=config.parallel.bucket_size if spreads else None,
                     **RECOMPUTES[0],
                 )
@@ -182,7 +190,7 @@ def try_layout(
             more = [replace(config, parallel=replace(config.parallel, **other)) for other in RECOMPUTES[index + 1 :]]
             reason = f"recomputes more than needed: {name_layout(layout)} fits"
             rejected += [RejectedLayout(name_layout(layout_of(one, num_devices)), "spare", reason) for one in more]
-            return UsableLayout(tried, layout, time_bound(model, layout, hardware))
+            return UsableLayout(tried, layout, time_bound(model, layout, hardware, mean_microbatches(config, layout)))
         reason = f"needs {needed:.1f} GiB of {hardware.memory_gib:g}"
         rejected.append(RejectedLayout(name_layout(layout), "memory", reason, needed))
     return None
@@ -210,11 +218,18 @@ def needed_gib(model: Architecture, layout: Layout, hardware: Hardware) -> float
     return most
 
 
-def time_bound(model: Architecture, layout: Layout, hardware: Hardware) -> float:
+def mean_microbatches(config: RunConfig, layout: Layout) -> float:
+    """Return the micro-batches of a rank in an iteration, on average over the run."""
+    if not has_batch_schedule(config):
+        return layout.num_microbatches
+    return train_samples(config) / config.train.train_iters / (layout.micro_batch_size * layout.data)
+
+
+def time_bound(model: Architecture, layout: Layout, hardware: Hardware, num_microbatches: float) -> float:
     """Return the seconds of an iteration without simulation, with a bubble of (stages - 1) / chunks passes of the slowest stage."""
     times, _ = pass_times(model, layout, hardware, Software())
     slowest = max(sum(forward) + sum(backward) for forward, backward in zip(times.forward, times.backward, strict=True))
-    rounds = layout.num_microbatches + (layout.pipeline - 1) / layout.chunks
+    rounds = num_microbatches + (layout.pipeline - 1) / layout.chunks
     data = data_comm_seconds(model, layout, hardware, times)
     return rounds * slowest + data + optimizer_seconds(model, layout, hardware) + hardware.iteration_ms * 1e-3
 
@@ -257,7 +272,7 @@ def describe_search(result: SearchResult, most: int = 10) -> str:
     rows = [("rank", "s/iteration", "MFU", "GiB", "layout")]
     for index, (_, plan) in enumerate(result.ranked[:most], 1):
         rows.append(
-            (str(index), f"{plan.time.total:.2f}", f"{plan.mfu:.1%}", f"{plan.needed_gib:.1f}", name_layout(plan.layout))
+            (str(index), f"{plan.mean_seconds:.2f}", f"{plan.mean_mfu:.1%}", f"{plan.needed_gib:.1f}", name_layout(plan.layout))
         )
     lines = aligned_lines(rows, "rrrrl")
     fitting = len(result.ranked) + len(result.slower)
@@ -275,7 +290,7 @@ def table_of(result: SearchResult) -> str:
     """Return all layouts as tab-separated lines, with seconds and GiB, or the reason against the layout."""
     lines = ["layout\tverdict\tseconds\tGiB\treason"]
     for _, plan in result.ranked:
-        lines.append(f"{name_layout(plan.layout)}\tworks\t{plan.time.total:.4f}\t{plan.needed_gib:.2f}\t")
+        lines.append(f"{name_layout(plan.layout)}\tworks\t{plan.mean_seconds:.4f}\t{plan.needed_gib:.2f}\t")
     lines += [f"{name_layout(one.layout)}\tworks\t{one.bound:.4f}\t\tby the formula of the bubble" for one in result.slower]
     for one in result.rejected:
         needed = f"{one.needed_gib:.2f}" if one.needed_gib else ""

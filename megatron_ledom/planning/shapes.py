@@ -6,6 +6,7 @@ The planner has its own types because no RunConfig can describe the published mo
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_ledom.config.batch_schedule import largest_batch
 from megatron_ledom.config.derived import data_parallel_size, head_dim, num_microbatches, padded_vocab_size, query_groups
 from megatron_ledom.config.schema import ModelConfig, RunConfig
 from megatron_ledom.errors import ConfigError
@@ -72,12 +73,16 @@ class Layout:
     data: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
+    muon: bool = False
+    """True if Muon updates the matrices of the layers: it keeps one momentum of them instead of two moments."""
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     recompute: Granularity | None = None
     recompute_modules: tuple[str, ...] = ("core_attn",)
     recompute_method: str = "uniform"
     recompute_num_layers: int = 1
+    ema: bool = False
+    """True for a moving average of the weights."""
 
     @property
     def num_ranks(self) -> int:
@@ -132,12 +137,12 @@ def layers_of(model: ModelConfig) -> Layers:
 
 
 def layout_of(config: RunConfig, world_size: int) -> Layout:
-    """Return the layout of a checked config on `world_size` ranks."""
+    """Return the layout of a checked config on `world_size` ranks, in iterations of its largest global batch."""
     parallel = config.parallel
     return Layout(
         seq_length=config.data.seq_length,
         micro_batch_size=config.train.micro_batch_size,
-        num_microbatches=num_microbatches(config, world_size),
+        num_microbatches=num_microbatches(config, world_size, largest_batch(config)),
         tensor=parallel.tensor_model_parallel_size,
         pipeline=parallel.pipeline_model_parallel_size,
         chunks=parallel.virtual_pipeline_model_parallel_size or 1,
@@ -145,10 +150,12 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
         data=data_parallel_size(parallel, world_size),
         sequence_parallel=parallel.sequence_parallel,
         distributed_optimizer=parallel.use_distributed_optimizer,
+        muon=config.optimizer.optimizer == "muon",
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         recompute=parallel.recompute_granularity,
         recompute_modules=tuple(parallel.recompute_modules),
         recompute_method=parallel.recompute_method or "uniform",
         recompute_num_layers=parallel.recompute_num_layers or 1,
+        ema=config.optimizer.ema_decay is not None,
     )

@@ -71,6 +71,10 @@ class StepTime:
     """Cost of all passes of the slowest stage."""
     times: PassTimes = field(default_factory=lambda: PassTimes(((0.0,),), ((0.0,),)))
 
+    def total_of(self, num_microbatches: int) -> float:
+        """Return the seconds of an iteration of the same run with another number of micro-batches."""
+        return pipeline_seconds(self.times, num_microbatches) + self.data_comm + self.optimizer + self.other
+
 
 def step_time(model: Architecture, layout: Layout, hardware: Hardware, software: Software | None = None) -> StepTime:
     """Return the seconds of one iteration of a run."""
@@ -286,7 +290,24 @@ def optimizer_seconds(model: Architecture, layout: Layout, hardware: Hardware) -
     """Return the seconds of the optimizer: it zeroes, measures and scales gradients, and updates weights and moments."""
     parameters = max(sum(stage_parameters(model, layout, stage).values()) for stage in {0, layout.pipeline - 1})
     copies = layout.data * layout.context if layout.distributed_optimizer else 1
-    return memory_seconds(hardware, parameters * (4 + (4 + 8 + 4 + 24 + model.element_bytes) / copies))
+    moved = memory_seconds(hardware, parameters * (4 + (4 + 8 + 4 + 24 + model.element_bytes) / copies))
+    return moved + (muon_seconds(model, layout, hardware) if layout.muon else 0.0)
+
+
+def muon_seconds(model: Architecture, layout: Layout, hardware: Hardware) -> float:
+    """Return the seconds of five Newton-Schulz iterations in bf16 on the whole matrices of a stage.
+
+    Every tensor-parallel and data-parallel rank computes them (`optimizer.muon_tp_mode=duplicated`). An iteration of a matrix
+    [m, n] with m <= n has products of 2 m m n, 2 m m m and 2 m m n operations.
+    """
+    hidden, keys = model.hidden_size, model.head_dim * model.num_query_groups
+    shapes = [(model.query_width, hidden), (keys, hidden), (keys, hidden), (hidden, model.query_width)]
+    shapes += [((model.gates - 1) * model.ffn_hidden_size, hidden), (hidden, model.ffn_hidden_size)]
+    layers, total = model.num_layers // layout.pipeline, 0.0
+    for short, long in (sorted(shape) for shape in shapes):
+        gram = matmul_seconds(hardware, short, short, long)
+        total += 5 * (gram + matmul_seconds(hardware, short, short, short) + matmul_seconds(hardware, short, long, short))
+    return layers * total
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,13 +57,15 @@ def disk_verdict(config: RunConfig, model: ModelConfig) -> Verdict:
     if model.vocab_size is None:
         return Verdict("disk", "not planned: the vocabulary is not known yet")
     folder = checkpoint_folder(config)
-    each, count = bytes_of_checkpoint(model), checkpoints_to_come(config, list(finished_checkpoints(folder)))
+    each = bytes_of_checkpoint(model, config.optimizer)
+    count = checkpoints_to_come(config, list(finished_checkpoints(folder)))
+    written = len(iterations_to_save(config, max(finished_checkpoints(folder), default=0)))
     nearest = _existing(folder)
     free = shutil.disk_usage(nearest).free
     kept = "all are kept" if config.checkpoint.keep_last is None else f"checkpoint.keep_last={config.checkpoint.keep_last}"
     text = (
         f"{count:,} more checkpoints of {scaled_bytes(each)} at one time ({kept}) need {scaled_bytes(count * each)},"
-        f" {scaled_bytes(free)} are free in {nearest}"
+        f" {scaled_bytes(free)} are free in {nearest}; the run writes {scaled_bytes(written * each)} in all"
     )
     remedy = "set checkpoint.keep_last (with checkpoint.keep_interval), save less often, or set run_dir to a larger disk"
     return Verdict("disk", text, count * each <= free, remedy)
@@ -72,17 +74,23 @@ def disk_verdict(config: RunConfig, model: ModelConfig) -> Verdict:
 def checkpoints_to_come(config: RunConfig, there: Sequence[int]) -> int:
     """Return the largest number of checkpoints that the run will add to those of the iterations `there`.
 
-    It is one more than the kept ones, because an old checkpoint is deleted after the next one is complete.
+    It is one more than the kept ones, because an old checkpoint is deleted after the next one is complete, and two more with a
+    mirror, because one is held while it is copied.
     """
-    settings, last = config.checkpoint, max(there, default=0)
-    every, end = settings.save_interval, config.train.train_iters
-    saved = [*range((last // every + 1) * every, end, every), *([end] if end > last else [])]
+    settings = config.checkpoint
+    saved = iterations_to_save(config, max(there, default=0))
     if settings.keep_last is None:
         return len(saved)
-    most = settings.keep_last + 1
+    most = settings.keep_last + (1 if settings.mirror is None else 2)
     for_ever = saved[:-most] if settings.keep_interval else []
     kept = sum(1 for iteration in for_ever if iteration % (settings.keep_interval or 1) == 0)
     return min(len(saved), max(1, most - len(there)) + kept)
+
+
+def iterations_to_save(config: RunConfig, last: int) -> list[int]:
+    """Return the iterations after `last` at which the run saves, if nothing stops it."""
+    every, end = config.checkpoint.save_interval, config.train.train_iters
+    return [*range((last // every + 1) * every, end, every), *([end] if end > last else [])]
 
 
 def refuse(verdicts: Sequence[Verdict], *, accepted: bool) -> None:

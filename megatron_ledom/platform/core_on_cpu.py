@@ -126,8 +126,10 @@ def _cuda_type_names() -> Iterator[None]:
     original = torch.Tensor.type
 
     def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return the type name of a CUDA tensor, also if the context is nested."""
         answer = original(self, *args, **kwargs)
-        return answer if args or kwargs else answer.replace("torch.", "torch.cuda.")
+        named = args or kwargs or answer.startswith("torch.cuda.")  # by an outer context
+        return answer if named else answer.replace("torch.", "torch.cuda.")
 
     torch.Tensor.type = type_name  # type: ignore[method-assign, assignment]
     try:
@@ -146,8 +148,9 @@ def _with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _replace_optimizer_parts() -> None:
-    build = "_get_megatron_optimizer_based_on_param_groups"
-    setattr(core_optimizer, build, _with_cuda_type_names(getattr(core_optimizer, build)))
+    for build in ("_get_megatron_optimizer_based_on_param_groups", "_get_megatron_emerging_optimizer"):
+        if hasattr(core_optimizer, build):  # the second, for Muon, is new in 0.19
+            setattr(core_optimizer, build, _with_cuda_type_names(getattr(core_optimizer, build)))
     clip = _with_cuda_type_names(clip_grads.clip_grad_by_total_norm_fp32)
     clip_grads.clip_grad_by_total_norm_fp32 = core_optimizer_classes.clip_grad_by_total_norm_fp32 = clip
     for name in ("load_parameter_state_from_dp_reshardable", "load_parameter_state_from_fully_reshardable"):

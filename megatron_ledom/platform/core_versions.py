@@ -20,6 +20,10 @@ SUPPORTED = {(3, 11): "0.16.1", (3, 12): "0.19.2", (3, 13): "0.19.2"}
 """Python -> the megatron-core that the tests run with. `constraints/` pins it."""
 OLDEST, TOO_NEW = (0, 16, 1), (0, 20)
 """The oldest megatron-core that works, and the first one that nobody has tried."""
+MUON_CORE = (0, 19)
+"""First megatron-core whose Muon this package uses: earlier ones build it otherwise, and have no settings of the coefficients."""
+MUON_PACKAGE, MUON_TOO_NEW = (0, 3), (0, 4)
+"""The tested version of emerging-optimizers, which has the Newton-Schulz iterations, and the first that nobody has tried."""
 ANNOUNCED = {
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",  # 0.19; DECISIONS.md says what HybridModel would change
     "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",  # 0.17
@@ -73,6 +77,25 @@ def check_core() -> None:
         raise UsageError(
             f"megatron-core {_text(found)} imports the package triton without requiring it, and triton is not installed: pip install"
             " triton; a CUDA build of torch brings it"
+        )
+
+
+def check_muon() -> None:
+    """Raise UsageError if optimizer.optimizer=muon cannot be used here: it needs megatron-core 0.19 and emerging-optimizers."""
+    if core_version() < MUON_CORE:
+        python = ".".join(map(str, sys.version_info[:2]))
+        raise UsageError(
+            f"optimizer.optimizer=muon needs megatron-core {_text(MUON_CORE)} or newer, found {_text(core_version())} on Python {python};"
+            " use Python 3.12 or newer, which has it, or optimizer.optimizer=adam"
+        )
+    try:
+        found = tuple(int(part) for part in re.findall(r"\d+", metadata.version("emerging-optimizers"))[:2])
+    except metadata.PackageNotFoundError:
+        found = ()
+    if not MUON_PACKAGE <= found < MUON_TOO_NEW:
+        raise UsageError(
+            f"optimizer.optimizer=muon needs the package emerging-optimizers {_text(MUON_PACKAGE)}, found {_text(found) or 'none'}: pip"
+            " install 'megatron-ledom[muon]', or use optimizer.optimizer=adam"
         )
 
 

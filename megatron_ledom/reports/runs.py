@@ -8,7 +8,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from megatron_ledom.config.derived import expected_world_size, tokens_per_iteration
+from megatron_ledom.config.batch_schedule import has_batch_schedule, largest_batch
+from megatron_ledom.config.derived import expected_world_size
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.evaluation.intervals import t_interval
 from megatron_ledom.planning.dry_run import known_model, stored_manifests
@@ -160,7 +161,8 @@ def planned_rows(run: RunData, hardware: str | None) -> dict[str, str]:
     """Return planned and measured seconds per iteration and MFU of a run, each with its name.
 
     hardware: a name or a file; None means the run's own parallel.hardware. The measured seconds follow from the median of
-    tokens_per_second. Raises UsageError without hardware or without that median.
+    tokens_per_second; with a schedule of the batch size, plan and records are those of the largest one. Raises UsageError
+    without hardware or without that median.
     """
     name = hardware or run.config.parallel.hardware
     if name is None:
@@ -168,12 +170,15 @@ def planned_rows(run: RunData, hardware: str | None) -> dict[str, str]:
     machine = load_hardware(name)
     config = replace(run.config, model=known_model(run.config, stored_manifests(run.config)))
     plan = make_plan(config, ranks_of(run), machine)
+    size = largest_batch(config)
+    run = replace(run, records=[record for record in run.records if record.get("global_batch_size", size) == size])
     rate = _median(run, "tokens_per_second")
     if rate is None:
-        raise UsageError(f"{run.name} has no tokens_per_second in its records; it cannot be compared with a plan")
+        of_batch = f" of its largest global batch, {size} samples" if has_batch_schedule(config) else ""
+        raise UsageError(f"{run.name} has no tokens_per_second in its records{of_batch}; it cannot be compared with a plan")
     if rate <= 0:
         raise UsageError(f"the median of tokens_per_second of {run.name} is not above 0; it cannot be compared with a plan")
-    measured = tokens_per_iteration(run.config) / rate
+    measured = plan.layout.tokens_per_iteration / rate
     low, high = plan.interval
     return {
         "planned for": f"{plan.layout.num_ranks} x {machine.name}",

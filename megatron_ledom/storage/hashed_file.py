@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 Thing = TypeVar("Thing")
@@ -83,3 +84,14 @@ def read_ahead(things: Iterator[Thing], threads: ThreadPoolExecutor) -> Iterator
     while (thing := coming.result()) is not end:
         coming = threads.submit(next, things, end)
         yield thing
+
+
+@contextmanager
+def one_thread() -> Iterator[ThreadPoolExecutor]:
+    """Yield a pool of one thread. After an error the thread finishes its current task and starts no other."""
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
+from megatron_ledom.config.batch_schedule import has_batch_schedule
 from megatron_ledom.storage.records import Record
 
 if TYPE_CHECKING:
@@ -169,10 +170,11 @@ class CallbackList:
 
 
 def _position(state: "TrainState", result: "StepResult | None") -> Record:
-    """Return the first keys of a record: iteration, loss, gradient norm, learning rate and position.
+    """Return the first keys of a record: iteration, loss, gradient norm, learning rate, position, and a batch size that changes.
 
     Loss and gradient norm are None if they are not finite or the iteration was skipped.
     """
+    batch = {"global_batch_size": state.last_batch_size} if has_batch_schedule(state.config) else {}
     return {
         "iteration": state.iteration,
         "lm_loss": None if result is None else _finite(result.lm_loss),
@@ -180,6 +182,7 @@ def _position(state: "TrainState", result: "StepResult | None") -> Record:
         "lr": state.optimizer.param_groups[0]["lr"],
         "consumed_train_samples": state.consumed_train_samples,
         "consumed_train_tokens": state.consumed_train_tokens,
+        **batch,
     }
 
 

@@ -1,5 +1,6 @@
 """Build megatron-core's optimizer and learning-rate schedule from the config."""
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -8,7 +9,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ledom.config.derived import lr_decay_iters
-from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.config.schema import OptimizerSettings, RunConfig
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.ops.fused_adam import use_fused_adam
 from megatron_ledom.parallel.groups import ParallelGroups
@@ -16,12 +17,21 @@ from megatron_ledom.parallel.groups import ParallelGroups
 log = logging.getLogger(__name__)
 
 
+MUON_KEYS = tuple(field.name for field in dataclasses.fields(OptimizerSettings) if field.name.startswith("muon_"))
+"""Settings of Muon, spelled as in megatron-core's OptimizerConfig."""
+
+
 def build_optimizer(config: RunConfig, model: list[Any], groups: ParallelGroups) -> Any:
-    """Build AdamW over fp32 main weights, without weight decay of norms and biases, and connect the model's gradient reduction."""
+    """Build AdamW or Muon over fp32 main weights, and connect the model's gradient reduction. Norms and biases have no weight decay.
+
+    Muon has the matrices of the layers, AdamW all other weights: two optimizers that megatron-core chains.
+    """
     settings = config.optimizer
-    log.info("optimizer: %s", use_fused_adam(next(model[0].parameters()).device.type))
+    is_muon = settings.optimizer == "muon"
+    adam = use_fused_adam(next(model[0].parameters()).device.type)
+    log.info("optimizer: %s%s", "Muon for the matrices of the layers, " if is_muon else "", adam)
     optimizer_config = OptimizerConfig(
-        optimizer="adam",
+        optimizer=settings.optimizer,
         lr=settings.lr,
         min_lr=settings.min_lr,
         weight_decay=settings.weight_decay,
@@ -32,6 +42,7 @@ def build_optimizer(config: RunConfig, model: list[Any], groups: ParallelGroups)
         bf16=config.model.params_dtype == "bf16",
         params_dtype=PARAMS_DTYPES[config.model.params_dtype],
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        **({key: getattr(settings, key) for key in MUON_KEYS} if is_muon else {}),  # 0.16 has not all of them
     )
     optimizer = get_megatron_optimizer(optimizer_config, model, use_gloo_process_groups=False, pg_collection=groups.collection)
     _connect_gradient_reduction(config, model, optimizer)

@@ -150,7 +150,9 @@ def check_follows(before: RunConfig, config: RunConfig, where: str, *, is_traine
 def _check_context(before: RunConfig, config: RunConfig, where: str, *, is_trained: bool) -> None:
     """Check that the rotary settings of a longer context follow from those of the run before."""
     old, new = before.model, config.model
-    changes = differences({key: getattr(old, key) for key in ROTARY_KEYS}, {key: getattr(new, key) for key in ROTARY_KEYS}, "model.")
+    changes = differences(
+        {key: getattr(old, key) for key in ROTARY_KEYS}, {key: getattr(new, key) for key in ROTARY_KEYS}, "model."
+    )
     for change in changes:
         log.info("rotary positions differ from those of %s: %s", where, change)
     first = old.rope_scaling_original_max_position if old.rope_scaling in WITH_ORIGINAL else before.data.seq_length

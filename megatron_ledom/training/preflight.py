@@ -7,7 +7,7 @@ from megatron_ledom.checkpoint.manifest import check_fits, check_same_samples, c
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.blends.sources import Sources
 from megatron_ledom.errors import UsageError
-from megatron_ledom.platform.core_versions import check_core
+from megatron_ledom.platform.core_versions import check_core, check_muon
 from megatron_ledom.training.run_folder import check_writable
 
 
@@ -15,6 +15,8 @@ def check_environment(config: RunConfig) -> None:
     """Refuse a run that cannot write its folder, or that lacks a package that the config needs. Creates no files."""
     check_writable(config.run_dir)
     check_core()
+    if config.optimizer.optimizer == "muon":
+        check_muon()
     if config.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         raise UsageError("logging.wandb_project is set but wandb is not installed: pip install 'megatron-ledom[wandb]'")
 

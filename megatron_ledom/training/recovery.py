@@ -87,8 +87,9 @@ class Recovery:
     def _record_bad_step(self, result: StepResult) -> None:
         if dist.get_rank() != 0:
             return
-        state, batch = self.state, self.state.config.train.global_batch_size
-        last = state.consumed_train_samples + (0 if result.verdict.is_accepted else batch)
+        state, is_counted = self.state, result.verdict.is_accepted
+        batch = state.last_batch_size if is_counted else state.next_batch_size
+        last = state.consumed_train_samples + (0 if is_counted else batch)
         self.history.write_bad_step(
             {
                 "iteration": self._iteration(result.verdict),

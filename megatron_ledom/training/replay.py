@@ -19,6 +19,7 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.module import param_is_not_shared
 
 from megatron_ledom.checkpoint.folder import finished_checkpoints
+from megatron_ledom.checkpoint.main_weights import weight_pairs
 from megatron_ledom.checkpoint.manifest import load_manifest
 from megatron_ledom.checkpoint.store import unwrapped
 from megatron_ledom.config.checks import check_config
@@ -58,7 +59,7 @@ def squared_norms(model: list[Any], optimizer: Any) -> dict[str, float]:
     total: dict[str, float] = defaultdict(float)
     for part in optimizer.chained_optimizers:
         mine: dict[str, float] = defaultdict(float)
-        for param, main in [] if part.is_stub_optimizer else _pairs(part):
+        for param, main in [] if part.is_stub_optimizer else weight_pairs(part):
             duplicate = not tensor_parallel.param_is_not_tensor_parallel_duplicate(main, getattr(part, "tp_group", None))
             if main.grad is not None and param_is_not_shared(main) and not duplicate:
                 mine[names[id(param)]] += float(main.grad.double().square().sum())
@@ -68,24 +69,6 @@ def squared_norms(model: list[Any], optimizer: Any) -> dict[str, float]:
         for name, square in (pair for found in everyone for pair in found.items()):
             total[name] += square
     return dict(total)
-
-
-def _pairs(part: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield each weight with the main weight that has its gradient: itself, an fp32 copy, or this rank's part of one."""
-    if hasattr(part, "model_float16_groups"):  # distributed optimizer
-        both = [
-            (part.model_float16_groups, part.shard_fp32_from_float16_groups),
-            (part.model_fp32_groups, part.shard_fp32_groups),
-        ]
-    elif hasattr(part, "float16_groups"):
-        same = part.fp32_from_fp32_groups
-        both = [(part.float16_groups, part.fp32_from_float16_groups), (same, same)]
-    else:
-        groups = [group["params"] for group in part.param_groups]
-        both = [(groups, groups)]
-    for params, mains in both:
-        for one, other in zip(params, mains, strict=True):
-            yield from zip(one, other, strict=True)
 
 
 def _named_parameters(chunk: Any) -> Iterator[tuple[str, Any]]:
@@ -294,7 +277,7 @@ def _parameter_lines(norms: dict[str, float]) -> Iterator[str]:
 def _sample_lines(state: TrainState, show: int) -> Iterator[str]:
     """Yield the ids of the step's samples, and the first `show` samples as text with their sources."""
     first = state.consumed_train_samples
-    samples = range(first, first + state.config.train.global_batch_size)
+    samples = range(first, first + state.next_batch_size)
     yield f"\nsamples {samples[0]} to {samples[-1]}"
     folder = os.path.join(state.config.run_dir, RUN_TOKENIZER)
     tokenizer = load_tokenizer(folder) if os.path.isdir(folder) else None

@@ -7,12 +7,13 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from megatron_ledom.checkpoint.folder import finished_checkpoints, latest_checkpoint
 from megatron_ledom.config.derived import checkpoint_folder
-from megatron_ledom.config.load import save_config
-from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.config.load import load_config, save_config
+from megatron_ledom.config.schema import CheckpointConfig, RunConfig
 from megatron_ledom.data.blends.sources import RUN_TOKENIZER
 from megatron_ledom.errors import FULL, ConfigError, TransientError, cannot_write
 from megatron_ledom.storage.locks import Lock, hold
@@ -21,7 +22,7 @@ from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-LOCK = "lock"
+LOCK, RECORDED = "lock", "config.yaml"
 PATIENCE_SECONDS = 120.0
 """Seconds that a launch waits for the previous one, which may still be saving, or whose node has died unnoticed by the file
 server."""
@@ -89,6 +90,25 @@ def warn_of_later_checkpoints(config: RunConfig, checkpoint: str | None) -> None
         )
 
 
+def as_recorded(config: RunConfig) -> RunConfig:
+    """Return the config, but with checkpoint.keep_last=null if the run recorded that and the config has the default.
+
+    Earlier versions kept all checkpoints by default: a new default must not delete those of a run that resumes. Call on every rank
+    before `write_start`.
+    """
+    path, default = os.path.join(config.run_dir, RECORDED), CheckpointConfig().keep_last
+    if config.checkpoint.keep_last != default or not os.path.exists(path):
+        return config
+    if load_config(path).checkpoint.keep_last is not None:
+        return config
+    log.warning(
+        "this run has kept all checkpoints (checkpoint.keep_last=null in %s), and %d is only the default: all are kept further. Set"
+        " checkpoint.keep_last=null to confirm it. To delete the older ones, set another number, or write keep_last: %d into that file",
+        *(path, default, default),
+    )
+    return replace(config, checkpoint=replace(config.checkpoint, keep_last=None))
+
+
 def write_start(config: RunConfig, tokenizer: Tokenizer | None, changed: list[str]) -> None:
     """Write the resolved config and, for the export, a copy of the tokenizer with eod as its eos.
 
@@ -97,7 +117,7 @@ def write_start(config: RunConfig, tokenizer: Tokenizer | None, changed: list[st
     try:
         if tokenizer is not None:
             tokenizer.save(os.path.join(config.run_dir, RUN_TOKENIZER))
-        save_config(config, os.path.join(config.run_dir, "config.yaml"))
+        save_config(config, os.path.join(config.run_dir, RECORDED))
         if changed:
             record = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "changed": changed}
             append_record(os.path.join(config.run_dir, "data_changes.jsonl"), record)

@@ -15,6 +15,8 @@ from megatron_ledom.checkpoint.manifest import (
     samples_at_end,
 )
 from megatron_ledom.checkpoint.store import CheckpointStore
+from megatron_ledom.checkpoint.weight_ema import WeightEma
+from megatron_ledom.config.batch_schedule import batch_size_at
 from megatron_ledom.config.derived import checkpoint_folder
 from megatron_ledom.config.load import to_dict
 from megatron_ledom.config.schema import RunConfig
@@ -54,19 +56,29 @@ class TrainState:
     """Sets that are evaluated once, at the end."""
     sources: Sources
     store: CheckpointStore
+    ema: WeightEma | None = None
+    """The moving average of the weights, with `optimizer.ema_decay`."""
     iteration: int = 0
     """Number of iterations done, with or without an update."""
     consumed_train_samples: int = 0
     consumed_train_tokens: int = 0
     started_from: list[Record] = field(default_factory=list)
     """The checkpoints of other runs that this run started from, the oldest first."""
+    last_batch_size: int = 0
+    """Samples of the iteration that `advance` counted last; 0 before the first one of this launch."""
+
+    @property
+    def next_batch_size(self) -> int:
+        """Samples of the next iteration, over all ranks: a function of the config and of the samples consumed so far."""
+        return batch_size_at(self.config, self.consumed_train_samples)
 
     def advance(self) -> None:
         """Count one iteration, with or without an update, and its samples; advance the learning-rate schedule."""
         self.scheduler.step(increment=1)
         self.iteration += 1
-        self.consumed_train_samples += self.config.train.global_batch_size
-        self.consumed_train_tokens += self.config.train.global_batch_size * self.config.data.seq_length
+        self.last_batch_size = self.next_batch_size
+        self.consumed_train_samples += self.last_batch_size
+        self.consumed_train_tokens += self.last_batch_size * self.config.data.seq_length
 
 
 def check_resumable(
@@ -121,6 +133,7 @@ def build_state(
         valid_datasets=on_every_rank(lambda: build_held_out_datasets(config, sources, sources.valid, cache)),
         test_datasets=on_every_rank(lambda: build_held_out_datasets(config, sources, sources.test, cache)),
         sources=sources,
+        ema=None if config.optimizer.ema_decay is None else WeightEma(optimizer, config.optimizer.ema_decay),
         store=CheckpointStore(checkpoint_folder(config), checkpoint_metadata(groups), config.checkpoint),
     )
     if checkpoint is not None:
@@ -135,7 +148,9 @@ def build_state(
 def start_from(state: TrainState, origin: Origin) -> None:
     """Load the checkpoint of another run, as far as `init_state` says. Call on every rank."""
     only_weights = origin.state == "weights"
-    state.store.start_from(origin.checkpoint, state.model, state.optimizer, state.scheduler, only_weights=only_weights)
+    state.store.start_from(
+        origin.checkpoint, state.model, state.optimizer, state.scheduler, state.ema, only_weights=only_weights
+    )
     _take_position(state, origin.manifest if origin.state == "all" else None)
     state.started_from = origin.chain
     log.info("started at iteration %d from %s", state.iteration, origin.describe())
@@ -156,7 +171,7 @@ def load_checkpoint(state: TrainState, checkpoint: str) -> None:
     before = to_dict(manifest.run_config(checkpoint))
     for change in [] if manifest.weights_only else differences(before, to_dict(state.config)):
         log.warning("changed since the checkpoint: %s", change)
-    state.store.load(checkpoint, state.model, state.optimizer, state.scheduler)
+    state.store.load(checkpoint, state.model, state.optimizer, state.scheduler, state.ema)
     _take_position(state, manifest)
     state.started_from = manifest.started_from
     log.info("%s %s at iteration %d", "weights of" if manifest.weights_only else "resumed from", checkpoint, state.iteration)
@@ -174,4 +189,4 @@ def save_checkpoint(state: TrainState) -> None:
         consumed_train_samples=state.consumed_train_samples,
         consumed_train_tokens=state.consumed_train_tokens,
     )
-    state.store.save(manifest, state.model, state.optimizer, state.scheduler)
+    state.store.save(manifest, state.model, state.optimizer, state.scheduler, state.ema)

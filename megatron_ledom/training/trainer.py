@@ -85,7 +85,7 @@ def run_iteration(state: TrainState, batches: Batches, policy: StepPolicy, skip_
     """Do the next iteration and count it if the policy accepts it. Skips it and returns None if it is in `skip_iterations`."""
     if state.iteration + 1 in skip_iterations:
         for iterator in batches:
-            for _ in range(num_microbatches(state.config, dist.get_world_size())):
+            for _ in range(num_microbatches(state.config, dist.get_world_size(), state.next_batch_size)):
                 next(iterator)
         state.advance()
         return None
@@ -98,17 +98,29 @@ def run_iteration(state: TrainState, batches: Batches, policy: StepPolicy, skip_
 def compute_step(state: TrainState, batches: Batches, judge: Judge) -> StepResult:
     """Do the step of the next iteration with that iteration's random state, without counting it."""
     seed_iteration(state.config.train.seed, state.iteration, state.groups)
-    return train_step(state.config, state.model, state.optimizer, batches, state.groups, judge)
+    size = state.next_batch_size
+    result = train_step(state.config, state.model, state.optimizer, batches, state.groups, judge, global_batch_size=size)
+    if state.ema is not None and result.verdict.is_applied:
+        state.ema.update()
+    return result
 
 
 def train_step(
-    config: RunConfig, model: list[Any], optimizer: Any, batches: Batches, groups: ParallelGroups, judge: Judge
+    config: RunConfig,
+    model: list[Any],
+    optimizer: Any,
+    batches: Batches,
+    groups: ParallelGroups,
+    judge: Judge,
+    *,
+    global_batch_size: int,
 ) -> StepResult:
     """Compute loss and gradient of one global batch, and update unless `judge` rejects the step. Call on every rank."""
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    loss_sum, num_tokens = run_schedule(config, model, batches, groups, forward_only=False)
+    size = global_batch_size
+    loss_sum, num_tokens = run_schedule(config, model, batches, groups, global_batch_size=size, forward_only=False)
     lm_loss = loss_sum / max(num_tokens, 1.0)
     grad_norm = measure_gradient(optimizer)
     verdict = judge(lm_loss, grad_norm)
@@ -118,15 +130,24 @@ def train_step(
 
 
 def run_schedule(
-    config: RunConfig, model: list[Any], batches: Batches, groups: ParallelGroups, *, forward_only: bool
+    config: RunConfig,
+    model: list[Any],
+    batches: Batches,
+    groups: ParallelGroups,
+    *,
+    global_batch_size: int,
+    forward_only: bool,
 ) -> tuple[float, float]:
-    """Run one global batch through megatron-core's schedule. Returns the loss sum and token count over all ranks."""
+    """Run one global batch through megatron-core's schedule. Returns the loss sum and token count over all ranks.
+
+    global_batch_size: samples of this batch over all ranks, which a schedule changes during a run.
+    """
     schedule = get_forward_backward_func(groups.pipeline.size(), groups.virtual_stages if groups.virtual_stages > 1 else None)
     reports = schedule(
         forward_step_func=partial(forward_step, config.train.z_loss_coeff),
         data_iterator=batches if len(batches) > 1 else batches[0],
         model=model if len(model) > 1 else model[0],
-        num_microbatches=num_microbatches(config, dist.get_world_size()),
+        num_microbatches=num_microbatches(config, dist.get_world_size(), global_batch_size),
         seq_length=config.data.seq_length,
         micro_batch_size=config.train.micro_batch_size,
         forward_only=forward_only,

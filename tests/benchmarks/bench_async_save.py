@@ -94,7 +94,7 @@ def measure(arguments: argparse.Namespace, folder: str) -> None:
     }
 
     def step() -> None:
-        train_step(config, model, optimizer, batches, groups, lambda *_: Verdict(Action.UPDATE))
+        train_step(config, model, optimizer, batches, groups, lambda *_: Verdict(Action.UPDATE), global_batch_size=1)
         scheduler.step(increment=1)
 
     def save(way: str, iteration: int) -> None:

@@ -59,16 +59,20 @@ def _measure(run: Any, groups: Any, isolated: bool) -> Report:
     tokens = sample_tokens()
     changed = tokens.clone()
     changed[0, CHANGED] = 999
-    seen = []
+    seen, size = [], run.train.global_batch_size
     for one in (tokens, changed):
         logits.clear()
-        run_schedule(run, model, [_batches(one, groups, isolated) for _ in model], groups, forward_only=True)
+        run_schedule(
+            run, model, [_batches(one, groups, isolated) for _ in model], groups, global_batch_size=size, forward_only=True
+        )
         seen += logits[:1]
     report: Report = {}
     if seen:
         positions = next(_batches(tokens, groups, True))["position_ids"][0]
         report["logits"] = _by_document((seen[0] - seen[1]).abs().amax((1, 2)), positions)
-    run_schedule(run, model, [_batches(tokens, groups, isolated) for _ in model], groups, forward_only=False)
+    run_schedule(
+        run, model, [_batches(tokens, groups, isolated) for _ in model], groups, global_batch_size=size, forward_only=False
+    )
     if chunks[0].pre_process:
         word = chunks[0].embedding.word_embeddings
         own_ids = range(word.vocab_start_index, word.vocab_end_index)

@@ -19,6 +19,8 @@ from tests.support.tiny_runs import TinyData, curve, run_on_ranks, start_ranks
 
 DONE = 3
 """Number of iterations before the checkpoint."""
+SAMPLES = 8 * DONE
+"""Number of samples before the checkpoint."""
 BASE = ("train.train_iters=12", "optimizer.lr_warmup_iters=1", "optimizer.lr=1e-3", "optimizer.min_lr=1e-4")
 WSD = ("optimizer.lr_decay_style=WSD", "optimizer.lr_wsd_decay_iters=5")
 OPTIMIZERS = {
@@ -44,6 +46,8 @@ CHANGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "train.train_iters": ("lr", ("train.train_iters=15",)),
     "train.micro_batch_size": ("num_microbatches", ("train.micro_batch_size=2",)),
     "train.global_batch_size": ("num_microbatches", ("train.global_batch_size=4",)),
+    "train.rampup_batch_size": ("num_microbatches", ("train.rampup_batch_size=[4,2,100]",)),
+    "train.batch_size_schedule": ("num_microbatches", ("train.batch_size_schedule=[[0,2],[640,16],[64000,8]]",)),
     "train.seed": (REFUSED, ("train.seed=7",)),
     "train.eval_interval": ("train", ("train.eval_interval=4",)),
     "train.eval_iters": ("valid_samples", ("train.eval_iters=2",)),
@@ -136,6 +140,7 @@ def compared(build: Any, config: RunConfig, checkpoint: str) -> dict[str, Any]:
 
 def effective(state: Any) -> dict[str, Any]:
     """Return the effects of the settings on a run: schedule, groups, batches, policies."""
+    from megatron_ledom.config.batch_schedule import batch_size_at
     from megatron_ledom.config.derived import num_microbatches
     from megatron_ledom.platform.core_state import settings_of
     from megatron_ledom.training.history import RunHistory
@@ -153,7 +158,7 @@ def effective(state: Any) -> dict[str, Any]:
         "groups": groups,
         "clip_grad": [part.config.clip_grad for part in optimizer.chained_optimizers],
         "loss_scale": float(optimizer.get_loss_scale()),
-        "num_microbatches": num_microbatches(state.config, 1),
+        "num_microbatches": num_microbatches(state.config, 1, batch_size_at(state.config, SAMPLES)),
         "valid_samples": {name: len(dataset) for name, dataset in state.valid_datasets.items()},
         "policy": [policy.past.maxlen, asdict(policy.settings)],
         "skipped": sorted(RunHistory(state.config.run_dir, train.skip_iterations).skip_iterations),
@@ -177,7 +182,8 @@ def total_loss(state: Any) -> float:
     original = step.get_forward_backward_func
     step.get_forward_backward_func = lambda *_: look
     try:
-        step.run_schedule(state.config, state.model, [iter(())], state.groups, forward_only=False)
+        size = state.next_batch_size
+        step.run_schedule(state.config, state.model, [iter(())], state.groups, global_batch_size=size, forward_only=False)
     finally:
         step.get_forward_backward_func = original
     z_loss_coeff = functions[0].args[0]

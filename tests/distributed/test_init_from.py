@@ -172,7 +172,10 @@ REFUSED = {
         ["init_state=all", "parallel.use_distributed_optimizer=true"],
         "state of an ordinary optimizer, which the other kind cannot load; set parallel.use_distributed_optimizer=false, or start",
     ),
-    "no checkpoint": (["init_from={base}/checkpoints/iter_0000005"], "is not a folder; give a run folder or one of its checkpoints"),
+    "no checkpoint": (
+        ["init_from={base}/checkpoints/iter_0000005"],
+        "is not a folder; give a run folder or one of its checkpoints",
+    ),
 }
 
 

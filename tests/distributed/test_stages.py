@@ -25,7 +25,12 @@ STAGES: dict[str, list[str]] = {
         "model.rope_scaling_original_max_position=32",
     ],
 }
-COMMON = ["checkpoint.save_interval=3", "data.allow_repeats=true", "parallel.distributed_timeout_minutes=2", "train.watchdog_seconds=60"]
+COMMON = [
+    "checkpoint.save_interval=3",
+    "data.allow_repeats=true",
+    "parallel.distributed_timeout_minutes=2",
+    "train.watchdog_seconds=60",
+]
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,15 @@ def test_training_equals_plain_torch(data: TinyData, tmp_path: Path, groups: Any
     for step in range(STEPS):
         assert optimizer.param_groups[0]["lr"] == pytest.approx(plain_lr(config, step), rel=1e-12, abs=1e-15)
         expected = plain_step(config, plain, plain_adam, micro_batches(step), plain_lr(config, step))
-        found = train_step(config, model, optimizer, [iter(micro_batches(step))], groups, always_update)
+        found = train_step(
+            config,
+            model,
+            optimizer,
+            [iter(micro_batches(step))],
+            groups,
+            always_update,
+            global_batch_size=config.train.global_batch_size,
+        )
         scheduler.step(increment=1)
         assert (found.lm_loss, found.grad_norm) == pytest.approx(expected, rel=1e-5)
         norms.append(found.grad_norm)
@@ -113,6 +121,14 @@ def test_padding_rows_of_the_vocabulary_do_not_count(data: TinyData, tmp_path: P
         head[VOCAB:] = 100.0
     model = wrap_for_training(config, chunks)
     optimizer = build_optimizer(config, model, groups)
-    found = train_step(config, model, optimizer, [iter(micro_batches(0))], groups, always_update)
+    found = train_step(
+        config,
+        model,
+        optimizer,
+        [iter(micro_batches(0))],
+        groups,
+        always_update,
+        global_batch_size=config.train.global_batch_size,
+    )
     assert found.lm_loss == pytest.approx(6.9, abs=0.2)  # ln 1005
     assert (head[VOCAB:] == 100.0).all()

@@ -88,10 +88,10 @@ def test_array_ranks_the_answers_of_each_file(cluster: Cluster, tmp_path: Path) 
     assert "exists already" in (tmp_path / "1.log").read_text()
 
 
-def test_array_evaluates_each_task_in_a_folder_of_its_own(cluster: Cluster, tmp_path: Path) -> None:
+def test_array_evaluates_each_task_in_a_folder_of_its_own(cluster: Cluster, python: Path, tmp_path: Path) -> None:
     model = random_model_folder(tmp_path / "forward", "byte_level", "forward")
     variables = {"MODEL": str(model), "TASKS": "piqa,boolq", "DATA": str(write_sets(tmp_path / "sets")), **VARIABLES}
-    variables |= {"OUTPUT": str(tmp_path / "evaluated")}
+    variables |= {"OUTPUT": str(tmp_path / "evaluated"), "PYTHON": str(python)}
     options = f"--gpus-per-node=0 --cpus-per-task=1 --mem=2000M --output={tmp_path}/%a.log"
     array = cluster.run("bash", "examples/slurm/evaluate_tasks.sbatch", cwd=ROOT, SBATCH_OPTIONS=options, **variables).split()[
         -1
@@ -100,6 +100,54 @@ def test_array_evaluates_each_task_in_a_folder_of_its_own(cluster: Cluster, tmp_
     assert cluster.states(array) == ["COMPLETED", "COMPLETED"], (tmp_path / "0.log").read_text()
     for task in ("piqa", "boolq"):
         assert list(json.loads((tmp_path / "evaluated" / task / "summary.json").read_text())["tasks"]) == [task]
+
+
+def test_killed_preempted_and_repeated_evaluation_resumes(cluster: Cluster, python: Path, tmp_path: Path) -> None:
+    """One task is killed, the other is preempted by a job of higher priority; a changed record of each shows that it is kept."""
+    model, sets = random_model_folder(tmp_path / "forward", "byte_level", "forward"), write_sets(tmp_path / "sets")
+    num_items = {"boolq": 600, "openbookqa": 1200}
+    for name, num in zip(("boolq_validation", "openbookqa_test"), num_items.values(), strict=True):
+        rows = (sets / f"{name}.jsonl").read_text().splitlines()
+        (sets / f"{name}.jsonl").write_text("\n".join((rows * num)[:num]) + "\n")
+    output, options = tmp_path / "evaluated", f"--gpus-per-node=0 --cpus-per-task=1 --mem=2000M --output={tmp_path}/%a.log"
+    variables = {"MODEL": str(model), "TASKS": "boolq,openbookqa", "DATA": str(sets), "OUTPUT": str(output)}
+    variables |= {**VARIABLES, "PYTHON": str(python), "SBATCH_OPTIONS": options}
+    command = ["bash", "examples/slurm/evaluate_tasks.sbatch", "--batch-size", "1"]
+    items = {task: output / task / f"{task}.items.jsonl" for task in ("boolq", "openbookqa")}
+    array = cluster.run(*command, cwd=ROOT, **variables).split()[-1]
+    cluster.wait_until(items["boolq"].exists, explain=lambda: (tmp_path / "0.log").read_text())
+    cluster.run("scancel", "--batch", "--signal=KILL", f"{array}_0")
+    cluster.wait_until(items["openbookqa"].exists, explain=lambda: (tmp_path / "1.log").read_text())
+    (tmp_path / "urgent.sbatch").write_text("#!/bin/bash\n")
+    urgent = ["--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent.log"]
+    other = cluster.submit(tmp_path / "urgent.sbatch", options=urgent, cwd=tmp_path)
+    cluster.wait_for_end(other)
+    cluster.wait_until(lambda: cluster.states(f"{array}_1") == ["PENDING"])
+    assert all(len(path.read_text().splitlines()) < num_items[task] for task, path in items.items())
+    marked = {task: _with_a_changed_record(path) for task, path in items.items()}
+    cluster.start_again_soon(f"{array}_1")
+    cluster.wait_for_end(array)
+    assert sorted(cluster.states(array)) == ["COMPLETED", "FAILED"]
+    summarize = [python.parent / "ledom", "summarize-evaluation", str(output)]
+    assert subprocess.run(summarize, cwd=ROOT, check=False).returncode == 1
+    again = cluster.run(*command, cwd=ROOT, **variables).split()[-1]
+    cluster.wait_for_end(again)
+    assert cluster.states(again) == ["COMPLETED", "COMPLETED"], (tmp_path / "0.log").read_text()
+    assert subprocess.run(summarize, cwd=ROOT, check=False).returncode == 0
+    assert sorted(json.loads((output / "summary.json").read_text())["tasks"]) == ["boolq", "openbookqa"]
+    for task, path in items.items():
+        lines = path.read_text().splitlines(keepends=True)
+        assert (lines[0], len(lines)) == (marked[task], num_items[task])
+
+
+def _with_a_changed_record(path: Path) -> str:
+    """Change a score in the first record of an evaluation; return the new line."""
+    first, *others = path.read_text().splitlines(keepends=True)
+    assert len(others) >= 63
+    record = json.loads(first)
+    next(iter(record["scores"].values()))["logprob"][0] = -1.5
+    path.write_text("".join([json.dumps(record) + "\n", *others]))
+    return json.dumps(record) + "\n"
 
 
 def test_two_nodes_check_themselves_and_a_run_over_both(cluster: Cluster, tmp_path: Path) -> None:
@@ -116,3 +164,38 @@ def test_two_nodes_check_themselves_and_a_run_over_both(cluster: Cluster, tmp_pa
     of_a_node = {"environment": "passed", "operators": "passed"}
     assert found == {"node_0": of_a_node, "node_1": of_a_node, "nodes": {"environment": "passed", "nodes": "passed"}}
     assert reports["nodes"]["checks"][1]["numbers"]["ranks"] == 2
+
+
+NODES, TASKS = "#SBATCH --nodes=8", "#SBATCH --ntasks-per-node=8"
+SPELLINGS = [
+    ((NODES, TASKS), "--nodes=2 --ntasks-per-node=3"),
+    ((NODES, TASKS), "--nodes 2 --ntasks-per-node 3"),
+    ((NODES, TASKS), "-N 2 --ntasks-per-node=3"),
+    ((NODES, TASKS), "-N2 -n5 -t 4:00:00"),
+    ((NODES, TASKS), "-N 2 --ntasks 6 --time 1-0 -J name"),
+    ((NODES, TASKS), "--nodes=1 -N 2 --ntasks-per-node=1 --ntasks-per-node 2"),
+    (("#SBATCH -N2", "#SBATCH --ntasks-per-node 2"), ""),
+    (("#SBATCH\t-N 2", "#SBATCH  --ntasks-per-node=3"), ""),
+    (("#SBATCH --nodes 2 # -n 7", "#SBATCH -n 4"), ""),
+    (("#SBATCH -N 1", "#SBATCH --ntasks-per-node 2"), "-N2"),
+    ((NODES, TASKS), "--nodes=2 --ntasks-per-no=3"),
+    ((NODES, TASKS), "-N2 -HJx --ntasks-per-node=3"),
+]
+"""Lines in place of two directives of pretrain.sbatch, and SBATCH_OPTIONS."""
+
+
+def test_pretrain_by_hand_checks_as_many_ranks_as_slurm_starts(cluster: Cluster, tmp_path: Path) -> None:
+    """Every spelling of sbatch, in directives and options: `echo` in place of Python prints the ranks that would be checked."""
+    others = f"--hold --gpus-per-node=0 --cpus-per-task=1 --mem=100M --output={tmp_path}/log"
+    found = {}
+    for number, (lines, options) in enumerate(SPELLINGS):
+        script = tmp_path / f"{number}.sbatch"
+        text = (ROOT / "examples/slurm/pretrain.sbatch").read_text()
+        script.write_text(text.replace(NODES, lines[0]).replace(TASKS, lines[1]))
+        printed = cluster.run("bash", str(script), cwd=tmp_path, SBATCH_OPTIONS=f"{others} {options}", PYTHON="echo").split()
+        found[lines, options] = (printed[printed.index("--check") + 1], cluster.job(printed[-1])["NumTasks"])
+        cluster.run("scancel", printed[-1])
+    assert {spelling: checked for spelling, (checked, _) in found.items()} == {
+        spelling: started for spelling, (_, started) in found.items()
+    }
+    assert sorted({int(started) for _, started in found.values()}) == [4, 5, 6]

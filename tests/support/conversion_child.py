@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+from megatron_ledom.convert.average import average_checkpoints
 from megatron_ledom.convert.hf_export import export_hf
 from megatron_ledom.convert.hf_import import import_hf
 from megatron_ledom.direction import Direction
@@ -25,6 +26,8 @@ def convert(kind: str, source: str, target: str) -> None:
     """Run one conversion."""
     if kind == "export":
         export_hf(source, target, max_shard_size=60_000)
+    elif kind == "average":
+        average_checkpoints([source], target, last=2, max_shard_size=60_000)
     else:
         import_hf(source, target, direction=Direction.REVERSE, max_shard_size=60_000)
 

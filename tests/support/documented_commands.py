@@ -36,6 +36,8 @@ RUN_BY_TESTS = {
     "bash examples/slurm/convert.sbatch": SLURM_JOBS,
     "bash examples/slurm/evaluate.sbatch": SLURM_JOBS,
     "bash examples/slurm/evaluate_tasks.sbatch": SLURM_JOBS,
+    "ledom check-nodes --folders runs --json nodes.json": "tests/slurm/test_node_check.py, tests/unit/hardware_check/test_node_health.py",
+    "ledom summarize-evaluation evaluated": f"tests/unit/evaluation/test_joined_results.py, {SLURM_JOBS}",
     **dict.fromkeys(("ledom summarize-tasks data/dclm_01", "ledom summarize-tasks data/corpus"), SLURM_JOBS),
     "ledom inspect-shard data/dclm_01-*-of-00064 --verify": "tests/unit/data/shards/test_inspect_shard.py",
     "ledom merge-shards --input data/dclm_01-*-of-00064 --output-prefix data/dclm_01": "tests/unit/data/shards/test_merge_shards.py",
@@ -58,6 +60,22 @@ RUN_BY_TESTS = {
     "bash examples/slurm/check_hardware.sbatch": "tests/slurm/test_slurm_jobs.py",
     "ledom calibrate-hardware --hardware h100-sxm --output own.yaml": "tests/unit/planning/test_calibration.py",
     "ledom report-run runs/ledom_7b --plan a100-80": "tests/unit/reports/test_run_report.py",
+    **dict.fromkeys(
+        (
+            "ledom average-checkpoints --load runs/ledom_7b --last 5 --save runs/average",
+            "ledom convert-checkpoint mcore-to-hf --load runs/average --save models/average",
+            "ledom train --config runs/average/model.yaml data.train_blend=[[1.0, data/web]] train.train_iters=1000"
+            " train.global_batch_size=8",
+        ),
+        "tests/distributed/test_average_checkpoints.py",
+    ),
+    **dict.fromkeys(
+        (
+            "ledom convert-checkpoint mcore-to-hf --load runs/ledom_7b --save models/ema --weights ema",
+            "ledom average-checkpoints --load runs/ledom_7b --last 1 --weights ema --save runs/ema",
+        ),
+        "tests/distributed/test_weight_ema.py",
+    ),
     "ledom inspect-checkpoint runs/reverse --verify": "tests/unit/checkpoint/test_inspect_checkpoint.py",
     "ledom convert-checkpoint hf-to-mcore --load models/qwen3 --save runs/qwen3_reverse --direction reverse --seq-length 4096": (
         "tests/numerics/test_export.py, tests/numerics/test_conversion.py"
@@ -76,6 +94,7 @@ RUN_BY_TESTS = {
     r" --prompt-template Question: {question}\nAnswer:  --answer-template {answer} --too-long skip": (
         "tests/unit/finetune/test_prepare_pairs.py"
     ),
+    "ledom train --config ledom_7b checkpoint.mirror=s3://my-bucket/ledom_7b": "tests/distributed/test_mirror.py",
     "ledom train --config runs/scorer/model.yaml data.train_blend=[[1.0,data/pairs]] data.loss_tokens=scored"
     " data.reset_attention_mask=true data.reset_position_ids=true train.train_iters=1060 train.global_batch_size=64"
     " optimizer.lr=1e-5 optimizer.min_lr=1e-6 optimizer.lr_warmup_iters=50": "tests/distributed/test_scorer_training.py",

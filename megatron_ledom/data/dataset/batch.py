@@ -22,8 +22,9 @@ FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 class MicroBatchSampler:
     """Sample ids of each micro-batch of one data-parallel rank. It can begin at any sample, without any history.
 
-    Global batch k begins at sample k * global_batch_size. Within it, micro-batch m of rank r is the micro_batch_size samples from
-    position (m * data_parallel_size + r) * micro_batch_size.
+    A global batch begins where the one before it ends. Within it, micro-batch m of rank r is the micro_batch_size samples from
+    position (m * data_parallel_size + r) * micro_batch_size. Every global batch has whole rounds of micro-batches of all ranks, so
+    the order of the samples is the same for every size, and for a schedule of sizes.
     """
 
     def __init__(self, first: int, last: int, micro_batch_size: int, rank: int, num_ranks: int) -> None:

@@ -6,7 +6,8 @@ The engines are `TransformersEngine`, `VllmEngine` (both in this process) and `C
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -123,6 +124,16 @@ class Engine(ABC):
         tokenized as one text; a token that crosses the boundary belongs to `following`. An empty given part means the start of
         a document. include_end adds log P(eod) at the far end of the scored part. Equal pairs are computed once.
         """
+
+    @contextmanager
+    def scoring(
+        self, pairs: Sequence[tuple[str, str]], *, include_end: bool = False
+    ) -> Iterator[Callable[[], list[SpanScore]]]:
+        """Give the function that returns the result of `score`.
+
+        An engine whose model runs elsewhere starts at once, so that it can compute while the caller prepares the next work.
+        """
+        yield lambda: self.score(pairs, include_end=include_end)
 
     @abstractmethod
     def score_problem(self, pair: tuple[str, str], *, include_end: bool = False) -> str | None:

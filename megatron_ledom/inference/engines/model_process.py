@@ -114,11 +114,11 @@ class ModelProcess:
             loaded: LoadedModel = _result_of(call.receive())
         return loaded
 
-    def logprobs(self, direction: Direction, spans: list[Span]) -> list[list[float]]:
-        """Return the log-probabilities of the scored tokens of spans, as `score_spans` does."""
+    @contextmanager
+    def logprobs(self, direction: Direction, spans: list[Span]) -> Iterator[Callable[[], list[list[float]]]]:
+        """Send spans, and give the function that waits for the log-probabilities of their scored tokens, as `score_spans` returns them."""
         with self._call("score", direction, spans) as call:
-            values: list[list[float]] = _result_of(call.receive())
-        return values
+            yield lambda: _result_of(call.receive())
 
     def write_rows(
         self, direction: Direction, requests: Sequence[RowRequest], on_step: OnStep, on_end: OnEnd, is_wanted: IsWanted

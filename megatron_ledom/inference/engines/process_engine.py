@@ -1,6 +1,7 @@
 """The inference engine whose model runs in a `ModelProcess`: texts and tokenizer are here, token ids go there."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 
@@ -30,12 +31,23 @@ class ProcessEngine(RemoteEngine):
         self.rows = ProcessRows(self, process)
 
     def _logprobs(self, spans: list[Span]) -> list[list[float]]:
-        with naming_text(self.tokenizer, self.direction):
-            values = self._process.logprobs(self.direction, spans)
-        num_read = sum(len(span.tokens) for span in spans if len(span.tokens) > span.num_context)
-        with self._usage_lock:
-            self.usage.tokens += num_read
-        return values
+        with self._computing(spans) as logprobs:
+            return logprobs()
+
+    @contextmanager
+    def _computing(self, spans: list[Span]) -> Iterator[Callable[[], list[list[float]]]]:
+        """Send the spans to the process at once: it computes both directions of a batch without waiting for this process in between."""
+        with self._process.logprobs(self.direction, spans) as logprobs:
+
+            def _counted() -> list[list[float]]:
+                with naming_text(self.tokenizer, self.direction):
+                    values = logprobs()
+                num_read = sum(len(span.tokens) for span in spans if len(span.tokens) > span.num_context)
+                with self._usage_lock:
+                    self.usage.tokens += num_read
+                return values
+
+            yield _counted
 
     def _written(self, answers: list[PartialAnswer], sampling: Sampling) -> list[tuple[str, int]]:
         raise UsageError("this engine scores; `rows` writes")

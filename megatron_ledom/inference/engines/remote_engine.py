@@ -1,8 +1,10 @@
 """The common part of inference engines whose model runs elsewhere: token ids go there, log-probabilities and text come back."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 from megatron_ledom.direction import Direction
@@ -31,6 +33,9 @@ class UnrecordedReverse:
 
 
 RECORDED = UnrecordedReverse()
+KEPT_SPANS = 512
+KEPT_CHARACTERS = 1000
+"""The most characters of a pair whose span an engine keeps; with KEPT_SPANS it limits the memory to a few megabytes."""
 
 
 class RemoteEngine(Engine):
@@ -53,6 +58,7 @@ class RemoteEngine(Engine):
         self.leading_ids = self.tokenizer.leading_ids if adds_bos else []
         self.num_positions: int | None = config.get("max_position_embeddings")
         self.vocab_size: int = config["vocab_size"]
+        self._kept_span = lru_cache(KEPT_SPANS)(self._encoded)
 
     @abstractmethod
     def _logprobs(self, spans: list[Span]) -> list[list[float]]:
@@ -62,13 +68,34 @@ class RemoteEngine(Engine):
     def _written(self, answers: list[PartialAnswer], sampling: Sampling) -> list[tuple[str, int]]:
         """Continue each answer until eod or the token limit; return the new text and its number of tokens."""
 
+    @contextmanager
+    def _computing(self, spans: list[Span]) -> Iterator[Callable[[], list[list[float]]]]:
+        """Give the function that returns `_logprobs`; a subclass may begin to compute at once."""
+        yield lambda: self._logprobs(spans)
+
     def score(self, pairs: Sequence[tuple[str, str]], *, include_end: bool = False) -> list[SpanScore]:
         """See `Engine.score`."""
+        with self.scoring(pairs, include_end=include_end) as scores:
+            return scores()
+
+    @contextmanager
+    def scoring(
+        self, pairs: Sequence[tuple[str, str]], *, include_end: bool = False
+    ) -> Iterator[Callable[[], list[SpanScore]]]:
+        """See `Engine.scoring`. Without pairs, nothing is sent to the model."""
+        if not pairs:
+            yield list
+            return
         spans = [self._span(pair, include_end) for pair in pairs]
         distinct = distinct_spans(spans)
-        values = dict(zip(distinct, self._logprobs(list(distinct.values())), strict=True))
-        ordered = [values[tuple(span.tokens), span.num_context] for span in spans]
-        return [span_score(span, row, self.direction, include_end) for span, row in zip(spans, ordered, strict=True)]
+        with self._computing(list(distinct.values())) as logprobs:
+
+            def _scores() -> list[SpanScore]:
+                values = dict(zip(distinct, logprobs(), strict=True))
+                ordered = [values[tuple(span.tokens), span.num_context] for span in spans]
+                return [span_score(span, row, self.direction, include_end) for span, row in zip(spans, ordered, strict=True)]
+
+            yield _scores
 
     def score_problem(self, pair: tuple[str, str], *, include_end: bool = False) -> str | None:
         """See `Engine.score_problem`."""
@@ -92,6 +119,11 @@ class RemoteEngine(Engine):
         return [*self.leading_ids, *self.tokenizer.encode(answer.prompt + answer.text)]
 
     def _span(self, pair: tuple[str, str], include_end: bool) -> Span:
+        """Return the span of a pair. A short pair is encoded once for `score_problem` and `score`."""
+        is_short = sum(map(len, pair)) <= KEPT_CHARACTERS
+        return self._kept_span(pair, include_end) if is_short else self._encoded(pair, include_end)
+
+    def _encoded(self, pair: tuple[str, str], include_end: bool) -> Span:
         tokens, num_given = span_tokens(self.tokenizer, self.direction, pair, self.leading_ids, self.stop_ids)
         return Span([*tokens, *(self.stop_ids[:1] if include_end else [])], num_given)
 

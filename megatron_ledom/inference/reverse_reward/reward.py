@@ -203,10 +203,13 @@ def score_questions(
     kept = [pair for pair, problem in zip(pairs, skipped, strict=True) if problem is None]
     unscored = [(prompt, c.text) for prompt, c in kept if c.forward_logprob is None]
     answered = [(prompt, c.text) for prompt, c in kept if c.text]
-    forward_scores = iter(forward.score(unscored, include_end=settings.include_ends))
-    reverse_scores = iter(reverse.score(answered, include_end=settings.include_ends))
     alone = [(text, "") for _, text in answered] if settings.language_model_weight else []
-    language_model_scores = iter(reverse.score(alone))
+    with (
+        forward.scoring(unscored, include_end=settings.include_ends) as of_forward,
+        reverse.scoring(answered, include_end=settings.include_ends) as of_reverse,
+        reverse.scoring(alone) as of_language_model,
+    ):
+        forward_scores, reverse_scores, language_model_scores = map(iter, (of_forward(), of_reverse(), of_language_model()))
     scores = []
     for (prompt, candidate), problem in zip(pairs, skipped, strict=True):
         if problem is not None:

@@ -104,6 +104,7 @@ def test_throughput_by_hand(config: RunConfig, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
     config.train.global_batch_size, config.train.train_iters = 10, 12  # 320 tokens an iteration
     state: Any = SimpleNamespace(config=config, provenance=SimpleNamespace(vocab_size=1001), platform=CPU, iteration=2)
+    state.last_batch_size = config.train.global_batch_size
     run: Any = SimpleNamespace(state=state)
     throughput = Throughput()
     throughput.start(state, world_size=2)

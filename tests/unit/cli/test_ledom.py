@@ -41,7 +41,25 @@ for command in json.loads(sys.argv[1]):
     loaded = {"code": code, "modules": sorted(sys.modules), "seconds": used.ru_utime + used.ru_stime}
     print(json.dumps(loaded), file=sys.stderr)
 """
-NO_PATHS = {None, "BUDGET", "D", "I", "ID", "K", "KEY", "LINE", "M:F", "N", "NAME", "NAME,NAME", "OPTION", "RANKS", "SIZE", "T"}
+NO_PATHS = {
+    None,
+    "BUDGET",
+    "D",
+    "F",
+    "I",
+    "ID",
+    "K",
+    "KEY",
+    "LINE",
+    "M:F",
+    "N",
+    "NAME",
+    "NAME,NAME",
+    "OPTION",
+    "RANKS",
+    "SIZE",
+    "T",
+}
 NO_PATHS |= {"TEXT", "TOKEN", "TOKENS", "URL", "W", "section.key=value", "KEY=VALUE", "SOURCE=FILE", "HARDWARE"}
 
 

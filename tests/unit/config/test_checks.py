@@ -50,7 +50,18 @@ FP8_MODEL = ["model.fp8='hybrid'", "model.hidden_size=128", "model.num_attention
 GATHER = "parallel.overlap_param_gather=True"
 
 REFUSED: list[tuple[list[str], int, str]] = [
-    (["checkpoint.keep_interval=2000"], 1, "checkpoint.keep_interval=2000 without checkpoint.keep_last has no effect"),
+    (
+        ["checkpoint.mirror_keep_interval=2000", "checkpoint.mirror_keep_last=None"],
+        1,
+        "checkpoint.mirror_keep_interval=2000 without checkpoint.mirror_keep_last has no effect",
+    ),
+    (["checkpoint.mirror_keep_interval=1500"], 1, "checkpoint.mirror_keep_interval=1500 is not a multiple of"),
+    (["checkpoint.mirror=''"], 1, "checkpoint.mirror is empty"),
+    (
+        ["checkpoint.keep_interval=2000", "checkpoint.keep_last=None"],
+        1,
+        "checkpoint.keep_interval=2000 without checkpoint.keep_last has no effect",
+    ),
     (
         ["checkpoint.keep_last=2", "checkpoint.keep_interval=1500"],
         1,
@@ -58,6 +69,18 @@ REFUSED: list[tuple[list[str], int, str]] = [
         " would be written at its multiples; the next possible value is 2000",
     ),
     (["train.watchdog_seconds=600"], 1, "is above 0.9 x parallel.distributed_timeout_minutes=10"),
+    (["optimizer.muon_nesterov=True"], 1, "optimizer.muon_nesterov=True needs optimizer.optimizer=muon, found adam"),
+    (
+        ["optimizer.optimizer='muon'", "parallel.use_distributed_optimizer=True"],
+        2,
+        "parallel.use_distributed_optimizer=true splits matrices over ranks, but optimizer.optimizer=muon needs whole ones",
+    ),
+    (
+        ["optimizer.optimizer='muon'", "model.num_query_groups=1", f"{TP}=2", "model.vocab_size=256"],
+        2,
+        "optimizer.muon_split_qkv=true needs at least one key-value head per tensor-parallel rank, found"
+        " model.num_query_groups=1 for parallel.tensor_model_parallel_size=2",
+    ),
     (["logging.profile_stop=5"], 1, "needs a logging.profile_start of at most 5, found null"),
     (["logging.profile_start=6", "logging.profile_stop=5"], 1, "needs a logging.profile_start of at most 5, found 6"),
     (["logging.profile_start=101"], 1, "is after the last iteration, train.train_iters=100"),
@@ -212,6 +235,17 @@ ACCEPTED: list[tuple[list[str], int]] = [
     ([], 1),
     ([], 8),
     ([f"{TP}=2", "model.vocab_size=256"], 2),
+    (["optimizer.optimizer='muon'", "optimizer.muon_nesterov=True", f"{TP}=2", "model.vocab_size=256"], 2),
+    (
+        [
+            "optimizer.optimizer='muon'",
+            "optimizer.muon_split_qkv=False",
+            "model.num_query_groups=1",
+            f"{TP}=2",
+            "model.vocab_size=256",
+        ],
+        2,
+    ),
     (["model.hidden_size=70", "model.kv_channels=4"], 1),
     (["model.num_query_groups=6"], 1),
     (["model.num_query_groups=1", f"{TP}=2"], 2),

@@ -244,6 +244,7 @@ def test_a_published_config_has_no_path_of_the_machine_and_no_free_text(
         "train.tasks=[/scratch/somebody/task]",
         "train.task_data=/scratch/somebody/tasks",
         "logging.wandb_project=somebody",
+        "checkpoint.mirror=s3://bucket/somebody",
     ]
     assert sorted(override.partition("=")[0] for override in overrides) == sorted(text_keys())
     found = published(load(tmp_path, *overrides))

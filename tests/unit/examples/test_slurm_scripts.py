@@ -388,8 +388,8 @@ def accepted_settings(folder: Path) -> dict[str, tuple[dict[str, str], str]]:
             "--array=0-1",
         ),
         "evaluate_tasks.sbatch": (
-            {"MODEL": model, "DATA": str(folder), "TASKS": "svamp,boolq,piqa", "OUTPUT": str(folder / "evaluated")},
-            "--array=0-2",
+            {"MODEL": model, "DATA": str(folder), "TASKS": "svamp,piqa", "OUTPUT": str(folder / "evaluated"), "PYTHON": "true"},
+            "--array=0-1",
         ),
         "check_hardware.sbatch": ({"OUTPUT": str(folder / "checked")}, ""),
     }

@@ -192,6 +192,18 @@ def test_a_model_without_finite_logits_is_named_with_the_text(process: ModelProc
         engine.score(PAIRS)
 
 
+def test_scores_are_computed_from_their_start_and_read_in_any_order(process: ModelProcess, folder: Path) -> None:
+    engine = ProcessEngine(process, folder, Direction.REVERSE)
+    expected = engine.score(PAIRS[:2]), engine.score(PAIRS[2:])
+    with engine.scoring(PAIRS[:2]) as first, engine.scoring(PAIRS[2:]) as second, engine.scoring([]) as nothing:
+        with engine.scoring(PAIRS):
+            pass  # nobody reads these
+        assert second() == expected[1]
+        assert first() == expected[0]
+        process.end()
+        assert nothing() == []  # nothing was sent
+
+
 def test_a_killed_process_is_reported_at_once_and_by_each_call(process: ModelProcess, folder: Path) -> None:
     process.load(Direction.REVERSE, folder)
     lost, is_lost = [], threading.Event()
@@ -212,8 +224,8 @@ def test_all_threads_learn_how_the_process_ended() -> None:
 
         def _ask(own: ModelProcess = process, told: list[str] = told, begin: threading.Barrier = begin) -> None:
             begin.wait()
-            with pytest.raises(ModelProcessLost) as lost:
-                own.logprobs(Direction.REVERSE, [])
+            with pytest.raises(ModelProcessLost) as lost, own.logprobs(Direction.REVERSE, []) as logprobs:
+                logprobs()
             told.append(str(lost.value))
 
         threads = [threading.Thread(target=_ask) for _ in range(3)]

@@ -94,6 +94,18 @@ def test_execution_of_a_gpu_run_is_described_without_a_gpu(tmp_path: Path) -> No
     assert row(plain, "NCCL") == "defaults"
 
 
+def test_the_bytes_of_all_checkpoints_are_printed() -> None:
+    text = plan("ledom_7b", 64)
+
+    assert re.fullmatch(
+        r"104, about 101.\d+ GiB each, [\d,]+.\d GiB written over the run, .*, the newest 5 kept", row(text, "checkpoints")
+    )
+    text = plan("ledom_7b", 64, "checkpoint.keep_last=null", "checkpoint.mirror=s3://bucket/run")
+    assert row(text, "checkpoints").endswith(", all kept")
+    assert re.fullmatch(r"s3://bucket/run, the newest 3, about 40\d.\d GiB at most", row(text, "mirror"))
+    assert re.search(r"(?m)^# disk: .*; the run writes 10.\d TiB in all", text)
+
+
 def test_2b_prints_the_published_numbers() -> None:
     text = plan("ledom_2b", 64)
     assert row(text, "parameters").startswith("2.245 B")
@@ -140,7 +152,7 @@ def test_dry_run_plans_the_configured_hardware() -> None:
 def test_verdicts_are_at_the_top() -> None:
     memory, disk = plan("ledom_7b", 64, "parallel.hardware=a100-40").splitlines()[:2]
     assert re.match(r"# memory: NO: \d+\.\d of 39\.4 GiB a device of A100-SXM 40 GB on stage 0", memory)
-    assert disk.startswith("# disk: 104 more checkpoints of 101.6 GiB at one time (all are kept) need 10.3 TiB, ")
+    assert disk.startswith("# disk: 6 more checkpoints of 101.6 GiB at one time (checkpoint.keep_last=5) need 609.7 GiB, ")
     assert plan("quickstart_reverse", 1).startswith("# memory: not planned: parallel.hardware is not set\n")
 
 
@@ -183,6 +195,7 @@ def test_a_dry_run_refuses_shards_of_another_vocabulary(tmp_path: Path, monkeypa
         ([], [30, 60], 2),
         (["checkpoint.keep_last=2"], [], 3),
         (["checkpoint.keep_last=2"], [30, 60], 1),
+        (["checkpoint.keep_last=2", "checkpoint.mirror=s3://bucket/run"], [], 4),  # one is held while it is copied
         (["checkpoint.keep_last=1", "checkpoint.keep_interval=30"], [], 4),
         (["checkpoint.keep_last=1", "checkpoint.keep_interval=60"], [], 3),
     ],

@@ -4,6 +4,7 @@ import ast
 import logging
 import sys
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,15 @@ from megatron_ledom.errors import UsageError
 from megatron_ledom.platform import core_versions
 from megatron_ledom.platform.core_fixes import CORRECTIONS
 from megatron_ledom.platform.core_on_cpu import REPLACEMENTS
-from megatron_ledom.platform.core_versions import ANNOUNCED, SUPPORTED, check_core, core_text, core_version, quiet_announcements
+from megatron_ledom.platform.core_versions import (
+    ANNOUNCED,
+    SUPPORTED,
+    check_core,
+    check_muon,
+    core_text,
+    core_version,
+    quiet_announcements,
+)
 from tests.distributed.hazards import GUARDS
 from tests.support.paths import ROOT
 
@@ -74,6 +83,35 @@ def test_triton_is_required_from_0_18_on(
         UsageError, match=rf"megatron-core {version} imports the package triton without requiring it, and triton is not"
     ):
         check_core()
+
+
+@pytest.mark.parametrize(
+    ("core", "package", "message"),
+    [
+        ("0.16.1", "0.3.0", "needs megatron-core 0.19 or newer, found 0.16.1 on Python"),
+        ("0.18.0", "0.3.0", "needs megatron-core 0.19 or newer, found 0.18.0 on Python"),
+        ("0.19.2", "0.2.0", "needs the package emerging-optimizers 0.3, found 0.2: pip install 'megatron-ledom\\[muon\\]'"),
+        ("0.19.2", "0.4.0", "needs the package emerging-optimizers 0.3, found 0.4"),
+        ("0.19.2", None, "needs the package emerging-optimizers 0.3, found none"),
+        ("0.19.2", "0.3.1", None),
+    ],
+)
+def test_muon_is_refused_without_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, core: str, package: str | None, message: str | None
+) -> None:
+    found = {"megatron-core": core} | ({"emerging-optimizers": package} if package else {})
+
+    def version(name: str) -> str:
+        if name not in found:
+            raise PackageNotFoundError(name)
+        return found[name]
+
+    monkeypatch.setattr(core_versions.metadata, "version", version)
+    if message is None:
+        check_muon()
+        return
+    with pytest.raises(UsageError, match=f"optimizer.optimizer=muon {message}"):
+        check_muon()
 
 
 def test_only_announcements_of_later_versions_are_suppressed(caplog: pytest.LogCaptureFixture) -> None:

@@ -37,9 +37,12 @@ FOLDERS: dict[str, Arguments] = {
 OTHER_LOCKS = {
     "preprocess_data": "holds the lock of PREFIX.work, see test_preprocess_resume.py",
     "corpus": "holds the lock of its output folder, shared by tasks of different sources, see tests/unit/corpus/test_corpus_build.py",
+    "average_checkpoints": "holds the lock of the folder that it makes, as convert_checkpoint does",
     "convert_checkpoint": "holds the lock of the folder that it makes, see test_conversion_errors.py",
     "calibrate_hardware": "writes one file under the lock, after minutes of measuring",
     "check_hardware": "writes a report after each check under the lock of its folder, see test_runner.py",
+    "check_nodes": "writes one file under the lock, after the check",
+    "summarize_evaluation": "holds the lock of the folder that it reads, see test_joined_results.py",
     "validate_planner": "writes between marks of a document under its lock, after minutes of fitting",
 }
 WRITES_NOTHING = {"generate", "inspect_checkpoint", "plan_blend", "replay_step", "serve"}

@@ -8,16 +8,23 @@ import os
 import signal
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_ledom.config.load import load_config
+from megatron_ledom.config.load import load_config, save_config
 from megatron_ledom.errors import ConfigError, DataError, PlanError, TransientError, UsageError
 from megatron_ledom.pretrain import check_start
 from megatron_ledom.training import run_folder
-from megatron_ledom.training.run_folder import check_still_latest, check_writable, lock_run, warn_of_later_checkpoints
+from megatron_ledom.training.run_folder import (
+    as_recorded,
+    check_still_latest,
+    check_writable,
+    lock_run,
+    warn_of_later_checkpoints,
+)
 from tests.support.tiny_runs import TinyData
 
 FORK = multiprocessing.get_context("fork")
@@ -151,7 +158,7 @@ def test_a_check_refuses_a_plan_that_does_not_fit_unless_it_is_accepted(data: Ti
     settings = [f"run_dir={tmp_path}/run", "parallel.hardware=h100-sxm", "checkpoint.save_interval=1"]
     large = load_config(str(data.config), [*settings, *LARGE])
     with pytest.raises(
-        PlanError, match=r"memory: NO: [\d,.]+ of 79.1 GiB .*; disk: NO: 20 more checkpoints of 1.\d TiB"
+        PlanError, match=r"memory: NO: [\d,.]+ of 79.1 GiB .*; disk: NO: 6 more checkpoints of 1.\d TiB"
     ) as refused:
         check_start(large, 1)
     assert refused.value.exit_code == 1
@@ -159,3 +166,31 @@ def test_a_check_refuses_a_plan_that_does_not_fit_unless_it_is_accepted(data: Ti
     told = check_start(load_config(str(data.config), settings), 1).splitlines()
     assert told[0] == "1 ranks would start from iteration 0 of 20"
     assert "NO: " not in "".join(told)
+
+
+def test_a_check_refuses_muon_where_it_cannot_run(data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_ledom.platform.core_versions.core_version", lambda: (0, 16, 1))
+    monkeypatch.setattr("megatron_ledom.training.preflight.check_core", lambda: None)
+    config = load_config(str(data.config), [f"run_dir={tmp_path}/run", "optimizer.optimizer=muon"])
+    with pytest.raises(UsageError, match=r"optimizer.optimizer=muon needs megatron-core 0.19 or newer, found 0.16.1"):
+        check_start(config, 1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_kept_all_checkpoints_keeps_them_when_it_resumes_with_the_default(
+    data: TinyData, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def resumed(keep_last: str, recorded: int | None = None) -> int | None:
+        """Return checkpoint.keep_last of a run that recorded `recorded`, and resumes with an option."""
+        old = load_config(str(data.config), [f"run_dir={tmp_path}"])
+        save_config(replace(old, checkpoint=replace(old.checkpoint, keep_last=recorded)), f"{tmp_path}/config.yaml")
+        return as_recorded(load_config(str(data.config), [f"run_dir={tmp_path}", keep_last])).checkpoint.keep_last
+
+    assert resumed("checkpoint.save_interval=5") is None
+    assert "this run has kept all checkpoints" in caplog.text
+    caplog.clear()
+    assert resumed("checkpoint.keep_last=4") == 4
+    assert resumed("checkpoint.keep_last=null") is None
+    assert resumed("checkpoint.save_interval=5", recorded=5) == 5
+    assert as_recorded(load_config(str(data.config), [f"run_dir={tmp_path}/new"])).checkpoint.keep_last == 5
+    assert not caplog.text

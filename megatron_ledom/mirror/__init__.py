@@ -1,0 +1,1 @@
+"""Copies of a run's checkpoints at another address (`checkpoint.mirror`), from which a run continues on an empty machine."""
