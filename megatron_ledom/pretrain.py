@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from megatron_ledom.callbacks.task_files import check_tasks
@@ -39,7 +39,11 @@ from megatron_ledom.training.stages import (
 )
 
 if TYPE_CHECKING:
+    from megatron_ledom.data.blends.sources import Sources
+    from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer
     from megatron_ledom.training.callback import Callback
+    from megatron_ledom.training.held_out import TaskHashes
+    from megatron_ledom.training.origin import Origin
 
 log = logging.getLogger("megatron_ledom.pretrain")
 
@@ -138,6 +142,21 @@ def run_to_exit_code(
     return 0, False
 
 
+@dataclass(frozen=True, slots=True)
+class CheckedStart:
+    """A start whose config, data and checkpoint are checked. started: time.monotonic() at the start of the launch."""
+
+    config: RunConfig
+    launch: Launch
+    stop: StopRequest
+    started: float
+    sources: "Sources"
+    tokenizer: "Tokenizer | None"
+    task_hashes: "TaskHashes"
+    checkpoint: str | None
+    origin: "Origin | None"
+
+
 def run(
     config: RunConfig, launch: Launch, stop: StopRequest, callbacks: "Sequence[Callback]" = (), since: float | None = None
 ) -> bool:
@@ -146,10 +165,9 @@ def run(
     since: start of the launch, as time.monotonic(). Returns True if the last iteration is saved and no rank is to stop; the same
     on every rank.
     """
-    from megatron_ledom.data.blends.sources import describe_blend, load_run_tokenizer, load_sources
-    from megatron_ledom.training.origin import find_origin, write_chain
+    from megatron_ledom.data.blends.sources import load_run_tokenizer, load_sources
+    from megatron_ledom.training.origin import find_origin
     from megatron_ledom.training.preflight import check_environment, is_complete
-    from megatron_ledom.training.run_folder import lock_run, write_start
 
     started = time.monotonic() if since is None else since
     checkpoint = latest_checkpoint(checkpoint_folder(config))
@@ -163,8 +181,16 @@ def run(
         log.info("run_dir=%s is complete at iteration %d: %s", config.run_dir, config.train.train_iters, COMPLETE)
         copy_the_rest(config, launch)
         return True
+    return train_run(
+        CheckedStart(config, launch, stop, started, sources, tokenizer, task_hashes, checkpoint, origin), callbacks
+    )
+
+
+def train_run(start: CheckedStart, callbacks: "Sequence[Callback]" = ()) -> bool:
+    """Build and train a run whose config, data and checkpoint are checked. Returns as `run`."""
     from megatron_ledom.callbacks.build import build_callbacks
     from megatron_ledom.callbacks.mirroring import Mirroring
+    from megatron_ledom.data.blends.sources import describe_blend
     from megatron_ledom.data.dataset.blend_samples import index_cache
     from megatron_ledom.data.dataset.sample_index import prepare_indices
     from megatron_ledom.model.layer_specs import choose_layers
@@ -173,13 +199,16 @@ def run(
     from megatron_ledom.parallel.groups import start_distributed, stop_distributed, wait_for_all_ranks
     from megatron_ledom.platform.device import prepare_platform
     from megatron_ledom.training.history import write_launch
+    from megatron_ledom.training.origin import write_chain
+    from megatron_ledom.training.run_folder import lock_run, write_start
     from megatron_ledom.training.state import build_state, check_resumable
     from megatron_ledom.training.trainer import train
     from megatron_ledom.training.watchdog import Watchdog
 
+    config, launch, stop, checkpoint = start.config, start.launch, start.stop, start.checkpoint
     platform = prepare_platform(config.train.num_threads, launch)
     choice = choose_layers(config)
-    sources, changed = check_resumable(config, sources, checkpoint, origin)
+    sources, changed = check_resumable(config, start.sources, checkpoint, start.origin)
     log.info("platform: %s; layers: %s (%s)", platform.describe(), choice.implementation, choice.reason)
     log.info("%s", describe_ops(platform.device, choice.implementation))
     log.info("training data\n%s", describe_blend(config, sources))
@@ -188,12 +217,12 @@ def run(
 
     def take_run_folder() -> None:
         """Lock and check the run folder on rank 0; an error here ends all ranks."""
-        stop.deadline = find_deadline(config.train, started)
+        stop.deadline = find_deadline(config.train, start.started)
         resources.enter_context(lock_run(config.run_dir))
         check_run_folder(config, checkpoint)
-        check_held_out(config, sources, task_hashes, is_new=checkpoint is None)
-        write_chain(config, origin)
-        write_start(config, tokenizer, changed)
+        check_held_out(config, sources, start.task_hashes, is_new=checkpoint is None)
+        write_chain(config, start.origin)
+        write_start(config, start.tokenizer, changed)
         write_launch(config, launch, saved_iteration(checkpoint_folder(config)), checkpoint)
 
     groups = start_distributed(platform, config.parallel, launch, stop.name)
@@ -201,8 +230,9 @@ def run(
         with ExitStack() as resources:
             from_first_rank(take_run_folder)
             watchdog = resources.enter_context(Watchdog(config, launch))
-            state = build_state(config, sources, platform, groups, choice, checkpoint, origin)
-            train(state, stop, [*build_callbacks(state, watchdog, task_hashes), Mirroring(config, stop, resources), *callbacks])
+            state = build_state(config, sources, platform, groups, choice, checkpoint, start.origin)
+            own = [*build_callbacks(state, watchdog, start.task_hashes), Mirroring(config, stop, resources)]
+            train(state, stop, [*own, *callbacks])
             is_saved = from_first_rank(lambda: saved_iteration(checkpoint_folder(config)) == config.train.train_iters)
             is_over = is_saved and not stop.agreed(platform.device, 0.0)
             watchdog.set_activity("waiting for the last rank", patient=True)

@@ -105,11 +105,11 @@ def without_times(records: list[Record]) -> list[Record]:
 def test_a_longer_context_with_rope_scaling_starts_near_the_loss_of_the_other_run(
     data: TinyData, tmp_path: Path, base: Path
 ) -> None:
-    longer = ["data.seq_length=64", "train.train_iters=2", "data.allow_repeats=true"]
+    longer = ["data.seq_length=64", "train.train_iters=2", "optimizer.lr_warmup_iters=1", "data.allow_repeats=true"]
     yarn = ["model.rope_scaling=yarn", "model.rope_scaling_factor=2", "model.rope_scaling_original_max_position=32"]
     scratch = run_on_ranks(data.config, tmp_path / "scratch", *longer)
     extended = run_on_ranks(data.config, tmp_path / "run", *longer, *yarn, f"init_from={base}")
-    assert extended[0]["lm_loss"] < scratch[0]["lm_loss"] - 0.5
+    assert extended[0]["lm_loss"] < scratch[0]["lm_loss"] - 0.2
     assert extended[0]["consumed_train_tokens"] == 8 * 64
 
 

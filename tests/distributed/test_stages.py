@@ -64,6 +64,10 @@ class Stages:
     def progress(self) -> str:
         return run_command("--stages", str(self.file), "--progress").stdout.strip()
 
+    def num_launches(self, name: str) -> int:
+        launches = self.run(name) / "launches.jsonl"
+        return len(launches.read_text().splitlines()) if launches.exists() else 0
+
     def last_iteration(self, name: str) -> int:
         metrics = self.run(name) / "metrics.jsonl"
         return len(read_metrics(self.run(name))) if metrics.exists() else 0
@@ -134,6 +138,7 @@ def test_stops_and_kills_in_any_stage_resume_in_it(stages: Stages, by_hand: Path
     assert stages.progress() == "8 24"
     for rank in (0, 1):
         ranks = stages.start()
+        ranks.wait_until(lambda number=rank + 1: stages.num_launches("anneal") == number)
         ranks.wait_until(lambda: (stages.run("anneal") / "checkpoints/latest").exists())
         ranks.send(signal.SIGKILL, rank=rank)
         ranks.send(signal.SIGKILL, rank=1 - rank)
