@@ -195,7 +195,7 @@ def read_chain(run_dir: str) -> list[Record]:
             if record["init_state"] not in TAKEN or set(map(type, checked)) != {str} or set(map(type, numbers)) != {int}:
                 raise ValueError("a value has another type")
         return list(chain)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(
