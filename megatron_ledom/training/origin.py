@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ledom.checkpoint.folder import find_checkpoint
+from megatron_ledom.checkpoint.folder import advising_another, find_checkpoint
 from megatron_ledom.checkpoint.manifest import (
     ARCHITECTURE_KEYS,
     MANIFEST,
@@ -87,7 +87,10 @@ def find_origin(config: RunConfig, provenance: Provenance, checkpoint: str | Non
 
 def _recorded(config: RunConfig, checkpoint: str | None) -> list[Record]:
     """Return the checkpoints from which the run has started, as its own latest `checkpoint` or its folder records them."""
-    return read_chain(config.run_dir) if checkpoint is None else load_manifest(checkpoint).started_from
+    if checkpoint is None:
+        return read_chain(config.run_dir)
+    with advising_another(checkpoint):
+        return load_manifest(checkpoint).started_from
 
 
 def check_same_origin(config: RunConfig, checkpoint: str | None) -> None:
