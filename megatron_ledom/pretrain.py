@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from megatron_ledom.callbacks.task_files import check_tasks
@@ -28,9 +28,22 @@ from megatron_ledom.platform.launch import Launch, read_launch
 from megatron_ledom.platform.quiet import quiet_libraries
 from megatron_ledom.training.held_out import check_held_out
 from megatron_ledom.training.resilience import StopRequest, find_deadline
+from megatron_ledom.training.stages import (
+    Stage,
+    check_stages,
+    current_stage,
+    load_stages,
+    only_stage,
+    progress,
+    replace_process,
+)
 
 if TYPE_CHECKING:
+    from megatron_ledom.data.blends.sources import Sources
+    from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer
     from megatron_ledom.training.callback import Callback
+    from megatron_ledom.training.held_out import TaskHashes
+    from megatron_ledom.training.origin import Origin
 
 log = logging.getLogger("megatron_ledom.pretrain")
 
@@ -47,7 +60,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         epilog="Example: torchrun --nproc-per-node 8 -m megatron_ledom.pretrain --config ledom_7b train.seed=1. --dry-run prints every key with"
         " its value; docs/reference/config.md describes them.",
     )
-    add_config(parser)
+    add_config(parser, or_stages=True)
+    parser.add_argument("--stage", type=int, help=argparse.SUPPRESS)  # from the process of the stage before
+    parser.add_argument("--since", type=float, help=argparse.SUPPRESS)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="print the resolved config and every derived number, and stop")
     what.add_argument(
@@ -73,31 +88,48 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None, *, callback
     callbacks: called after those of the config, at each moment.
     """
     arguments = build_parser(prog).parse_args(argv)
-    config = load_config(arguments.config, arguments.overrides)
-    check_address(config)
-    if arguments.dry_run:
-        from megatron_ledom.planning.dry_run import dry_run
-        from megatron_ledom.planning.verdicts import refuse
-
-        described = dry_run(config, expected_world_size(config))
-        print(described.text, flush=True)
-        refuse(described.verdicts, accepted=arguments.accept_plan)
-    elif arguments.check is not None:
-        print(check_start(config, arguments.check, accept_plan=arguments.accept_plan))
-    elif arguments.progress:
-        print(saved_iteration(checkpoint_folder(config)), config.train.train_iters)
+    if arguments.stages is None:
+        stages = only_stage(load_config(arguments.config, arguments.overrides))
     else:
-        stop = StopRequest()  # first, because importing torch takes seconds
-        launch = read_launch()
-        check_config(config, launch.world_size)
-        return run_to_exit_code(config, launch, stop, callbacks)
+        stages = load_stages(arguments.stages, arguments.overrides)
+    for stage in stages:
+        check_address(stage.config)
+    if arguments.dry_run:
+        print_dry_run(stages, accept_plan=arguments.accept_plan)
+    elif arguments.check is not None:
+        print(check_start_of_stages(stages, arguments.check, accept_plan=arguments.accept_plan))
+    elif arguments.progress:
+        print(*progress(stages))
+    else:
+        return train_stages(stages, arguments.stage, arguments.since, callbacks)
     return 0
 
 
-def run_to_exit_code(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: "Sequence[Callback]" = ()) -> int:
-    """Train and return 0, or UNFORESEEN after an error that is not a user's mistake."""
+def train_stages(stages: Sequence[Stage], number: int | None, since: float | None, callbacks: "Sequence[Callback]" = ()) -> int:
+    """Train the current stage and, in a new process, the next one. Returns the exit code.
+
+    number, since: stage, and start of the launch as time.monotonic(), in the process of a further stage.
+    """
+    stop = StopRequest()  # first, because importing torch takes seconds
+    launch = read_launch()
+    since = time.monotonic() if since is None else since
+    start_logging(launch.rank)
+    check_stages(stages, launch.world_size)
+    stage = stages[number - 1] if number is not None else current_stage(stages) or stages[-1]
+    if stage.count > 1:
+        log.info("%s, run_dir=%s", stage.title, stage.config.run_dir)
+    code, is_over = run_to_exit_code(stage.config, replace(launch, port_offset=stage.number - 1), stop, callbacks, since)
+    if is_over and stage.number < stage.count:
+        replace_process(stages[stage.number], since, stop)
+    return code
+
+
+def run_to_exit_code(
+    config: RunConfig, launch: Launch, stop: StopRequest, callbacks: "Sequence[Callback]" = (), since: float | None = None
+) -> tuple[int, bool]:
+    """Train and return 0, or UNFORESEEN after an error that is not a user's mistake, and the result of `run`."""
     try:
-        run(config, launch, stop, callbacks)
+        return 0, run(config, launch, stop, callbacks, since)
     except StoppedWaiting as reason:
         log.warning("%s", reason)  # another start resumes from the same iteration
     except (LedomError, KeyboardInterrupt, SystemExit):
@@ -106,29 +138,59 @@ def run_to_exit_code(config: RunConfig, launch: Launch, stop: StopRequest, callb
         if isinstance(error, OSError) and error.errno in LASTING:
             raise  # `run_command` names the file
         log.exception("rank %d failed", launch.rank)
-        return UNFORESEEN
-    return 0
+        return UNFORESEEN, False
+    return 0, False
 
 
-def run(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: "Sequence[Callback]" = ()) -> None:
-    """Train one run in this process, as one of the launched ranks: check, lock the run folder, build, train."""
-    start_logging(launch.rank)
-    from megatron_ledom.data.blends.sources import describe_blend, load_run_tokenizer, load_sources
+@dataclass(frozen=True, slots=True)
+class CheckedStart:
+    """A start whose config, data and checkpoint are checked. started: time.monotonic() at the start of the launch."""
+
+    config: RunConfig
+    launch: Launch
+    stop: StopRequest
+    started: float
+    sources: "Sources"
+    tokenizer: "Tokenizer | None"
+    task_hashes: "TaskHashes"
+    checkpoint: str | None
+    origin: "Origin | None"
+
+
+def run(
+    config: RunConfig, launch: Launch, stop: StopRequest, callbacks: "Sequence[Callback]" = (), since: float | None = None
+) -> bool:
+    """Train one run in this process, as one of the launched ranks: check, lock the run folder, build, train.
+
+    since: start of the launch, as time.monotonic(). Returns True if the last iteration is saved and no rank is to stop; the same
+    on every rank.
+    """
+    from megatron_ledom.data.blends.sources import load_run_tokenizer, load_sources
+    from megatron_ledom.training.origin import find_origin
     from megatron_ledom.training.preflight import check_environment, is_complete
-    from megatron_ledom.training.run_folder import lock_run, write_start
 
-    started, checkpoint = time.monotonic(), latest_checkpoint(checkpoint_folder(config))
+    started = time.monotonic() if since is None else since
+    checkpoint = latest_checkpoint(checkpoint_folder(config))
     check_environment(config)  # every cheap check before torch starts anything
     sources = load_sources(config)
     tokenizer = load_run_tokenizer(config, sources)
     task_hashes = check_tasks(config, tokenizer is not None)
     config, checkpoint = run_to_resume(config, checkpoint, launch, stop)
+    origin = find_origin(config, sources.provenance, checkpoint)
     if is_complete(config, sources, checkpoint):
         log.info("run_dir=%s is complete at iteration %d: %s", config.run_dir, config.train.train_iters, COMPLETE)
         copy_the_rest(config, launch)
-        return
+        return True
+    return train_run(
+        CheckedStart(config, launch, stop, started, sources, tokenizer, task_hashes, checkpoint, origin), callbacks
+    )
+
+
+def train_run(start: CheckedStart, callbacks: "Sequence[Callback]" = ()) -> bool:
+    """Build and train a run whose config, data and checkpoint are checked. Returns as `run`."""
     from megatron_ledom.callbacks.build import build_callbacks
     from megatron_ledom.callbacks.mirroring import Mirroring
+    from megatron_ledom.data.blends.sources import describe_blend
     from megatron_ledom.data.dataset.blend_samples import index_cache
     from megatron_ledom.data.dataset.sample_index import prepare_indices
     from megatron_ledom.model.layer_specs import choose_layers
@@ -137,13 +199,16 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: "Sequen
     from megatron_ledom.parallel.groups import start_distributed, stop_distributed, wait_for_all_ranks
     from megatron_ledom.platform.device import prepare_platform
     from megatron_ledom.training.history import write_launch
+    from megatron_ledom.training.origin import write_chain
+    from megatron_ledom.training.run_folder import lock_run, write_start
     from megatron_ledom.training.state import build_state, check_resumable
     from megatron_ledom.training.trainer import train
     from megatron_ledom.training.watchdog import Watchdog
 
+    config, launch, stop, checkpoint = start.config, start.launch, start.stop, start.checkpoint
     platform = prepare_platform(config.train.num_threads, launch)
     choice = choose_layers(config)
-    sources, changed = check_resumable(config, sources, checkpoint)
+    sources, changed = check_resumable(config, start.sources, checkpoint, start.origin)
     log.info("platform: %s; layers: %s (%s)", platform.describe(), choice.implementation, choice.reason)
     log.info("%s", describe_ops(platform.device, choice.implementation))
     log.info("training data\n%s", describe_blend(config, sources))
@@ -152,11 +217,12 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: "Sequen
 
     def take_run_folder() -> None:
         """Lock and check the run folder on rank 0; an error here ends all ranks."""
-        stop.deadline = find_deadline(config.train, started)
+        stop.deadline = find_deadline(config.train, start.started)
         resources.enter_context(lock_run(config.run_dir))
         check_run_folder(config, checkpoint)
-        check_held_out(config, sources, task_hashes, is_new=checkpoint is None)
-        write_start(config, tokenizer, changed)
+        check_held_out(config, sources, start.task_hashes, is_new=checkpoint is None)
+        write_chain(config, start.origin)
+        write_start(config, start.tokenizer, changed)
         write_launch(config, launch, saved_iteration(checkpoint_folder(config)), checkpoint)
 
     groups = start_distributed(platform, config.parallel, launch, stop.name)
@@ -164,10 +230,14 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: "Sequen
         with ExitStack() as resources:
             from_first_rank(take_run_folder)
             watchdog = resources.enter_context(Watchdog(config, launch))
-            state = build_state(config, sources, platform, groups, choice, checkpoint)
-            train(state, stop, [*build_callbacks(state, watchdog, task_hashes), Mirroring(config, stop, resources), *callbacks])
+            state = build_state(config, sources, platform, groups, choice, checkpoint, start.origin)
+            own = [*build_callbacks(state, watchdog, start.task_hashes), Mirroring(config, stop, resources)]
+            train(state, stop, [*own, *callbacks])
+            is_saved = from_first_rank(lambda: saved_iteration(checkpoint_folder(config)) == config.train.train_iters)
+            is_over = is_saved and not stop.agreed(platform.device, 0.0)
             watchdog.set_activity("waiting for the last rank", patient=True)
             wait_for_all_ranks()  # rank 0 closes last; srun kills the rest a minute after the first rank ends
+            return is_over
     finally:
         stop_distributed()
 
@@ -195,11 +265,12 @@ def check_run_folder(config: RunConfig, checkpoint: str | None) -> None:
     """Refuse a run folder or a mirror that do not fit the checkpoint. Call it on the first rank, with the lock of the run."""
     from megatron_ledom.mirror.contents import check_mirror
     from megatron_ledom.training.history import check_history
+    from megatron_ledom.training.origin import first_iteration
     from megatron_ledom.training.run_folder import check_still_latest, warn_of_later_checkpoints
 
     settle_latest(checkpoint_folder(config))
     check_still_latest(config, checkpoint)
-    check_history(config, checkpoint)
+    check_history(config, checkpoint, first_iteration(config))
     warn_of_later_checkpoints(config, checkpoint)
     check_mirror(config, may_adopt=checkpoint is None)
 
@@ -231,14 +302,46 @@ def start_logging(rank: int) -> None:
     quiet_libraries()  # a line of the log lists the installed versions
 
 
-def check_start(config: RunConfig, num_ranks: int, *, accept_plan: bool = False) -> str:
+def print_dry_run(stages: Sequence[Stage], *, accept_plan: bool) -> None:
+    """Print the resolved config and every derived number of each stage. Raises PlanError, as `refuse`, after all of them."""
+    from megatron_ledom.planning.dry_run import dry_run
+    from megatron_ledom.planning.verdicts import refuse
+
+    verdicts = []
+    for stage in stages:
+        described = dry_run(stage.config, expected_world_size(stage.config))
+        verdicts += described.verdicts
+        print((f"# {stage.title}\n" if stage.count > 1 else "") + described.text, flush=True)
+    check_stages(stages, expected_world_size(stages[0].config))
+    refuse(verdicts, accepted=accept_plan)
+
+
+def check_start_of_stages(stages: Sequence[Stage], num_ranks: int, *, accept_plan: bool = False) -> str:
+    """Check the start of each stage, as `check_start`. Returns its lines, each part under the title of its stage."""
+    check_stages(stages, num_ranks)
+    if len(stages) == 1:
+        return check_start(stages[0].config, num_ranks, accept_plan=accept_plan)
+    current = current_stage(stages)
+    lines = []
+    for stage in stages:
+        is_later = current is not None and stage.number > current.number
+        is_past = current is None or stage.number < current.number
+        lines.append(f"{stage.title}: {'complete' if is_past else 'to come' if is_later else 'next'}")
+        if not is_past:
+            lines.append(check_start(stage.config, num_ranks, accept_plan=accept_plan, is_later=is_later))
+    return "\n".join(lines)
+
+
+def check_start(config: RunConfig, num_ranks: int, *, accept_plan: bool = False, is_later: bool = False) -> str:
     """Check a start on `num_ranks` ranks, without a GPU. Returns a line about the start and one for each verdict.
 
-    Raises PlanError if memory or disk space is too small, unless `accept_plan` is set.
+    is_later: the checkpoint to start from does not exist yet. Raises PlanError if memory or disk space is too small, unless
+    `accept_plan` is set.
     """
     from megatron_ledom.data.blends.sources import load_run_tokenizer, load_sources
     from megatron_ledom.planning.verdicts import disk_verdict, memory_verdict, plan_of_config, refuse
     from megatron_ledom.training.history import check_history
+    from megatron_ledom.training.origin import find_origin, first_iteration
     from megatron_ledom.training.preflight import check_environment, is_complete
     from megatron_ledom.training.run_folder import as_recorded
 
@@ -248,18 +351,22 @@ def check_start(config: RunConfig, num_ranks: int, *, accept_plan: bool = False)
     sources = load_sources(config)
     check_tasks(config, load_run_tokenizer(config, sources) is not None)
     checkpoint = latest_checkpoint(checkpoint_folder(config))
-    check_history(config, checkpoint)
+    check_history(config, checkpoint, first_iteration(config))
+    origin = None if is_later else find_origin(config, sources.provenance, checkpoint)
     if is_complete(config, sources, checkpoint):
         return f"the run is complete at iteration {config.train.train_iters}: {COMPLETE}"
     iteration = saved_iteration(checkpoint_folder(config))
-    if iteration > 0:
+    if iteration > 0 or origin is not None:
         from megatron_ledom.training.state import check_resumable
 
-        check_resumable(config, sources, checkpoint)
+        check_resumable(config, sources, checkpoint, origin)
     model = replace(config.model, vocab_size=sources.provenance.vocab_size)
     verdicts = [memory_verdict(config, plan_of_config(config, num_ranks, model)), disk_verdict(config, model)]
     refuse(verdicts, accepted=accept_plan)
     start = f"{num_ranks} ranks would start from iteration {iteration} of {config.train.train_iters}"
+    if origin is not None:
+        begin = origin.manifest.iteration if origin.state == "all" else 0
+        start = f"{num_ranks} ranks would start at iteration {begin} of {config.train.train_iters} with {origin.describe()}"
     if checkpoint is None and config.checkpoint.mirror is not None:
         start += f", or from the newest checkpoint in {config.checkpoint.mirror}, which the start asks"
     return "\n".join([start, *(verdict.line() for verdict in verdicts)])

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -50,6 +51,8 @@ ARCHITECTURE_KEYS = (
     "params_dtype",
 )
 """Keys of `model` that must be the same in a checkpoint and in the run that loads it."""
+ROTARY_KEYS = tuple(key for key in ARCHITECTURE_KEYS if key.startswith(("rotary_", "rope_")))
+"""Those that a run may change when it starts from the weights of another run, because no weight depends on them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,11 +76,19 @@ class CheckpointManifest:
     """True for imported and averaged weights, which have no optimizer state."""
     average: dict[str, Any] | None = None
     """For averaged weights: the method, and iteration, share and manifest hash of each checkpoint (see `convert.average`)."""
+    started_from: list[dict[str, Any]] = field(default_factory=list)
+    """The checkpoints of other runs that this run started from by `init_from`, the oldest first (see training/origin.py)."""
     format_version: int = FORMAT_VERSION
 
     @classmethod
     def describe(
-        cls, config: RunConfig, provenance: Provenance, train_shards: list[list[Any]], world_size: int, **position: int
+        cls,
+        config: RunConfig,
+        provenance: Provenance,
+        train_shards: list[list[Any]],
+        world_size: int,
+        started_from: Sequence[dict[str, Any]] = (),
+        **position: int,
     ) -> "CheckpointManifest":
         """Return the manifest of the current state of a run, without the files."""
         return cls(
@@ -90,6 +101,7 @@ class CheckpointManifest:
             world_size=world_size,
             package_version=megatron_ledom.__version__,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            started_from=list(started_from),
         )
 
     @property
@@ -126,6 +138,7 @@ def load_manifest(folder: str) -> CheckpointManifest:
             f"{path} was changed after it was written: its sha256 differs; the checkpoint is damaged, use an earlier one"
         )
     values.setdefault("weights_only", False)  # older checkpoints were never weights only
+    values.setdefault("started_from", [])
     values.setdefault("average", None)
     provenance = Provenance.from_dict(values, path)
     names = [name for name in CheckpointManifest.__dataclass_fields__ if name != "provenance"]
@@ -167,25 +180,32 @@ def _hash(values: dict[str, Any]) -> str:
 
 def check_fits(manifest: CheckpointManifest, config: RunConfig, provenance: Provenance, where: str) -> None:
     """Raise MismatchError if architecture, optimizer, direction or tokenizer of the checkpoint differ from those of the run."""
-    trained = manifest.run_config(where)
-    if different := other_architecture(trained.model, config.model):
-        raise MismatchError(
-            f"{where} has another architecture: {'; '.join(different)}; use its values, or another run_dir for a new run"
-        )
-    if trained.optimizer.optimizer != config.optimizer.optimizer and not manifest.weights_only:
+    trained, otherwise = manifest.run_config(where), "another run_dir for a new run"
+    check_architecture(trained, config, where, ARCHITECTURE_KEYS, otherwise)
+    if not manifest.weights_only:
+        check_optimizer_kind(trained, config, where, f"{otherwise}, which may begin with these weights")
+    manifest.provenance.check_same(provenance, f"the checkpoint {where}", "this run's data")
+
+
+def check_architecture(trained: RunConfig, config: RunConfig, where: str, keys: Sequence[str], otherwise: str) -> None:
+    """Raise MismatchError if one of these keys of `model` differs. `otherwise` is what a user can use in place of its value."""
+    if different := other_architecture(trained.model, config.model, keys):
+        raise MismatchError(f"{where} has another architecture: {'; '.join(different)}; use its values, or {otherwise}")
+
+
+def check_optimizer_kind(trained: RunConfig, config: RunConfig, where: str, otherwise: str) -> None:
+    """Raise MismatchError if the run has not the kind of optimizer whose state the checkpoint has."""
+    if trained.optimizer.optimizer != config.optimizer.optimizer:
         raise MismatchError(
             f"{where} has the state of optimizer.optimizer={trained.optimizer.optimizer}, which {config.optimizer.optimizer} cannot"
-            f" load; set optimizer.optimizer={trained.optimizer.optimizer}, or another run_dir for a new run, which may begin with"
-            " these weights"
+            f" load; set optimizer.optimizer={trained.optimizer.optimizer}, or {otherwise}"
         )
     is_distributed = trained.parallel.use_distributed_optimizer
-    if is_distributed != config.parallel.use_distributed_optimizer and not manifest.weights_only:
+    if is_distributed != config.parallel.use_distributed_optimizer:
         raise MismatchError(
             f"{where} has the state of {'a distributed' if is_distributed else 'an ordinary'} optimizer, which the other kind"
-            f" cannot load; set parallel.use_distributed_optimizer={str(is_distributed).lower()}, or another run_dir for a new"
-            " run"
+            f" cannot load; set parallel.use_distributed_optimizer={str(is_distributed).lower()}, or {otherwise}"
         )
-    manifest.provenance.check_same(provenance, f"the checkpoint {where}", "this run's data")
 
 
 def check_same_samples(manifest: CheckpointManifest, config: RunConfig, train_shards: list[list[Any]], where: str) -> list[str]:
@@ -267,14 +287,10 @@ def _changed_shards(old: list[list[Any]], new: list[list[Any]]) -> list[str]:
     return [f"data.train_blend: the shard {other[-1]}, in place of {one[-1]}: {', '.join(kinds)}{more}"]
 
 
-def other_architecture(stored: ModelConfig, wanted: ModelConfig) -> list[str]:
-    """Return a text for each key of the architecture in which a checkpoint differs from the wanted model."""
+def other_architecture(stored: ModelConfig, wanted: ModelConfig, keys: Sequence[str] = ARCHITECTURE_KEYS) -> list[str]:
+    """Return a text for each of these keys of the architecture in which a checkpoint differs from the wanted model."""
     found, expected = _architecture(stored), _architecture(wanted)
-    return [
-        f"model.{key}={expected[key]} but the checkpoint has {found[key]}"
-        for key in ARCHITECTURE_KEYS
-        if found[key] != expected[key]
-    ]
+    return [f"model.{key}={expected[key]} but the checkpoint has {found[key]}" for key in keys if found[key] != expected[key]]
 
 
 def _architecture(model: ModelConfig) -> dict[str, Any]:

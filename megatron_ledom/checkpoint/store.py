@@ -110,13 +110,39 @@ class CheckpointStore:
         The optimizer gets its moments and number of updates from the checkpoint and keeps its own settings.
         """
         with advising_another(checkpoint):
-            self._load(checkpoint, model, optimizer, scheduler, ema)
+            self._load(checkpoint, model, optimizer, scheduler, ema, verify=self.settings.verify_on_load)
 
-    def _load(self, checkpoint: str, model: list[Any], optimizer: Any, scheduler: Any, ema: WeightEma | None) -> None:
+    def start_from(
+        self,
+        checkpoint: str,
+        model: list[Any],
+        optimizer: Any,
+        scheduler: Any,
+        ema: WeightEma | None,
+        *,
+        only_weights: bool,
+    ) -> None:
+        """Fill the model and, without `only_weights`, optimizer, scheduler and `ema` from the checkpoint of another run.
+
+        The sha256 of every file is compared, whatever `checkpoint.verify_on_load` is.
+        """
+        self._load(checkpoint, model, optimizer, scheduler, ema, verify=True, only_weights=only_weights)
+
+    def _load(
+        self,
+        checkpoint: str,
+        model: list[Any],
+        optimizer: Any,
+        scheduler: Any,
+        ema: WeightEma | None,
+        *,
+        verify: bool,
+        only_weights: bool = False,
+    ) -> None:
         manifest = self.load_manifest(checkpoint)
-        if self.settings.verify_on_load:
+        if verify:
             _check_content(checkpoint, manifest)
-        if manifest.weights_only:
+        if manifest.weights_only or only_weights:
             load_weights(checkpoint, model, self.metadata)
             optimizer.reload_model_params()  # its fp32 copies
             if any(name.startswith(f"{MAIN}.") for name in stored_tensors.tensors_of(checkpoint)):

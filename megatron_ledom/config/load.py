@@ -24,6 +24,8 @@ from megatron_ledom.errors import ConfigError
 from megatron_ledom.storage.files import write_whole
 
 REQUIRED_SECTIONS = ("model", "train")
+SINGLE_KEYS = ("run_dir", "init_from", "init_state")
+"""Keys of RunConfig that are not sections."""
 _ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
 
 
@@ -55,7 +57,7 @@ def config_from_dict(values: dict[str, Any], where: str) -> RunConfig:
     sections = {str(key): value for key, value in values.items()}
     for section in REQUIRED_SECTIONS:
         sections.setdefault(section, {})
-    prepared = {key: {} if value is None and key != "run_dir" else value for key, value in sections.items()}
+    prepared = {key: {} if value is None and key not in SINGLE_KEYS else value for key, value in sections.items()}
     try:
         return _ADAPTER.validate_json(json.dumps(whole_numbers(prepared)), strict=True)
     except ValidationError as error:
@@ -141,7 +143,7 @@ def whole_numbers(value: Any) -> Any:
     return value
 
 
-NAMED = ("run_dir", "data.tokenizer", "data.train_blend", "data.valid_blend", "data.valid_sets", "data.test_sets")
+NAMED = ("run_dir", "init_from", "data.tokenizer", "data.train_blend", "data.valid_blend", "data.valid_sets", "data.test_sets")
 """Keys with paths whose last part describes the model."""
 
 
@@ -158,7 +160,7 @@ def published(config: RunConfig) -> dict[str, Any]:
 def text_keys() -> Iterator[str]:
     """Yield every key whose value can be a text of the user, as `section.key`."""
     for section, kind in get_type_hints(RunConfig).items():
-        if kind is str:
+        if section in SINGLE_KEYS and _accepts_text(kind):
             yield section
         elif dataclasses.is_dataclass(kind):
             hints = get_type_hints(kind)

@@ -412,6 +412,12 @@ class RunConfig:
     run_dir: str
     """Folder of the run, with config.yaml, metrics.jsonl, tensorboard/ and checkpoints/. If it contains a run, that run
     resumes."""
+    init_from: str | None = None
+    """Run folder, or one of its checkpoints, with whose weights a new run starts; of a run folder, the latest checkpoint.
+    The run resumes from its own checkpoints as soon as it has one. Default: random initial weights."""
+    init_state: Literal["weights", "optimizer", "all"] = "weights"
+    """State to take from init_from. weights: the weights; optimizer: also moments, fp32 weights and number of updates of
+    the optimizer; all: also the position in data and schedule, so that the run continues the other one's iterations."""
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

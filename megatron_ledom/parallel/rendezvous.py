@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_ledom.errors import StoppedWaiting, TransientError
-from megatron_ledom.platform.launch import Launch
+from megatron_ledom.platform.launch import Launch, torchrun_has_store
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Rendezvous:
         self.end = time.monotonic() + timeout.total_seconds()
         self.first_noticed: float | None = None
         """Time at which a signal was first noticed."""
-        self.is_host = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+        self.is_host = launch.rank == 0 and not torchrun_has_store()
         """True if this rank has the store; otherwise rank 0 or torchrun's agent has it."""
 
     def store(self) -> Any:

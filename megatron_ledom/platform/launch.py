@@ -35,13 +35,23 @@ class Launch:
     """Number of ranks on this node."""
     init_method: str | None
     """Rendezvous address for torch.distributed; None for a single rank."""
+    port_offset: int = 0
+    """Added to the port if rank 0 has the store: process groups that follow each other in one launch need different ports,
+    because the last store may still be closing."""
 
     def address(self) -> tuple[str, int]:
         """Return host and port of the store, which rank 0 or torchrun runs for the ranks."""
         if self.init_method == "env://":
-            return _rendezvous_address(os.environ)
-        parts = urlsplit(self.init_method or "")
-        return str(parts.hostname), int(parts.port or 0)
+            host, port = _rendezvous_address(os.environ)
+        else:
+            parts = urlsplit(self.init_method or "")
+            host, port = str(parts.hostname), int(parts.port or 0)
+        return host, port if torchrun_has_store() else port + self.port_offset
+
+
+def torchrun_has_store() -> bool:
+    """Return True if torchrun's agent runs the store, which stays for process groups that follow each other."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
 
 
 ALONE = Launch(rank=0, world_size=1, local_rank=0, local_world_size=1, init_method=None)

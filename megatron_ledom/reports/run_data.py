@@ -11,6 +11,7 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import UsageError
 from megatron_ledom.storage.records import METRICS, iteration_of, read_records
+from megatron_ledom.training.origin import read_chain, tokens_before
 
 MOST = 2**63
 """Limit of an integer in a record; it still converts to a float."""
@@ -29,6 +30,8 @@ class RunData:
     """The name of its folder, with as many parent folders as distinguish it from the other runs."""
     config: RunConfig
     records: list[Record]
+    earlier_tokens: int = 0
+    """Training tokens of the runs from which it started by `init_from`."""
 
     @property
     def direction(self) -> str:
@@ -36,20 +39,20 @@ class RunData:
         return str(self.config.data.direction)
 
     def points(self, key: str) -> Series:
-        """Return the training tokens and the finite values of a key."""
-        found = [(record["consumed_train_tokens"], record.get(key)) for record in self.records]
+        """Return the training tokens, with those of earlier runs, and the finite values of a key."""
+        found = [(self.earlier_tokens + record["consumed_train_tokens"], record.get(key)) for record in self.records]
         usable = [(x, y) for x, y in found if y is not None and math.isfinite(y)]
         return [x for x, _ in usable], [y for _, y in usable]
 
     def validations(self) -> dict[str, Series]:
-        """Return the training tokens and the finite losses of each validation set."""
+        """Return the training tokens, with those of earlier runs, and the finite losses of each validation set."""
         series: dict[str, Series] = {}
         for record in self.records:
             for name, found in record.get("validation", {}).items():
                 if found["lm_loss"] is None or not math.isfinite(found["lm_loss"]):
                     continue
                 tokens, losses = series.setdefault(name, ([], []))
-                tokens.append(record["consumed_train_tokens"])
+                tokens.append(self.earlier_tokens + record["consumed_train_tokens"])
                 losses.append(found["lm_loss"])
         return series
 
@@ -64,7 +67,7 @@ def load_runs(folders: list[str]) -> list[RunData]:
         records = read_records(metrics, checked_record)
         if not records:
             raise UsageError(f"{metrics} has no record yet; wait for logging.log_interval iterations")
-        runs.append(RunData(name, load_config(config_file), records))
+        runs.append(RunData(name, load_config(config_file), records, tokens_before(read_chain(folder))))
     return runs
 
 

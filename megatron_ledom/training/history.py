@@ -278,10 +278,10 @@ def load_skipped_iterations(run_dir: str) -> SkippedIterations:
         ) from error
 
 
-def check_history(config: RunConfig, checkpoint: str | None) -> None:
+def check_history(config: RunConfig, checkpoint: str | None, first_iteration: int = 0) -> None:
     """Refuse a run folder whose history is damaged, or whose checkpoints are gone. Call on one rank.
 
-    `checkpoint` is the one to resume from, or None to start from scratch. Raises DataError for a damaged file, and if
+    `checkpoint` is the one to resume from, or None to start, at `first_iteration`. Raises DataError for a damaged file, and if
     `checkpoint` is None although the run had checkpoints.
     """
     run_dir = config.run_dir
@@ -296,7 +296,7 @@ def check_history(config: RunConfig, checkpoint: str | None) -> None:
     intervals = [launch.get("config", {}).get("checkpoint", {}).get("save_interval", 0) for launch in launches]
     had_some = saved or any(launch.get("from_iteration", 0) > 0 or launch.get("from_checkpoint") for launch in launches)
     # runs of versions without `saves.jsonl`: their second save waited for the first
-    if had_some or last > 2 * max([*intervals, config.checkpoint.save_interval]):
+    if had_some or last - first_iteration > 2 * max([*intervals, config.checkpoint.save_interval]):
         raise DataError(
             f"{run_dir} is the folder of a run that reached iteration {last} and had checkpoints, but {run_dir}/checkpoints has none:"
             " restore them (is their disk mounted?), or set another run_dir for a new run"

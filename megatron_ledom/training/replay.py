@@ -39,6 +39,7 @@ from megatron_ledom.platform.launch import Launch, read_launch
 from megatron_ledom.storage.records import LAUNCHES, Record
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.training.history import load_skipped_iterations, read_bad_steps, read_launches, read_steps
+from megatron_ledom.training.origin import find_origin, first_iteration
 from megatron_ledom.training.state import TrainState, build_state, check_resumable
 from megatron_ledom.training.step_policy import Action, StepPolicy, StepResult, Verdict
 from megatron_ledom.training.trainer import compute_step, open_batches, run_iteration
@@ -159,7 +160,7 @@ def last_checkpoint_before(config: RunConfig, iteration: int) -> str | None:
 
 def _check_length(config: RunConfig, checkpoint: str | None, iteration: int, allow_long: bool) -> str:
     """Return one line about the length of the replay. Raises UsageError if it exceeds the interval between checkpoints."""
-    start = 0 if checkpoint is None else load_manifest(checkpoint).iteration
+    start = first_iteration(config) if checkpoint is None else load_manifest(checkpoint).iteration
     steps, usual = iteration - start, config.checkpoint.save_interval
     begins = f"from {checkpoint or 'the initial weights'}, iteration {start}"
     if steps > usual and not allow_long:
@@ -193,11 +194,13 @@ def _sample_index(config: RunConfig, sources: Sources, launch: Launch) -> Iterat
 def _replay(launch: Launch, recorded: RecordedStep, checkpoint: str | None, iteration: int, show: int) -> int:
     config = recorded.config
     platform = prepare_platform(config.train.num_threads, launch)
-    sources, _ = check_resumable(config, load_sources(config), checkpoint)
+    sources = load_sources(config)
+    origin = find_origin(config, sources.provenance, None) if checkpoint is None else None
+    sources, _ = check_resumable(config, sources, checkpoint, origin)
     groups = start_distributed(platform, config.parallel, launch)
     try:
         with _sample_index(config, sources, launch):
-            state = build_state(config, sources, platform, groups, choose_layers(config), checkpoint)
+            state = build_state(config, sources, platform, groups, choose_layers(config), checkpoint, origin)
             return _compare(state, recorded, iteration, show)
     finally:
         stop_distributed()

@@ -35,6 +35,7 @@ class StopRequest:
         self.exits_at_once = False
         for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the process of the last stage blocks them
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)

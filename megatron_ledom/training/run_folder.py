@@ -97,16 +97,23 @@ def as_recorded(config: RunConfig) -> RunConfig:
     before `write_start`.
     """
     path, default = os.path.join(config.run_dir, RECORDED), CheckpointConfig().keep_last
-    if config.checkpoint.keep_last != default or not os.path.exists(path):
+    if config.checkpoint.keep_last != default or not os.path.isfile(path):
         return config
-    if load_config(path).checkpoint.keep_last is not None:
-        return config
+    kept_all = replace(config, checkpoint=replace(config.checkpoint, keep_last=None))
+    try:
+        if load_config(path).checkpoint.keep_last is not None:
+            return config
+    except ConfigError as error:
+        log.warning(
+            "the run may have kept all checkpoints, so all are kept further: %s. Set checkpoint.keep_last to choose", error
+        )
+        return kept_all
     log.warning(
         "this run has kept all checkpoints (checkpoint.keep_last=null in %s), and %d is only the default: all are kept further. Set"
         " checkpoint.keep_last=null to confirm it. To delete the older ones, set another number, or write keep_last: %d into that file",
         *(path, default, default),
     )
-    return replace(config, checkpoint=replace(config.checkpoint, keep_last=None))
+    return kept_all
 
 
 def write_start(config: RunConfig, tokenizer: Tokenizer | None, changed: list[str]) -> None:

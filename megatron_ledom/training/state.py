@@ -1,7 +1,7 @@
 """The state of a run: model, optimizer, schedule, data and position, built once from the config."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
@@ -29,7 +29,9 @@ from megatron_ledom.parallel.groups import ParallelGroups, seed_iteration
 from megatron_ledom.platform.device import Platform
 from megatron_ledom.provenance import Provenance
 from megatron_ledom.storage.jobs import differences
+from megatron_ledom.storage.records import Record
 from megatron_ledom.training.optimizer import build_optimizer, build_scheduler
+from megatron_ledom.training.origin import Origin
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +62,8 @@ class TrainState:
     """Number of iterations done, with or without an update."""
     consumed_train_samples: int = 0
     consumed_train_tokens: int = 0
+    started_from: list[Record] = field(default_factory=list)
+    """The checkpoints of other runs that this run started from, the oldest first."""
     last_batch_size: int = 0
     """Samples of the iteration that `advance` counted last; 0 before the first one of this launch."""
 
@@ -77,17 +81,22 @@ class TrainState:
         self.consumed_train_tokens += self.last_batch_size * self.config.data.seq_length
 
 
-def check_resumable(config: RunConfig, sources: Sources, checkpoint: str | None) -> tuple[Sources, list[str]]:
-    """Refuse a checkpoint of another run before anything is changed; None means that the run starts from scratch.
+def check_resumable(
+    config: RunConfig, sources: Sources, checkpoint: str | None, origin: Origin | None = None
+) -> tuple[Sources, list[str]]:
+    """Refuse a checkpoint of another run before anything is changed; None means that the run starts from scratch or `origin`.
 
     Returns the sources, with the samples that the run will have drawn at its end, and the changes of the training data since
     the checkpoint that data.allow_changed_data accepted.
     """
-    if checkpoint is None:
+    if checkpoint is None and origin is not None and origin.state == "all":
+        checkpoint, manifest = origin.checkpoint, origin.manifest
+    elif checkpoint is None:
         return sources, []
-    with advising_another(checkpoint):
-        manifest = check_sizes(checkpoint)
-    check_fits(manifest, config, sources.provenance, checkpoint)
+    else:
+        with advising_another(checkpoint):
+            manifest = check_sizes(checkpoint)
+        check_fits(manifest, config, sources.provenance, checkpoint)
     changed = check_same_samples(manifest, config, sources.train_shards(), checkpoint)
     return sources.of_samples(config, samples_at_end(manifest, config)), changed
 
@@ -99,12 +108,15 @@ def build_state(
     groups: ParallelGroups,
     choice: LayerChoice,
     checkpoint: str | None,
+    origin: Origin | None = None,
 ) -> TrainState:
     """Build model, optimizer, schedule and data; then load a checkpoint of this run, or start from scratch with None.
 
-    Call `check_resumable` and `prepare_indices` first. Raises RuntimeError if the ranks found different checkpoints.
+    origin: the checkpoint of another run to start from, if there is none of this run. Call `check_resumable` and
+    `prepare_indices` first. Raises RuntimeError if the ranks found different checkpoints.
     """
     check_same("the checkpoint to resume from", checkpoint, OTHER_CHECKPOINT)
+    check_same("the checkpoint of init_from", origin and origin.chain, OTHER_CHECKPOINT)
     seed_iteration(config.train.seed, 0, groups)
     cache = index_cache(config)
     model = wrap_for_training(config, build_model_chunks(config, sources.provenance.vocab_size, groups, choice))
@@ -124,24 +136,44 @@ def build_state(
         ema=None if config.optimizer.ema_decay is None else WeightEma(optimizer, config.optimizer.ema_decay),
         store=CheckpointStore(checkpoint_folder(config), checkpoint_metadata(groups), config.checkpoint),
     )
-    if checkpoint is None:
-        log.info("starting from scratch: no checkpoint in %s", state.store.folder)
-    else:
+    if checkpoint is not None:
         load_checkpoint(state, checkpoint)
+    elif origin is not None:
+        start_from(state, origin)
+    else:
+        log.info("starting from scratch: no checkpoint in %s", state.store.folder)
     return state
+
+
+def start_from(state: TrainState, origin: Origin) -> None:
+    """Load the checkpoint of another run, as far as `init_state` says. Call on every rank."""
+    only_weights = origin.state == "weights"
+    state.store.start_from(
+        origin.checkpoint, state.model, state.optimizer, state.scheduler, state.ema, only_weights=only_weights
+    )
+    _take_position(state, origin.manifest if origin.state == "all" else None)
+    state.started_from = origin.chain
+    log.info("started at iteration %d from %s", state.iteration, origin.describe())
+
+
+def _take_position(state: TrainState, manifest: CheckpointManifest | None) -> None:
+    """Set schedule and position to those of a checkpoint; to the beginning with None."""
+    state.iteration = manifest.iteration if manifest else 0
+    state.consumed_train_samples = manifest.consumed_train_samples if manifest else 0
+    state.consumed_train_tokens = manifest.consumed_train_tokens if manifest else 0
+    state.scheduler.num_steps = 0  # loading adds the stored position, which old checkpoints count in samples
+    state.scheduler.step(increment=state.iteration)
 
 
 def load_checkpoint(state: TrainState, checkpoint: str) -> None:
     """Load weights, optimizer, schedule and position from a checkpoint of this run. Call on every rank."""
     manifest = state.store.load_manifest(checkpoint)
-    for change in [] if manifest.weights_only else differences(manifest.config, to_dict(state.config)):
+    before = to_dict(manifest.run_config(checkpoint))
+    for change in [] if manifest.weights_only else differences(before, to_dict(state.config)):
         log.warning("changed since the checkpoint: %s", change)
     state.store.load(checkpoint, state.model, state.optimizer, state.scheduler, state.ema)
-    state.scheduler.num_steps = 0  # loading adds the stored position, which old checkpoints count in samples
-    state.scheduler.step(increment=manifest.iteration)
-    state.iteration = manifest.iteration
-    state.consumed_train_samples = manifest.consumed_train_samples
-    state.consumed_train_tokens = manifest.consumed_train_tokens
+    _take_position(state, manifest)
+    state.started_from = manifest.started_from
     log.info("%s %s at iteration %d", "weights of" if manifest.weights_only else "resumed from", checkpoint, state.iteration)
 
 
@@ -152,6 +184,7 @@ def save_checkpoint(state: TrainState) -> None:
         state.provenance,
         state.sources.train_shards(),
         dist.get_world_size(),
+        state.started_from,
         iteration=state.iteration,
         consumed_train_samples=state.consumed_train_samples,
         consumed_train_tokens=state.consumed_train_tokens,

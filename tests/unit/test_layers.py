@@ -40,7 +40,7 @@ checkpoint: config errors parallel platform provenance storage
 training: checkpoint config data direction errors lazy model ops parallel platform provenance storage tokenizers
 mirror: checkpoint config data errors platform storage
 callbacks: checkpoint config data direction errors evaluation inference mirror model parallel platform storage training
-pretrain: callbacks checkpoint config data errors mirror model ops parallel planning platform training
+pretrain: callbacks checkpoint config data errors mirror model ops parallel planning platform tokenizers training
 inference: direction errors lazy storage tokenizers
 convert: checkpoint config direction errors inference lazy tables model parallel platform provenance storage tokenizers
 serving: direction errors inference tokenizers

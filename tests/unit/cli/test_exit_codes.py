@@ -48,7 +48,7 @@ def test_training_that_meets_an_error_of_the_disk(
     monkeypatch.setattr(StopRequest, "__init__", lambda self: None)
     config = load_config(str(data.config), [])
     with pytest.raises(SystemExit) as ended:
-        run_command(lambda: pretrain.run_to_exit_code(config, read_launch(), StopRequest()))
+        run_command(lambda: pretrain.run_to_exit_code(config, read_launch(), StopRequest())[0])
     assert ended.value.code == code
 
 

@@ -116,7 +116,7 @@ def test_wrong_value_names_key_found_and_expected(tmp_path: Path, override: str,
         ("train.lr=1", "train.lr is not a key; did you mean optimizer.lr?"),
         ("optim.lr=1", "optim is not a key; did you mean optimizer?"),
         ("logging.zzz=1", "logging.zzz is not a key; logging has log_interval, tensorboard"),
-        ("zzz=1", "zzz is not a key or section; expected one of run_dir, model, data"),
+        ("zzz=1", "zzz is not a key or section; expected one of run_dir, init_from, init_state, model, data"),
     ],
 )
 def test_unknown_key_is_refused_with_the_nearest_name(tmp_path: Path, override: str, sentence: str) -> None:
@@ -243,6 +243,7 @@ def test_a_published_config_has_no_path_of_the_machine_and_no_free_text(
         "parallel.nccl_communicator_config_path=/scratch/somebody/nccl.yaml",
         "train.tasks=[/scratch/somebody/task]",
         "train.task_data=/scratch/somebody/tasks",
+        "init_from=/scratch/somebody/base",
         "logging.wandb_project=somebody",
         "checkpoint.mirror=s3://bucket/somebody",
     ]
@@ -250,6 +251,7 @@ def test_a_published_config_has_no_path_of_the_machine_and_no_free_text(
     found = published(load(tmp_path, *overrides))
     assert "somebody" not in json.dumps(found)
     assert found["run_dir"] == "tiny"
+    assert found["init_from"] == "base"
     assert found["data"]["tokenizer"] == "words"
     assert found["data"]["train_blend"] == [[1.0, "web"]]
     assert found["data"]["valid_sets"] == {"books": [[1.0, "books"]]}

@@ -219,7 +219,8 @@ def test_every_configuration_key_that_a_page_names_exists(page: str) -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if "```yaml" in PAGES[page]])
 def test_yaml_in_a_page_has_keys_of_the_configuration(page: str) -> None:
     for block in re.findall(r"```yaml\n(.*?)```", PAGES[page], re.DOTALL):
-        keys = {f"{section}.{key}" for section, values in yaml.safe_load(block).items() for key in values}
+        content = {section: values if isinstance(values, dict) else {} for section, values in yaml.safe_load(block).items()}
+        keys = {f"{section}.{key}" if key else section for section, values in content.items() for key in values or [""]}
         assert keys
         assert keys <= set(config_keys())
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -244,3 +245,15 @@ def test_a_run_is_compared_with_its_plan(twins: list[str], tmp_path: Path) -> No
         planned_rows(
             replace(load_runs(twins[:1])[0], config=load_config(str(ROOT / "examples/configs/quickstart_reverse.yaml"))), None
         )
+
+
+def test_a_stage_begins_where_the_tokens_of_the_earlier_runs_end(twins: list[str], tmp_path: Path) -> None:
+    stage = tmp_path / "stage"
+    shutil.copytree(twins[0], stage)
+    places = {"init_from": "runs/base", "path": "/runs/base", "manifest_sha256": "0"}
+    chain = [{**places, "init_state": state, "iteration": 1, "consumed_train_tokens": 1000} for state in ("weights", "all")]
+    (stage / "init_from.json").write_text(json.dumps(chain))
+    before, after = load_runs([twins[0], str(stage)])
+    assert after.points("lm_loss") == ([1000 + tokens for tokens in before.points("lm_loss")[0]], before.points("lm_loss")[1])
+    for name, (tokens, losses) in before.validations().items():
+        assert after.validations()[name] == ([1000 + one for one in tokens], losses)

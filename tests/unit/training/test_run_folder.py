@@ -194,3 +194,14 @@ def test_a_run_that_kept_all_checkpoints_keeps_them_when_it_resumes_with_the_def
     assert resumed("checkpoint.save_interval=5", recorded=5) == 5
     assert as_recorded(load_config(str(data.config), [f"run_dir={tmp_path}/new"])).checkpoint.keep_last == 5
     assert not caplog.text
+
+
+def test_a_recorded_config_that_cannot_be_read_deletes_no_checkpoints(data: TinyData, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: [")
+    assert (
+        as_recorded(load_config(str(data.config), [f"run_dir={tmp_path}", "checkpoint.keep_last=5"])).checkpoint.keep_last
+        is None
+    )
+    assert (
+        as_recorded(load_config(str(data.config), [f"run_dir={tmp_path}", "checkpoint.keep_last=2"])).checkpoint.keep_last == 2
+    )
