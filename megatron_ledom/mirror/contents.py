@@ -12,9 +12,11 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import PurePosixPath
 from queue import Empty, Queue
 from threading import Thread
 from typing import Any
@@ -38,6 +40,7 @@ log = logging.getLogger(__name__)
 RUN, OWNER, LATEST, CHECKPOINTS = "run.json", "owner.json", "latest", "checkpoints"
 RUN_FOLDER, RUN_FILES = "run", "run_files.json"
 OWN_HASH = "sha256_of_the_rest"
+SHA256 = re.compile("[0-9a-f]{64}")
 LOCAL_ID = "mirror_run_id"
 """File of the run folder with the id of the run."""
 ANSWER_SECONDS = 60.0
@@ -102,10 +105,23 @@ def read_sums(content: bytes, where: str) -> FileSums:
         values = json.loads(content)
         files: FileSums = values["files"]
         if values[OWN_HASH] == _hash(files):
-            return files
-    except (ValueError, TypeError, KeyError, RecursionError):
+            return checked_sums(files, where)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass
     raise DataError(f"{where} is damaged")
+
+
+def checked_sums(files: FileSums, where: str) -> FileSums:
+    """Return the sizes and hashes of files on the mirror. Raises DataError for another form, and for a name outside of its folder:
+    whoever can write to the mirror must not be able to write anywhere else on this machine."""
+    for name, sums in files.items():
+        path = PurePosixPath(name)
+        is_inside = path.parts and not path.is_absolute() and ".." not in path.parts and str(path) == name
+        if not is_inside or "\\" in name or "\0" in name:
+            raise DataError(f"{where} names the file {name!a}, which is not inside its folder")
+        if type(sums["bytes"]) is not int or sums["bytes"] < 0 or not SHA256.fullmatch(sums["sha256"]):
+            raise DataError(f"{where} has no size and sha256 of {name!a}")
+    return files
 
 
 def _hash(files: FileSums) -> str:

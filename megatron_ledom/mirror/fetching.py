@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_ledom.checkpoint.folder import PART, latest_checkpoint, put_in_place
-from megatron_ledom.checkpoint.manifest import MANIFEST, load_manifest
+from megatron_ledom.checkpoint.manifest import MANIFEST, CheckpointManifest, load_manifest
 from megatron_ledom.config.derived import checkpoint_folder
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import DataError
@@ -23,6 +23,7 @@ from megatron_ledom.mirror.contents import (
     RUN_FILES,
     RUN_FOLDER,
     Claim,
+    checked_sums,
     end_fetch,
     folder_of,
     read_latest,
@@ -106,7 +107,7 @@ def _fetch(store: MirrorStore, run_dir: str, folder: str, name: str) -> int:
     part, there = os.path.join(folder, name + PART), folder_of(name)
     os.makedirs(part, exist_ok=True)
     write_synced(os.path.join(part, MANIFEST), _read(store, f"{there}/{MANIFEST}"))
-    files = load_manifest(part).files
+    files = _files_of(load_manifest(part), f"{store.address}/{there}/{MANIFEST}")
     num_bytes: int = sum(sums["bytes"] for sums in files.values())
     there_already = sum(found.stat().st_size for found in Path(part).iterdir() if found.name in files)
     free = shutil.disk_usage(part).free + there_already
@@ -127,6 +128,14 @@ def _fetch(store: MirrorStore, run_dir: str, folder: str, name: str) -> int:
     put_in_place(folder, name)
     end_fetch(run_dir)
     return num_bytes
+
+
+def _files_of(manifest: CheckpointManifest, where: str) -> FileSums:
+    """Return the files of a checkpoint on the mirror. Raises DataError for a list of another form."""
+    try:
+        return checked_sums(manifest.files, where)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise DataError(f"{where} has no list of files with size and sha256") from error
 
 
 def _read(store: MirrorStore, name: str) -> bytes:

@@ -129,7 +129,7 @@ def _validation(axes: Any, run: RunData, colour: str, unit: float) -> None:
 
 def _scale(axes: Any, runs: Sequence[RunData], unit: float) -> None:
     """Exclude the steep fall of the first steps from the scale of a long run, and note the first loss in the plot."""
-    longest = max(run.records[-1]["consumed_train_tokens"] for run in runs)
+    longest = max(run.last_tokens() for run in runs)
     shown = [y for run in runs for x, y in zip(*run.points("lm_loss"), strict=True) if x > CUT * longest]
     shown += [y for run in runs for _, losses in run.validations().values() for y in losses]
     if max(len(run.records) for run in runs) < ENOUGH or not shown:
@@ -170,7 +170,7 @@ def _colours(runs: Sequence[RunData], theme: str) -> list[str]:
 
 
 def _token_unit(runs: Sequence[RunData]) -> tuple[float, str]:
-    most = max(run.records[-1]["consumed_train_tokens"] for run in runs)
+    most = max(run.last_tokens() for run in runs)
     for unit, word in ((1e9, " (billions)"), (1e6, " (millions)"), (1e3, " (thousands)")):
         if most >= unit:
             return unit, word

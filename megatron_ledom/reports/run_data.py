@@ -38,6 +38,10 @@ class RunData:
         """`reverse` or `forward`."""
         return str(self.config.data.direction)
 
+    def last_tokens(self) -> float:
+        """Return the training tokens at the last record, with those of earlier runs."""
+        return float(self.earlier_tokens + self.records[-1]["consumed_train_tokens"])
+
     def points(self, key: str) -> Series:
         """Return the training tokens, with those of earlier runs, and the finite values of a key."""
         found = [(self.earlier_tokens + record["consumed_train_tokens"], record.get(key)) for record in self.records]

@@ -127,14 +127,16 @@ def _stage_of(folder: str | None, stages: Sequence[Stage]) -> Stage | None:
 
 
 def _refuse_shared_folders(path: str, stages: Sequence[Stage]) -> None:
-    first: dict[str, Stage] = {}
+    """Refuse two stages with one run folder or one mirror, of which each belongs to one run."""
+    first: dict[tuple[str, str], Stage] = {}
     for stage in stages:
-        other = first.setdefault(os.path.realpath(stage.config.run_dir), stage)
-        if other is not stage:
-            raise ConfigError(
-                f"{path}: {other.title} and {stage.title} have the same run_dir={stage.config.run_dir}; set another in the overrides"
-                " of one of them"
-            )
+        places = {"run_dir": os.path.realpath(stage.config.run_dir), "checkpoint.mirror": stage.config.checkpoint.mirror}
+        for key, place in places.items():
+            other = stage if place is None else first.setdefault((key, place.rstrip("/")), stage)
+            if other is not stage:
+                raise ConfigError(
+                    f"{path}: {other.title} and {stage.title} have the same {key}={place}; set another in the overrides of one of them"
+                )
 
 
 def check_stages(stages: Sequence[Stage], world_size: int) -> None:

@@ -1,5 +1,6 @@
 """Copies at a mirror and fetches from it: killed at any step, they lose nothing; who may write; what is kept."""
 
+import hashlib
 import json
 import os
 import time
@@ -14,7 +15,7 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import ConfigError, DataError, MismatchError
-from megatron_ledom.mirror.contents import LOCAL_ID, Claim, check_mirror, read_latest, whole_checkpoints
+from megatron_ledom.mirror.contents import LOCAL_ID, RUN_FILES, Claim, check_mirror, read_latest, whole_checkpoints
 from megatron_ledom.mirror.copying import Copier
 from megatron_ledom.mirror.fetching import fetch_newest, wait_for_fetch
 from megatron_ledom.mirror.store import MirrorStore, check_address
@@ -241,6 +242,30 @@ def test_a_mirror_without_any_intact_copy_is_refused(tmp_path: Path) -> None:
     (copy / MANIFEST).unlink()
     with pytest.raises(DataError, match="had checkpoints up to iteration 1, but has no whole one"):
         fetch_newest(config)
+    assert latest_checkpoint(str(tmp_path / "run/checkpoints")) is None
+
+
+@pytest.mark.parametrize("name", ["../escaped", "sub/../../escaped", "/escaped", "", "."])
+@pytest.mark.parametrize("file", [MANIFEST, RUN_FILES])
+def test_a_file_of_the_mirror_outside_its_folder_is_refused(tmp_path: Path, name: str, file: str) -> None:
+    config = config_of(tmp_path / "run", tmp_path / "mirror")
+    save(config, 1)
+    copy_all(config, 1)
+    copy = tmp_path / "mirror/checkpoints/iter_0000001"
+    escaped = name.replace("/escaped", f"{tmp_path}/escaped") if name.startswith("/") else name
+    if file == MANIFEST:
+        manifest = load_manifest(str(copy))
+        manifest.files[escaped] = manifest.files["common.pt"]
+        save_manifest(manifest, str(copy))
+    else:
+        files = json.loads((copy / file).read_text())["files"]
+        files[escaped] = files["metrics.jsonl"]
+        hashed = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+        (copy / file).write_text(json.dumps({"files": files, "sha256_of_the_rest": hashed}))
+    os.rename(tmp_path / "run", tmp_path / "lost")
+    with pytest.raises(DataError, match=r"all of the mirror .* are damaged"):
+        fetch_newest(config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lost", "mirror", "run"]
     assert latest_checkpoint(str(tmp_path / "run/checkpoints")) is None
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -13,6 +14,7 @@ from megatron_ledom.config.load import load_config, save_config
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.planning.hardware import load_hardware
 from megatron_ledom.planning.plan import make_plan
+from megatron_ledom.reports import curves
 from megatron_ledom.reports.curves import EXACT, moving_average
 from megatron_ledom.reports.run_data import RunData, load_runs, training_pairs
 from megatron_ledom.reports.runs import final_loss, planned_rows, report_runs, summary, twin_sentence
@@ -257,3 +259,13 @@ def test_a_stage_begins_where_the_tokens_of_the_earlier_runs_end(twins: list[str
     assert after.points("lm_loss") == ([1000 + tokens for tokens in before.points("lm_loss")[0]], before.points("lm_loss")[1])
     for name, (tokens, losses) in before.validations().items():
         assert after.validations()[name] == ([1000 + one for one in tokens], losses)
+
+
+def test_the_picture_reaches_to_the_end_of_the_last_stage() -> None:
+    """A long run sets the scale of both axes; a stage after it must not be cut off."""
+    config = load_config(str(ROOT / "examples/configs/quickstart_reverse.yaml"))
+    records = [{"iteration": i, "consumed_train_tokens": 100 * i, "lm_loss": 5 - i / 100} for i in range(1, 101)]
+    runs = [RunData("base", config, records), RunData("anneal", config, records, earlier_tokens=10_000)]
+    axes = Mock()
+    curves._scale(axes, runs, 1.0)
+    assert axes.set_xlim.call_args.args[1] > 20_000

@@ -56,3 +56,10 @@ def test_two_stages_in_one_folder_are_refused(data: TinyData, tmp_path: Path) ->
     entries = [{"config": str(data.config)}, {"config": str(data.config), "overrides": ["train.seed=2"]}]
     with pytest.raises(ConfigError, match=r"stage 1 of 2 \(run\) and stage 2 of 2 \(run\) have the same run_dir="):
         load_stages(write(tmp_path, {"stages": entries}))
+
+
+def test_two_stages_with_one_mirror_are_refused(data: TinyData, tmp_path: Path) -> None:
+    config, mirror = str(data.config), f"checkpoint.mirror={tmp_path}/mirror"
+    entries = [{"config": config, "overrides": [f"run_dir={tmp_path}/{name}", mirror]} for name in ("one", "two")]
+    with pytest.raises(ConfigError, match=r"stage 1 of 2 \(one\) and stage 2 of 2 \(two\) have the same checkpoint.mirror="):
+        load_stages(write(tmp_path, {"stages": entries}))
