@@ -292,7 +292,15 @@ def copy_the_rest(config: RunConfig, launch: Launch) -> None:
 
 
 def start_logging(rank: int) -> None:
-    """Log to stderr with the rank in each line; ranks other than 0 log only warnings and errors."""
+    """Log to stderr with the rank in each line; ranks other than 0 log only warnings and errors.
+
+    A library that logs while it is imported, as Muon's does, leaves a handler of logging's default format; basicConfig would then
+    do nothing.
+    """
+    for handler in list(logging.root.handlers):
+        default = getattr(handler.formatter, "_fmt", None) == logging.BASIC_FORMAT
+        if type(handler) is logging.StreamHandler and default:
+            logging.root.removeHandler(handler)
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
         format=f"%(asctime)s [rank {rank}] %(message)s",

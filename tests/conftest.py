@@ -17,6 +17,8 @@ start a process of their own that can use them.
 
 import os
 import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,14 @@ MARKER_OF_FOLDER = {
 SECONDS_OF_FOLDER = {"hardware_check": 900, "inventory": 1800, "judges": 900, "packaging": 900, "quickstart": 900, "study": 900}
 """Time limits of folders whose first test runs a pipeline for all; pyproject.toml has the limit of the others."""
 SLOW_SECONDS = 1800
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_again() -> Iterator[None]:
+    """Undo a change of torch's number of threads, such as that of a command that ran in this process: the sums of later tests depend on it."""
+    yield
+    if "torch" in sys.modules and os.environ["OMP_NUM_THREADS"] == "1":
+        sys.modules["torch"].set_num_threads(1)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

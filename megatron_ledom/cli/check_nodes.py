@@ -61,11 +61,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
     from megatron_ledom.errors import UNFORESEEN
     from megatron_ledom.hardware_check.node_health import NodeRequest, check_node_health, describe, write_result
+    from megatron_ledom.platform.slurm import gpus_of_node
 
     given = vars(arguments)
     path = given.pop("json")
     if given["gpus"] is None:
-        given["gpus"] = int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
+        given["gpus"] = gpus_of_node(os.environ)
     given["python"] = given["python"] or sys.executable
     health = check_node_health(NodeRequest(**given))
     if path:

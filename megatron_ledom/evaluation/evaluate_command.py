@@ -109,7 +109,7 @@ def _load_tasks(options: Options) -> list[LoadedTask]:
     for name in names:
         if task_named(name).kind is TaskKind.CODE and not options["show"]:
             check_allowed(name, _code_sandbox(options))
-            if not options["check"]:
+            if not options.get("check"):
                 check_sandbox(Sandbox(options["sandbox"]))
     chosen = {name: options[name] for name in ("limit", "num_fewshot", "seed", "max_new_tokens")}
     tasks = [load_task(name, options["data"], **chosen) for name in dict.fromkeys(names)]
@@ -138,7 +138,7 @@ def _evaluate(options: Options, tasks: list[LoadedTask], folder: Path, direction
             comparison.check([item.gold if isinstance(item.gold, tuple) else () for item in task.items])
     if options["output"] is None:
         raise UsageError("--output is missing; give a folder for the summary and the record of each item")
-    if options["check"]:
+    if options.get("check"):
         load_tokenizer(folder, direction, options["eod_id"], COMMAND_OPTIONS)
         print(f"{len(tasks)} tasks with {sum(len(task.items) for task in tasks):,} items can be evaluated")
         return

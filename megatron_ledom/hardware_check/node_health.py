@@ -18,7 +18,7 @@ from megatron_ledom.errors import UsageError
 from megatron_ledom.hardware_check.node_facts import run_for
 from megatron_ledom.hardware_check.node_rank import CONNECTED, MARK, NODE, STAGES, STARTED, node_name
 from megatron_ledom.hardware_check.nodes import nodes_of_job
-from megatron_ledom.platform.slurm import BY_SBATCH, read_step, tasks_of_job, tasks_of_nodes
+from megatron_ledom.platform.slurm import BY_SBATCH, read_step, tasks_of_job, tasks_of_nodes, text_of
 from megatron_ledom.storage.files import write_json
 from megatron_ledom.storage.locks import output_file_lock
 
@@ -93,9 +93,9 @@ def job_nodes() -> dict[str, int]:
     """Return the number of ranks on each node of the job, in the order of the ranks."""
     if nodes_of_job(os.environ) == 1 and "SLURM_JOB_NODELIST" not in os.environ:
         return {node_name(): 1}
-    nodelist = os.environ.get("SLURM_JOB_NODELIST", "")
+    nodelist = text_of(os.environ, "SLURM_JOB_NODELIST")
     shown = run_for(SCONTROL_SECONDS, ["scontrol", "show", "hostnames", nodelist]).out.split()
-    per_node = os.environ.get("SLURM_TASKS_PER_NODE", "")
+    per_node = text_of(os.environ, "SLURM_TASKS_PER_NODE")
     counts = tasks_of_nodes(per_node) if per_node else [1] * len(shown)
     if not shown or len(counts) != len(shown):
         raise UsageError(f"{OUTSIDE_NODES} (SLURM_JOB_NODELIST={nodelist!r}, SLURM_TASKS_PER_NODE={per_node!r}); {BY_SBATCH}")
@@ -109,7 +109,7 @@ def _run(request: NodeRequest) -> tuple[Lines, str]:
     if "SLURM_JOB_ID" in os.environ:
         if shutil.which("srun") is None:
             raise UsageError("there is no srun in this job; load SLURM's commands, or start the check outside the container")
-        cpus = os.environ.get("SLURM_CPUS_PER_TASK", "1")
+        cpus = text_of(os.environ, "SLURM_CPUS_PER_TASK") or "1"
         ranks = tasks_of_job(os.environ)
         command = ["srun", f"--ntasks={ranks}", f"--cpus-per-task={cpus}", "--kill-on-bad-exit=0", "--wait=0", *command]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)

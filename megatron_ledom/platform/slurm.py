@@ -144,6 +144,16 @@ def refuse_rank_without_step(variables: Variables) -> None:
             raise UsageError(f"{name}={variables[name]}, but {found}, so no srun started this process; {BY_SRUN}")
 
 
+def text_of(variables: Variables, name: str) -> str:
+    """Return a variable of SLURM as it is, empty if it is not set."""
+    return variables.get(name, "")
+
+
+def gpus_of_node(variables: Variables) -> int:
+    """Return the number of GPUs that the job has on this node; 0 outside a job, or in a job without GPUs."""
+    return read_number(variables, "SLURM_GPUS_ON_NODE", BY_SBATCH) if "SLURM_GPUS_ON_NODE" in variables else 0
+
+
 def array_task_id(variables: Variables) -> int | None:
     """Return this process's number in a job array, from --array; None outside an array."""
     return read_number(variables, "SLURM_ARRAY_TASK_ID", BY_ARRAY) if "SLURM_ARRAY_TASK_ID" in variables else None

@@ -30,10 +30,10 @@ def count_traffic() -> None:
         setattr(dist.ProcessGroup, method, _counted(getattr(dist.ProcessGroup, method), operation, whole, fraction))
     step = trainer.train_step
 
-    def counted_step(config: Any, *arguments: Any) -> Any:
+    def counted_step(config: Any, *arguments: Any, **sizes: Any) -> Any:
         global _counting
         _counting = True
-        result = step(config, *arguments)
+        result = step(config, *arguments, **sizes)
         _counting = False
         _write(config)
         return result
