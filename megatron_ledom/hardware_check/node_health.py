@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_ledom.errors import UsageError
+from megatron_ledom.hardware_check.node_facts import run_for
 from megatron_ledom.hardware_check.node_rank import CONNECTED, MARK, NODE, STAGES, STARTED, node_name
 from megatron_ledom.hardware_check.nodes import nodes_of_job
 from megatron_ledom.platform.slurm import BY_SBATCH, read_step, tasks_of_job, tasks_of_nodes, text_of
@@ -23,6 +24,8 @@ from megatron_ledom.storage.locks import output_file_lock
 
 GRACE_SECONDS = 3.0
 """Time after the limit in which late ranks report it."""
+SCONTROL_SECONDS = 30.0
+MOST_NAMES = 3
 SLOW = 0.5
 """A node whose all-reduces reach less than this part of the median is reported as slow; it is not bad."""
 OUTSIDE_NODES = "scontrol does not list the nodes of the job"
@@ -72,6 +75,12 @@ def check_node_health(request: NodeRequest) -> Health:
         raise UsageError("ledom check-nodes was started by srun; start it in the batch script itself: it starts its ranks")
     begin = time.monotonic()
     nodes = job_nodes()
+    for node, ranks in nodes.items():
+        if 0 < request.gpus < ranks:
+            raise UsageError(
+                f"{node} has {ranks} tasks but {request.gpus} GPUs, and each task needs a GPU of its own;"
+                f" give --ntasks-per-node={request.gpus} to sbatch, or --gpus {ranks} if it has them"
+            )
     lines, ended = _run(request)
     health = judge(request, nodes, lines)
     if not health.bad and not health.unexplained and ended:
@@ -85,9 +94,7 @@ def job_nodes() -> dict[str, int]:
     if nodes_of_job(os.environ) == 1 and "SLURM_JOB_NODELIST" not in os.environ:
         return {node_name(): 1}
     nodelist = text_of(os.environ, "SLURM_JOB_NODELIST")
-    shown = subprocess.run(
-        ["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, timeout=30, check=False
-    ).stdout.split()
+    shown = run_for(SCONTROL_SECONDS, ["scontrol", "show", "hostnames", nodelist]).out.split()
     per_node = text_of(os.environ, "SLURM_TASKS_PER_NODE")
     counts = tasks_of_nodes(per_node) if per_node else [1] * len(shown)
     if not shown or len(counts) != len(shown):
@@ -158,6 +165,7 @@ def judge(request: NodeRequest, nodes: Mapping[str, int], lines: Lines) -> Healt
     unchecked = {facts["node"] for _, facts in lines} - {facts["node"] for _, facts in lines if "problems" in facts}
     for node in sorted(unchecked - set(health.bad)):
         health.nodes[node].append("did not end the checks of its GPUs and folders")
+    _add_warnings(health, lines)
     median = sorted(speeds.values())[len(speeds) // 2] if speeds else 0.0
     health.warnings += [
         f"{node}: all-reduces of the node reach {speed:.2f} GiB/s, the median is {median:.2f}"
@@ -165,6 +173,24 @@ def judge(request: NodeRequest, nodes: Mapping[str, int], lines: Lines) -> Healt
         if speed < SLOW * median
     ]
     return health
+
+
+def _add_warnings(health: Health, lines: Lines) -> None:
+    """Add the warnings of the nodes, one for all nodes that say the same, and folders that only some of them have."""
+    said: dict[str, list[str]] = defaultdict(list)
+    checked = [facts for _, facts in lines if "absent" in facts]
+    absent = Counter(folder for facts in checked for folder in facts["absent"])
+    for _, facts in lines:
+        for text in dict.fromkeys(facts.get("warnings", ())):
+            said[text].append(facts["node"])
+        for folder in facts.get("absent", ()):
+            if absent[folder] < len(checked):
+                said[f"{folder} does not exist there, but on other nodes: its file system may not be mounted"].append(
+                    facts["node"]
+                )
+    for text, nodes in said.items():
+        more = f" and {len(nodes) - MOST_NAMES} more nodes" if len(nodes) > MOST_NAMES else ""
+        health.warnings.append(f"{', '.join(nodes[:MOST_NAMES])}{more}: {text}")
 
 
 def _add_unfinished(health: Health, places: Sequence[str], stage: Mapping[int, int], late: set[int], last: int) -> None:

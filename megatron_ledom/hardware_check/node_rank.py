@@ -10,15 +10,12 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from megatron_ledom.hardware_check.node_facts import (
-    problems_of_folders,
-    problems_of_gpus,
-    problems_of_kernel_log,
-    read_kernel_log,
-)
+from megatron_ledom.hardware_check.node_facts import facts_of_folders, facts_of_kernel_log
+from megatron_ledom.hardware_check.node_gpus import facts_of_gpus
 from megatron_ledom.platform.launch import Launch, read_launch
 
 MARK = "LEDOM-NODE "
@@ -50,9 +47,11 @@ def main() -> int:
     timer.start()
     if launch.local_rank == 0:
         gpus = options["gpus"]
-        problems = problems_of_gpus(gpus) + problems_of_folders(options["folders"], options["free_gib"])
-        problems += problems_of_kernel_log(read_kernel_log(), datetime.now(UTC)) if gpus else []
-        tell(launch.rank, problems=problems)
+        facts = facts_of_gpus(gpus)
+        facts.add(facts_of_folders(options["folders"], options["free_gib"]))
+        if gpus:
+            facts.add(facts_of_kernel_log(datetime.now(UTC)))
+        tell(launch.rank, **asdict(facts))
     if options["all_reduce_seconds"] and launch.world_size > 1:
         _all_reduce(launch, options)
     timer.cancel()

@@ -19,7 +19,7 @@ from tests.support.paths import ROOT
 FAKETIME = glob.glob("/usr/lib/*/faketime/libfaketime.so.1")
 SMI = """#!/bin/bash
 case "$1" in
---query-gpu=*) echo "0, NVIDIA H100 80GB HBM3, 2" ;;
+--query-gpu=*) echo "0, NVIDIA H100 80GB HBM3, 2, Enabled, Disabled, None" ;;
 --query-remapped-rows=*) echo "00000000:3B:00.0, 0, 1" ;;
 esac
 """
@@ -80,7 +80,7 @@ def test_gpu_errors_a_full_disk_and_a_wrong_clock_are_named_with_their_node(
     found = "\n".join(result["nodes"]["n2"])
     assert "2 GPUs are wanted, but nvidia-smi lists 1" in found
     assert "GPU 0 has 2 uncorrected ECC errors" in found
-    assert "GPU 00000000:3B:00.0: replacing a row of memory is failed" in found
+    assert "GPU 00000000:3B:00.0: replacing a row of memory has failed" in found
     assert f"{full_folder} cannot be written: No space left on device" in found
     assert not FAKETIME or "its clock differs by -90." in found or "its clock differs by -89." in found
 

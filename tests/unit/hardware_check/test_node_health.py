@@ -1,7 +1,6 @@
-"""Verdicts of ledom check-nodes from the lines of ranks, and the outputs of nvidia-smi and the kernel in their documented formats."""
+"""Verdicts of ledom check-nodes from the lines of ranks."""
 
 import os
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +8,9 @@ import pytest
 
 from megatron_ledom.cli.main import run
 from megatron_ledom.errors import UsageError
-from megatron_ledom.hardware_check.node_facts import (
-    problems_of_folders,
-    problems_of_gpus,
-    problems_of_kernel_log,
-    problems_of_rows,
-)
 from megatron_ledom.hardware_check.node_health import Health, NodeRequest, check_node_health, describe, judge
 
 REACHED = ("started", "connected", "node", "all")
-NOW = datetime(2026, 3, 2, 12, tzinfo=UTC)
 
 
 def health(stages: list[int], late: tuple[int, ...] = (), **facts: Any) -> Health:
@@ -67,58 +59,23 @@ def test_a_wrong_sum_names_the_node_and_a_slow_node_is_a_warning() -> None:
     assert (slow.bad, slow.warnings) == ([], ["n2: all-reduces of the node reach 1.00 GiB/s, the median is 8.00"])
 
 
-def smi(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    (folder / "nvidia-smi").write_text(f"#!/bin/bash\n{text}\n")
-    (folder / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-
-
-@pytest.mark.parametrize(
-    ("row", "says"),
-    [
-        ("0, NVIDIA A100-SXM4-80GB, 0", None),
-        ("0, NVIDIA GeForce RTX 3090, [N/A]", None),
-        ("0, NVIDIA A100-SXM4-80GB, 3", "GPU 0 has 3 uncorrected ECC errors"),
-        ("0, [Unknown Error], [Unknown Error]", "GPU 0 does not work"),
-        ("0, NVIDIA H100 80GB HBM3, [GPU requires reset]", "GPU 0 does not work"),
-        ("", "1 GPUs are wanted, but nvidia-smi lists 0"),
-    ],
-)
-def test_answers_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: str, says: str | None) -> None:
-    smi(tmp_path, monkeypatch, f'[[ $1 == --query-gpu=* ]] && echo "{row}" || exit 2')
-    found = problems_of_gpus(1)
-    assert bool(found) == bool(says)
-    assert (says or "") in "".join(found)
-
-
-def test_nvidia_smi_that_fails_is_a_problem_of_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    smi(tmp_path, monkeypatch, "echo 'Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost.'; exit 15")
-    assert problems_of_gpus(1) == [
-        "nvidia-smi ended with 15: Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost."
-    ]
-    assert problems_of_gpus(0) == []
-
-
-def test_rows_of_memory_and_xids_of_the_last_day() -> None:
-    assert problems_of_rows("00000000:3B:00.0, 0, 0\n00000000:5E:00.0, [N/A], [N/A]\n") == []
-    assert problems_of_rows("00000000:3B:00.0, 1, 0\n") == ["GPU 00000000:3B:00.0: replacing a row of memory is pending"]
-    line = "{}+00:00 NVRM: Xid (PCI:0000:3b:00): {}, pid=77, name=python, more"
-    text = "\n".join(
-        [
-            line.format(*pair)
-            for pair in (("2026-03-02T11:00:00,5", 79), ("2026-03-01T11:00:00,5", 79), ("2026-03-02T11:00:00,5", 31))
-        ]
-    )
-    assert problems_of_kernel_log(text, NOW) == [
-        "GPU 0000:3b:00 had Xid 79 at 2026-03-02T11:00:00,5+00:00: the GPU has fallen off the bus"
+def test_warnings_of_several_nodes_are_one_and_a_folder_that_some_nodes_lack_is_named() -> None:
+    facts = {"problems": [], "warnings": ["no log"], "absent": ["/runs/new", "/scratch"]}
+    lines: list[tuple[float, dict[str, Any]]] = [(0.0, {"rank": n, "node": f"n{n}", **facts}) for n in range(5)]
+    lines[0][1]["absent"] = ["/runs/new"]
+    found = judge(NodeRequest(gpus=0, all_reduce_seconds=0), {f"n{n}": 1 for n in range(5)}, lines)
+    assert found.warnings == [
+        "n0, n1, n2 and 2 more nodes: no log",
+        "n1, n2, n3 and 1 more nodes: /scratch does not exist there, but on other nodes: its file system may not be mounted",
     ]
 
 
-def test_folder_that_does_not_exist_yet_is_checked_where_it_will_be(tmp_path: Path) -> None:
-    assert problems_of_folders([f"{tmp_path}/runs/new"], 0.0) == []
-    [first, *_] = problems_of_folders([f"{tmp_path}/runs/new"], 1e9)
-    assert first.startswith(f"{tmp_path}/runs/new has ")
-    assert list(tmp_path.iterdir()) == []
+def test_more_tasks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_ledom.hardware_check.node_health.job_nodes", lambda: {"n1": 4, "n2": 8})
+    for name in [name for name in os.environ if name.startswith("SLURM")]:
+        monkeypatch.delenv(name)
+    with pytest.raises(UsageError, match=r"n2 has 8 tasks but 4 GPUs.*--ntasks-per-node=4"):
+        check_node_health(NodeRequest(gpus=4))
 
 
 def test_one_process_outside_slurm_checks_this_machine(
