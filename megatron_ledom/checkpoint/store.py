@@ -110,7 +110,7 @@ class CheckpointStore:
         The optimizer gets its moments and number of updates from the checkpoint and keeps its own settings.
         """
         with advising_another(checkpoint):
-            self._load(checkpoint, model, optimizer, scheduler, ema, verify=self.settings.verify_on_load)
+            self.start_from(checkpoint, model, optimizer, scheduler, ema, verify=self.settings.verify_on_load)
 
     def start_from(
         self,
@@ -120,25 +120,13 @@ class CheckpointStore:
         scheduler: Any,
         ema: WeightEma | None,
         *,
-        only_weights: bool,
-    ) -> None:
-        """Fill the model and, without `only_weights`, optimizer, scheduler and `ema` from the checkpoint of another run.
-
-        The sha256 of every file is compared, whatever `checkpoint.verify_on_load` is.
-        """
-        self._load(checkpoint, model, optimizer, scheduler, ema, verify=True, only_weights=only_weights)
-
-    def _load(
-        self,
-        checkpoint: str,
-        model: list[Any],
-        optimizer: Any,
-        scheduler: Any,
-        ema: WeightEma | None,
-        *,
-        verify: bool,
         only_weights: bool = False,
+        verify: bool = True,
     ) -> None:
+        """Do the same as `load` from a checkpoint of any run; with `only_weights`, fill only the model and begin a new `ema`.
+
+        verify: compare the sha256 of every file.
+        """
         manifest = self.load_manifest(checkpoint)
         if verify:
             _check_content(checkpoint, manifest)

@@ -303,34 +303,29 @@ def held_out_sets(config: RunConfig) -> Problems:
 
 def retention(config: RunConfig) -> Problems:
     """Check that checkpoint.keep_interval has an effect and that checkpoints are written at its multiples."""
-    settings = config.checkpoint
-    keep, every, save = "checkpoint.keep_interval", settings.keep_interval, settings.save_interval
-    if every and settings.keep_last is None:
-        yield (
-            f"{keep}={every} without checkpoint.keep_last has no effect, since all checkpoints are kept; set"
-            f" checkpoint.keep_last too, or remove {keep}"
-        )
-    elif every and every % save:
-        yield (
-            f"{keep}={every} is not a multiple of checkpoint.save_interval={save}, so few or no checkpoints would be written at"
-            f" its multiples; the next possible value is {next_multiple(every, save)}"
-        )
+    yield from _kept_multiples(config, "keep_interval", "keep_last", "checkpoints")
 
 
 def mirror(config: RunConfig) -> Problems:
-    """Check that checkpoint.mirror_keep_interval has an effect and that checkpoints are written at its multiples."""
-    settings = config.checkpoint
-    keep, every, save = "checkpoint.mirror_keep_interval", settings.mirror_keep_interval, settings.save_interval
-    if settings.mirror == "":
+    """Check the address, that checkpoint.mirror_keep_interval has an effect, and that checkpoints are written at its multiples."""
+    if config.checkpoint.mirror == "":
         yield "checkpoint.mirror is empty; give an address, such as s3://bucket/run, or remove it"
-    if every and settings.mirror_keep_last is None:
+    yield from _kept_multiples(config, "mirror_keep_interval", "mirror_keep_last", "copies")
+
+
+def _kept_multiples(config: RunConfig, interval: str, last: str, what: str) -> Problems:
+    """Check one of the keys that keep the checkpoints at multiples of an interval. last: the key without which it has no effect."""
+    settings = config.checkpoint
+    every, save = getattr(settings, interval), settings.save_interval
+    keep = f"checkpoint.{interval}={every}"
+    if every and getattr(settings, last) is None:
         yield (
-            f"{keep}={every} without checkpoint.mirror_keep_last has no effect, since all copies are kept; set"
-            f" checkpoint.mirror_keep_last too, or remove {keep}"
+            f"{keep} without checkpoint.{last} has no effect, since all {what} are kept; set checkpoint.{last} too, or remove"
+            f" checkpoint.{interval}"
         )
     elif every and every % save:
         yield (
-            f"{keep}={every} is not a multiple of checkpoint.save_interval={save}, so few or no checkpoints would be written at"
+            f"{keep} is not a multiple of checkpoint.save_interval={save}, so few or no checkpoints would be written at"
             f" its multiples; the next possible value is {next_multiple(every, save)}"
         )
 

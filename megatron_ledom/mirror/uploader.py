@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -115,6 +116,7 @@ class Uploader:
                 self._write(self._task_settings)
             self._write(task)
         except OSError as error:
+            self._end_process(0)  # the next try starts another one
             self._failed(f"the process that copies does not run ({error.strerror})")
             return
         self._pending.discard(iteration)
@@ -214,17 +216,21 @@ class Uploader:
             names = ", ".join(map(checkpoint_name, missing))
             log.warning("NOT copied to %s=%s: %s; the next start of the run copies what is still there", KEY, self.shown, names)
         self._pending, self._busy = set(), None
+        self._end_process(0 if missing else CLOSE_SECONDS)
+
+    def _end_process(self, seconds: float) -> None:
+        """End the process that copies; kill it if it does not end by itself within some seconds."""
         process, self._process = self._process, None
         if process is None:
             return
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.close()
-        if missing:
-            process.kill()
+        with suppress(OSError):  # what it did not read any more
+            process.stdin.close()
         try:
-            process.wait(CLOSE_SECONDS)
+            process.wait(seconds)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+            with suppress(subprocess.TimeoutExpired):  # a process that waits for a disk ends later
+                process.wait(CLOSE_SECONDS)
         process.stdout.close()

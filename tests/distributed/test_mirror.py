@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_ledom.mirror.contents import CHECKPOINTS, whole_checkpoints
 from megatron_ledom.mirror.store import MirrorStore
-from tests.support.tiny_runs import Ranks, TinyData, curve, free_port, read_metrics, read_tensors, run_on_ranks, start_ranks
+from tests.support.tiny_runs import Ranks, TinyData, check_same_run, free_port, run_on_ranks, start_ranks
 
 pytest.importorskip("s3fs", reason="the s3 extra is not installed")
 pytest.importorskip("moto.server", reason="moto is not installed")
@@ -103,17 +102,6 @@ def uninterrupted(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> P
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     run_on_ranks(data.config, run_dir, *overrides_of(data))
     return run_dir
-
-
-def check_same_run(found: Path, expected: Path) -> None:
-    """Check that every iteration is there once, and that losses, norms, validations and final state are equal to the last bit."""
-    records, wanted = read_metrics(found), read_metrics(expected)
-    assert [record["iteration"] for record in records] == list(range(1, STEPS + 1))
-    assert curve(records) == curve(wanted)
-    assert [record.get("validation") for record in records] == [record.get("validation") for record in wanted]
-    tensors, wanted_tensors = read_tensors(found), read_tensors(expected)
-    assert tensors.keys() == wanted_tensors.keys()
-    assert not [name for name, tensor in tensors.items() if not torch.equal(tensor, wanted_tensors[name])]
 
 
 def on_mirror(address: str) -> list[int]:

@@ -8,12 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_ledom.checkpoint.folder import latest_checkpoint
 from megatron_ledom.checkpoint.manifest import load_manifest
 from megatron_ledom.storage.hashes import content_problems, size_problems
-from tests.support.tiny_runs import TinyData, curve, read_metrics, read_tensors, run_on_ranks, start_ranks
+from tests.support.tiny_runs import TinyData, check_same_run, read_metrics, run_on_ranks, start_ranks
 
 STEPS = 30
 BASE = (f"train.train_iters={STEPS}", "train.eval_interval=7", "train.eval_iters=2")
@@ -36,19 +35,6 @@ def uninterrupted(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> P
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     run_on_ranks(data.config, run_dir, *overrides_of(data))
     return run_dir
-
-
-def check_same_run(found: Path, expected: Path) -> None:
-    """Check that every iteration is there once, and that losses, norms, validations and final state are equal to the last bit."""
-    records, wanted = read_metrics(found), read_metrics(expected)
-    assert [record["iteration"] for record in records] == list(range(1, STEPS + 1))
-    assert curve(records) == curve(wanted)
-    assert [record.get("validation") for record in records] == [record.get("validation") for record in wanted]
-    tensors, wanted_tensors = read_tensors(found), read_tensors(expected)
-    assert tensors.keys() == wanted_tensors.keys()
-    assert any("exp_avg_sq" in name for name in tensors)
-    different = [name for name, tensor in tensors.items() if not torch.equal(tensor, wanted_tensors[name])]
-    assert not different
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,7 +1,6 @@
 """Muon of megatron-core equals a reference in plain torch, on one process."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -12,10 +11,8 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import OptimizerSettings
 from megatron_ledom.model.builder import build_model_chunks, wrap_for_training
 from megatron_ledom.model.layer_specs import LayerChoice
-from megatron_ledom.parallel.groups import start_distributed, stop_distributed
 from megatron_ledom.planning.memory import muon_parameters, stage_parameters, state_bytes
 from megatron_ledom.planning.shapes import architecture_of, layout_of
-from megatron_ledom.platform.device import prepare_platform
 from megatron_ledom.training.optimizer import MUON_KEYS, build_optimizer, build_scheduler
 from megatron_ledom.training.replay import squared_norms
 from megatron_ledom.training.step_policy import Action, StepResult, Verdict
@@ -49,15 +46,6 @@ CASES = {
         "optimizer.muon_num_ns_steps=4",
     ),
 }
-
-
-@pytest.fixture
-def groups(data: TinyData) -> Iterator[Any]:
-    platform = prepare_platform(1)
-    try:
-        yield start_distributed(platform, load_config(str(data.config), []).parallel)
-    finally:
-        stop_distributed()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,6 +1,5 @@
 """Training equals plain torch: losses, gradient norms, learning rates and weights of every schedule, clip and z-loss."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,6 @@ from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.convert.rules import Sizes, weights_of
 from megatron_ledom.model.builder import build_model_chunks, wrap_for_training
 from megatron_ledom.model.layer_specs import LayerChoice
-from megatron_ledom.parallel.groups import start_distributed, stop_distributed
-from megatron_ledom.platform.device import prepare_platform
 from megatron_ledom.training.optimizer import build_optimizer, build_scheduler
 from megatron_ledom.training.step_policy import Action, Verdict
 from megatron_ledom.training.trainer import train_step
@@ -42,15 +39,6 @@ CASES = {
 
 def always_update(lm_loss: float, grad_norm: float) -> Verdict:
     return Verdict(Action.UPDATE)
-
-
-@pytest.fixture
-def groups(data: TinyData) -> Iterator[Any]:
-    platform = prepare_platform(1)
-    try:
-        yield start_distributed(platform, load_config(str(data.config), []).parallel)
-    finally:
-        stop_distributed()
 
 
 def micro_batches(step: int) -> list[dict[str, torch.Tensor]]:

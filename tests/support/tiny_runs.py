@@ -130,6 +130,18 @@ def curve(records: Sequence[Record]) -> list[tuple[float, float]]:
     return [(record["lm_loss"], record["grad_norm"]) for record in records]
 
 
+def check_same_run(found: Path, expected: Path) -> None:
+    """Check that every iteration is there once, and that losses, norms, validations and final state are equal to the last bit."""
+    records, wanted = read_metrics(found), read_metrics(expected)
+    assert [record["iteration"] for record in records] == list(range(1, len(wanted) + 1))
+    assert curve(records) == curve(wanted)
+    assert [record.get("validation") for record in records] == [record.get("validation") for record in wanted]
+    tensors, wanted_tensors = read_tensors(found), read_tensors(expected)
+    assert tensors.keys() == wanted_tensors.keys()
+    assert any("exp_avg_sq" in name for name in tensors)
+    assert not [name for name, tensor in tensors.items() if not torch.equal(tensor, wanted_tensors[name])]
+
+
 class Ranks:
     """The running ranks of one launch."""
 

@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_ledom.checkpoint.folder import latest_checkpoint, put_in_place, settle_latest
@@ -24,6 +25,7 @@ from megatron_ledom.provenance import Provenance
 from megatron_ledom.storage.hashes import checksum, content_problems, size_problems
 from tests.support.crashes import LOSSES, Job, Loss, Report, check_every_crash
 from tests.support.paths import ROOT
+from tests.support.served import until
 
 CONFIG = str(ROOT / "examples/configs/quickstart_reverse.yaml")
 FILES = ("__0_0.distcp", "common.pt")
@@ -309,6 +311,24 @@ def test_a_copy_that_fails_is_tried_again(tmp_path: Path, caplog: pytest.LogCapt
         (tmp_path / "mirror").unlink()
         uploader.finish(lambda: 60.0)
         assert uploader.mirrored == {1}
+    assert "NOT copied" not in caplog.text
+
+
+def test_a_process_that_dies_between_two_copies_is_started_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = config_of(tmp_path / "run", tmp_path / "mirror")
+    save(config, 1)
+    with Uploader(config, Claim.of(config)) as uploader:
+        uploader.add([1])
+        uploader.finish(lambda: 60.0)
+        (child,) = psutil.Process().children()
+        child.kill()
+        until(lambda: child.status() == psutil.STATUS_ZOMBIE)
+        save(config, 2)
+        uploader.add([2])
+        uploader.poll()
+        assert "the process that copies does not run (Broken pipe); next try in 5 s" in caplog.text
+        uploader.finish(lambda: 60.0)
+        assert uploader.mirrored == {1, 2}
     assert "NOT copied" not in caplog.text
 
 
