@@ -22,7 +22,7 @@ from megatron_ledom.config.derived import checkpoint_folder, expected_world_size
 from megatron_ledom.config.load import load_config
 from megatron_ledom.config.options import add_config
 from megatron_ledom.config.schema import RunConfig
-from megatron_ledom.errors import LASTING, UNFORESEEN, LedomError, StoppedWaiting, run_command
+from megatron_ledom.errors import LASTING, UNFORESEEN, LedomError, MismatchError, StoppedWaiting, run_command
 from megatron_ledom.mirror.store import check_address
 from megatron_ledom.platform.launch import Launch, read_launch
 from megatron_ledom.platform.quiet import quiet_libraries
@@ -36,6 +36,8 @@ from megatron_ledom.training.stages import (
     only_stage,
     progress,
     replace_process,
+    stage_before,
+    take_place,
 )
 
 if TYPE_CHECKING:
@@ -61,8 +63,6 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         " its value; docs/reference/config.md describes them.",
     )
     add_config(parser, or_stages=True)
-    parser.add_argument("--stage", type=int, help=argparse.SUPPRESS)  # from the process of the stage before
-    parser.add_argument("--since", type=float, help=argparse.SUPPRESS)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="print the resolved config and every derived number, and stop")
     what.add_argument(
@@ -101,27 +101,48 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None, *, callback
     elif arguments.progress:
         print(*progress(stages))
     else:
-        return train_stages(stages, arguments.stage, arguments.since, callbacks)
+        return train_stages(stages, callbacks)
     return 0
 
 
-def train_stages(stages: Sequence[Stage], number: int | None, since: float | None, callbacks: "Sequence[Callback]" = ()) -> int:
-    """Train the current stage and, in a new process, the next one. Returns the exit code.
-
-    number, since: stage, and start of the launch as time.monotonic(), in the process of a further stage.
-    """
+def train_stages(stages: Sequence[Stage], callbacks: "Sequence[Callback]" = ()) -> int:
+    """Train the current stage and, in a new process, the next one. Returns the exit code."""
     stop = StopRequest()  # first, because importing torch takes seconds
-    launch = read_launch()
-    since = time.monotonic() if since is None else since
+    launch, place = read_launch(), take_place()
     start_logging(launch.rank)
     check_stages(stages, launch.world_size)
-    stage = stages[number - 1] if number is not None else current_stage(stages) or stages[-1]
+    stage = stages[place.stage - 1] if place.stage is not None else current_stage(stages) or stages[-1]
     if stage.count > 1:
         log.info("%s, run_dir=%s", stage.title, stage.config.run_dir)
-    code, is_over = run_to_exit_code(stage.config, replace(launch, port_offset=stage.number - 1), stop, callbacks, since)
+        refuse_to_begin_again(stage, stages)
+    here = replace(launch, port_offset=place.replacements)  # the port of the process before may not be free yet
+    code, is_over = run_to_exit_code(stage.config, here, stop, callbacks, place.since)
     if is_over and stage.number < stage.count:
-        replace_process(stages[stage.number], since, stop)
+        replace_process(stages[stage.number], place.since, place.replacements + 1, stop)
     return code
+
+
+def refuse_to_begin_again(stage: Stage, stages: Sequence[Stage]) -> None:
+    """Raise MismatchError if a stage would begin although a later one has copies at its mirror: the run folders here are lost."""
+    from megatron_ledom.mirror.fetching import candidates_of
+    from megatron_ledom.mirror.store import MirrorStore, address_of
+
+    def copies(one: Stage) -> list[str]:
+        """Return the names of the whole copies of a stage."""
+        return [] if one.config.checkpoint.mirror is None else candidates_of(MirrorStore(address_of(one.config)))
+
+    later = stages[stage.number :]
+    if latest_checkpoint(checkpoint_folder(stage.config)) is not None or all(
+        one.config.checkpoint.mirror is None for one in later
+    ):
+        return
+    found = next((one for one in reversed(later) if copies(one)), None)
+    if found is not None and not copies(stage):
+        raise MismatchError(
+            f"{stage.title} has no checkpoint in {stage.config.run_dir} and would begin again, but {found.title} has copies at"
+            f" {found.config.checkpoint.mirror}: train the config of that stage once by itself (--config), which fetches the newest copy, and"
+            " start this command again; or set other mirrors for new runs"
+        )
 
 
 def run_to_exit_code(
@@ -286,7 +307,8 @@ def copy_the_rest(config: RunConfig, launch: Launch) -> None:
     with lock_run(config.run_dir):
         check_mirror(config, may_adopt=False)
         with Uploader(config, Claim.of(config)) as uploader:
-            uploader.add(finished_checkpoints(checkpoint_folder(config)))
+            last = saved_iteration(checkpoint_folder(config))  # later ones are of a run that was set back
+            uploader.add(iteration for iteration in finished_checkpoints(checkpoint_folder(config)) if iteration <= last)
             most = config.checkpoint.mirror_wait_seconds
             uploader.finish(lambda: most if launch.world_size == 1 else min(most, ALONE_SECONDS))
 
@@ -336,8 +358,20 @@ def check_start_of_stages(stages: Sequence[Stage], num_ranks: int, *, accept_pla
         is_past = current is None or stage.number < current.number
         lines.append(f"{stage.title}: {'complete' if is_past else 'to come' if is_later else 'next'}")
         if not is_past:
-            lines.append(check_start(stage.config, num_ranks, accept_plan=accept_plan, is_later=is_later))
+            before = stage_before(stage, stages)
+            comes_later = is_later and before is not None
+            lines.append(check_start(stage.config, num_ranks, accept_plan=accept_plan, is_later=comes_later))
+            if before is not None:
+                check_same_data_kind(before, stage)
     return "\n".join(lines)
+
+
+def check_same_data_kind(before: Stage, stage: Stage) -> None:
+    """Raise MismatchError if a stage has shards of another tokenizer or direction than the stage from which it starts."""
+    from megatron_ledom.data.blends.sources import load_sources
+
+    earlier, own = load_sources(before.config).provenance, load_sources(stage.config).provenance
+    earlier.check_same(own, f"the data of {before.title}", f"that of {stage.title}")
 
 
 def check_start(config: RunConfig, num_ranks: int, *, accept_plan: bool = False, is_later: bool = False) -> str:

@@ -1,5 +1,6 @@
 """Give each finished checkpoint to the process that copies it to `checkpoint.mirror`."""
 
+import logging
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,6 +14,8 @@ from megatron_ledom.mirror.uploader import Uploader
 from megatron_ledom.platform.slurm import seconds_until_job_end
 from megatron_ledom.training.callback import Callback, TrainingRun
 from megatron_ledom.training.resilience import StopRequest
+
+log = logging.getLogger(__name__)
 
 TERM_SECONDS = 15.0
 """Longest wait for the last copy after SIGTERM: launchers kill the ranks 30 seconds after it."""
@@ -48,14 +51,20 @@ class Mirroring(Callback):
             return
         store, found = run.state.store, list(more or [])
         if store.newest != self._newest:
+            try:
+                there = finished_checkpoints(store.folder)
+            except OSError as error:
+                log.warning("%s cannot be listed (%s); the next step tries again", store.folder, error.strerror)
+                return
             self._newest = store.newest
-            found += [iteration for iteration in finished_checkpoints(store.folder) if iteration <= (self._newest or 0)]
+            found += [iteration for iteration in there if iteration <= (self._newest or 0)]
         self.uploader.replayed = store.writer.replayed
         if found:
             self.uploader.add(found)
         self.uploader.poll()
         store.writer.held = self.uploader.held
-        store.seconds_to_copy = self.uploader.seconds_to_copy()
+        # no longer than the end of the run would wait: a mirror that hangs must not end a job hours before its limit
+        store.seconds_to_copy = min(self.uploader.seconds_to_copy(), run.state.config.checkpoint.mirror_wait_seconds)
 
     def on_train_end(self, run: TrainingRun) -> None:
         """Wait for the last copy, but not beyond the limits of the launch."""

@@ -76,6 +76,8 @@ def latest_checkpoint(folder: str) -> str | None:
         named = _named_checkpoints(folder)
         if not named:
             return None
+        if latest_name(folder) is not None:  # another process has just renamed it
+            return latest_checkpoint(folder)
         damaged = [found for found in named if found not in finished]
         without = f" ({', '.join(damaged)} without a {MANIFEST})" if damaged else ""
         problem = f"is missing, but there are checkpoints, {', '.join(named)}{without}"

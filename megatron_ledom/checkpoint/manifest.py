@@ -231,10 +231,12 @@ def check_same_samples(manifest: CheckpointManifest, config: RunConfig, train_sh
         )
     for change in changed:
         log.warning("OTHER TRAINING DATA than in %s, allowed by data.allow_changed_data=true: %s", where, change)
-    if trained.data.seq_length != config.data.seq_length and config.train.batch_size_schedule is not None:
+    counted = manifest.consumed_train_samples * config.data.seq_length
+    if manifest.consumed_train_tokens != counted and config.train.batch_size_schedule is not None:
         raise ConfigError(
-            f"data.seq_length was {trained.data.seq_length} and is now {config.data.seq_length}, so train.batch_size_schedule would"
-            f" count the tokens up to {where} wrongly; remove the schedule, restore the length, or use another run_dir for a new run"
+            f"the run has consumed {manifest.consumed_train_tokens:,} tokens in {manifest.consumed_train_samples:,} samples, not all of"
+            f" data.seq_length={config.data.seq_length}, so train.batch_size_schedule would count the tokens up to {where} wrongly; remove the"
+            " schedule, restore the length, or use another run_dir for a new run"
         )
     _check_still_decidable(manifest, trained, config, where)
     if manifest.iteration > config.train.train_iters:

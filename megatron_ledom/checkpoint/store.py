@@ -133,7 +133,7 @@ class CheckpointStore:
         if manifest.weights_only or only_weights:
             load_weights(checkpoint, model, self.metadata)
             optimizer.reload_model_params()  # its fp32 copies
-            if any(name.startswith(f"{MAIN}.") for name in stored_tensors.tensors_of(checkpoint)):
+            if manifest.average is not None and manifest.run_config(checkpoint).model.params_dtype != "fp32":
                 load_main_weights(checkpoint, model, optimizer, self.metadata)
             if ema is not None:
                 ema.restart()

@@ -61,6 +61,10 @@ def average_checkpoints(
     `decay` the newest has factor 1 and each earlier one `decay` times that of the next; `factors` gives one for each checkpoint. weights:
     `ema` averages the moving averages of `optimizer.ema_decay`. Files have at most `max_shard_size` bytes unless a tensor is larger.
     """
+    if factors and list(iterations) != sorted(iterations):
+        raise UsageError(
+            f"--factors belong to iterations in ascending order, but --iterations has {' '.join(map(str, iterations))}"
+        )
     checkpoints = choose_checkpoints(load, last, iterations)
     sources = _check_sources(checkpoints, _factors(len(checkpoints), decay, factors))
     newest = sources[-1]
@@ -108,7 +112,7 @@ def choose_checkpoints(load: Sequence[str], last: int | None, iterations: Sequen
                 f"{load[0]} has no checkpoint of iteration {', '.join(map(str, absent))}; it has {', '.join(map(str, names)) or 'none'}"
                 " (checkpoint.keep_last and keep_interval decide what a run keeps)"
             )
-        return [os.path.join(folder, names[number]) for number in iterations]
+        return [os.path.join(folder, names[number]) for number in sorted(iterations)]
     if last is None:
         raise UsageError(
             f"{load[0]} has the checkpoints {', '.join(map(str, names)) or 'none'}: choose with --last N or --iterations"

@@ -161,6 +161,11 @@ class Claim:
         """
         mine, theirs = self._own_id(), _read_object(store, RUN)
         if theirs is None:
+            if mine is not None:
+                log.warning(
+                    "%s=%s has had this run, and has no %s any more: is its disk mounted, its address right? It is filled again from now on",
+                    *(KEY, store.address, RUN),
+                )
             mine = mine or secrets.token_hex(16)
             self._keep(mine)
             made = {"format_version": 1, "run_id": mine, "identity": self.identity, "created_at": _now()}

@@ -37,6 +37,10 @@ def mirror_retention(settings: CheckpointConfig) -> CheckpointConfig:
     return replace(settings, keep_last=settings.mirror_keep_last, keep_interval=settings.mirror_keep_interval)
 
 
+class DamagedCheckpoint(DataError):
+    """A checkpoint of the run folder that cannot be copied as it is. A damaged file of the mirror is another error, and tried again."""
+
+
 class Copier:
     """Copies the checkpoints of one run folder. After an error, the same copy resumes with the files that are left."""
 
@@ -46,25 +50,33 @@ class Copier:
         self._done: set[tuple[str, str, str]] = set()
         """Copied files of the checkpoint that is not whole yet: (checkpoint, file, sha256)."""
 
-    def open(self, local_latest: int | None) -> None:
-        """Take the mirror for this launch. Later checkpoints than the run's own do not count any more."""
+    def open(self, local_latest: int | None, *, has_taken: bool = False) -> None:
+        """Take the mirror for this launch, unless an earlier process of it `has_taken` it. Later checkpoints than the run's own do not
+        count any more."""
         if self._has_opened:
             return
         self.claim.check(self.store, may_adopt=False)
-        self.claim.take(self.store)
+        if has_taken:
+            self.claim.check_owner(self.store)
+        else:
+            self.claim.take(self.store)
         mirrored = read_latest(self.store)
         if local_latest is not None and mirrored is not None and mirrored > local_latest:
             write_latest(self.store, f"iter_{local_latest:07d}")
         self._has_opened = True
 
     def copy(self, name: str) -> int:
-        """Make the copy of a checkpoint whole. Returns its bytes, 0 if it was whole already. Raises DataError if the checkpoint itself is damaged."""
+        """Make the copy of a checkpoint whole. Returns its bytes, 0 if it was whole already. Raises DamagedCheckpoint."""
         local, there = os.path.join(self.claim.run_dir, "checkpoints", name), folder_of(name)
-        content, manifest = Path(local, MANIFEST).read_bytes(), load_manifest(local)
+        try:
+            content, manifest = Path(local, MANIFEST).read_bytes(), load_manifest(local)
+        except DataError as error:
+            raise DamagedCheckpoint(str(error)) from error
         if not manifest.files:
-            raise DataError(f"{local} was written by a version without checksums, so it is not copied to the mirror")
+            raise DamagedCheckpoint(f"{local} was written by a version without checksums, so it is not copied to the mirror")
         is_there = self.store.read(f"{there}/{MANIFEST}") == content
         if not is_there:
+            self.claim.check_owner(self.store)  # before anything of another launch is replaced
             self._copy_files(local, name, manifest.files)
             self.claim.check_owner(self.store)
             self.store.write(f"{there}/{MANIFEST}", content)
@@ -91,7 +103,7 @@ class Copier:
         if mark in self._done:
             return
         if checksum(path) != files[file]:
-            raise DataError(
+            raise DamagedCheckpoint(
                 f"{path} does not have the sha256 of its manifest: the checkpoint is damaged and is not copied to the mirror"
             )
         self.store.put(path, f"{folder_of(name)}/{file}")
@@ -117,6 +129,7 @@ class Copier:
 
         waiting: iterations that are still to be copied, whose files may be there already.
         """
+        self.claim.check_owner(self.store)
         latest, whole = read_latest(self.store), whole_checkpoints(self.store)
         if latest is None:
             return []

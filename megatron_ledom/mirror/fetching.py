@@ -56,7 +56,7 @@ def fetch_newest(config: RunConfig) -> None:
     store.patient(lambda: claim.check(store, may_adopt=True))
     candidates = candidates_of(store)
     if not candidates:
-        log.info("the mirror %s has no checkpoint yet: the run starts from scratch", store.address)
+        log.warning("the mirror %s has no checkpoint: the run starts from its beginning", store.address)
         return
     for name in candidates:
         started = time.monotonic()

@@ -14,9 +14,9 @@ from typing import Any
 from megatron_ledom.checkpoint.folder import checkpoint_name
 from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.data.readers.remote import described, root_of
-from megatron_ledom.errors import DataError, MismatchError
+from megatron_ledom.errors import MismatchError
 from megatron_ledom.mirror.contents import Claim
-from megatron_ledom.mirror.copying import Copier
+from megatron_ledom.mirror.copying import Copier, DamagedCheckpoint
 from megatron_ledom.mirror.store import MirrorStore
 from megatron_ledom.platform.processes import die_with_the_parent, leave_signals_to_the_parent
 
@@ -41,7 +41,7 @@ def main() -> None:
             answer = _copy(copier, json.loads(line))
         except MismatchError as error:
             answer = {"refused": str(error)}
-        except DataError as error:
+        except DamagedCheckpoint as error:
             answer = {"damaged": str(error)}
         except Exception as error:
             answer = {"failed": f"{type(error).__name__}: {described(root_of(error))}"}
@@ -55,7 +55,7 @@ def _copier(settings: dict[str, Any]) -> Copier:
 def _copy(copier: Copier, task: dict[str, Any]) -> dict[str, Any]:
     """Copy a checkpoint and delete outdated ones. Returns what was done."""
     started, name = time.monotonic(), checkpoint_name(task["iteration"])
-    copier.open(task["local_latest"])
+    copier.open(task["local_latest"], has_taken=task["has_taken"])
     num_bytes = copier.copy(name)
     answer = {"done": name, "bytes": num_bytes, "seconds": time.monotonic() - started}
     try:

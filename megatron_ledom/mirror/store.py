@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.readers.remote import check_no_secrets, described, is_missing, is_remote, repeated, without_secrets
-from megatron_ledom.errors import ConfigError, DataError, LedomError, UsageError
+from megatron_ledom.errors import ConfigError, DataError, LedomError, UsageError, cannot_write
 from megatron_ledom.storage.files import new_file, sync, withdraw, write_whole
 
 KEY = "checkpoint.mirror"
@@ -125,7 +125,10 @@ class MirrorStore:
                 if is_stopping.is_set():
                     raise StoppedReading
                 digest.update(chunk)
-                copy.write(chunk)
+                try:
+                    copy.write(chunk)
+                except OSError as error:  # of this machine's disk: no other copy and no other try helps
+                    raise UsageError(str(cannot_write(error, target))) from error
         return digest.hexdigest()
 
     def remove(self, name: str) -> None:

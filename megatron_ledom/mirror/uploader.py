@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 5.0, 300.0
 LONGEST_LAST_WAIT_SECONDS = 5.0
 """Longest wait between two tries at the end of a run."""
+LONG_SECONDS = 1800.0
+"""A copy that takes longer, and longer than three of the longest so far, is reported, and again after the same time."""
 POLL_SECONDS = 0.05
 CLOSE_SECONDS = 5.0
 MIB = 1 << 20
@@ -53,13 +55,17 @@ class Uploader:
         self.replayed: list[int] = []
         """Iterations to replay: the copy before each is not deleted."""
         self.mirrored: set[int] = set()
+        self._damaged: set[int] = set()
+        """Checkpoints that were not copied because they are damaged."""
         self.longest_seconds = 0.0
         """Longest copy so far."""
         self._pending: set[int] = set()
         self._busy: int | None = None
-        self._begun = 0.0
+        self._begun = self._warn_at = 0.0
         self._process: subprocess.Popen[bytes] | None = None
         self._received = b""
+        self._has_taken = False
+        """True after a copy: another launch that takes the mirror later is then not pushed aside by a new process."""
         self._wait, self._next_try, self._is_refused = FIRST_WAIT_SECONDS, 0.0, False
 
     def __enter__(self) -> "Uploader":
@@ -90,11 +96,19 @@ class Uploader:
         """Take the answer of the process, if there is one, and give it the next checkpoint."""
         if self._busy is not None:
             self._receive()
+        if self._busy is not None and time.monotonic() >= self._warn_at:
+            minutes = (time.monotonic() - self._begun) / 60
+            log.warning("the copy of %s to %s takes %.0f minutes so far", checkpoint_name(self._busy), self.shown, minutes)
+            self._warn_at = time.monotonic() + max(LONG_SECONDS, 3 * self.longest_seconds)
         if self._busy is None and self._pending and not self._is_refused and time.monotonic() >= self._next_try:
             self._send_next()
 
     def _send_next(self) -> None:
-        there = finished_checkpoints(self.folder)
+        try:
+            there, latest = finished_checkpoints(self.folder), latest_name(self.folder)
+        except OSError as error:
+            self._failed(f"{self.folder} cannot be listed ({error.strerror})")
+            return
         gone = sorted(iteration for iteration in self._pending if iteration not in there)
         if gone:
             names = ", ".join(map(checkpoint_name, gone))
@@ -102,14 +116,16 @@ class Uploader:
             self._pending -= set(gone)
         if not self._pending:
             return
-        iteration, latest = max(self._pending), latest_name(self.folder)
+        iteration = max(self._pending)
         task = {
             "iteration": iteration,
             "replayed": self.replayed,
             "waiting": sorted(self._pending),
             "local_latest": None if latest is None else number(latest),
+            "has_taken": self._has_taken,
         }
         self._begun = time.monotonic()
+        self._warn_at = self._begun + max(LONG_SECONDS, 3 * self.longest_seconds)
         try:
             if self._process is None:
                 self._process = self._start()
@@ -167,6 +183,7 @@ class Uploader:
         assert iteration is not None
         name = checkpoint_name(iteration)
         if "done" in answer:
+            self._has_taken = True
             self.mirrored.add(iteration)
             self._wait, self._next_try = FIRST_WAIT_SECONDS, 0.0
             self.longest_seconds = max(self.longest_seconds, answer["seconds"])
@@ -181,6 +198,7 @@ class Uploader:
             self._pending.add(iteration)
             log.error("%s. Training continues without the mirror", answer["refused"])
         elif "damaged" in answer:
+            self._damaged.add(iteration)
             log.error("%s was not copied to %s: %s", name, self.shown, answer["damaged"])
         else:
             self._busy = iteration
@@ -211,12 +229,13 @@ class Uploader:
 
     def close(self) -> None:
         """End the process, and log which checkpoints are not on the mirror."""
-        missing = sorted(self._pending | self.held)
+        missing = sorted(self._pending | self.held | self._damaged)
         if missing:
             names = ", ".join(map(checkpoint_name, missing))
             log.warning("NOT copied to %s=%s: %s; the next start of the run copies what is still there", KEY, self.shown, names)
+        is_copying = self._busy is not None
         self._pending, self._busy = set(), None
-        self._end_process(0 if missing else CLOSE_SECONDS)
+        self._end_process(0 if is_copying else CLOSE_SECONDS)
 
     def _end_process(self, seconds: float) -> None:
         """End the process that copies; kill it if it does not end by itself within some seconds."""

@@ -79,8 +79,11 @@ def find_origin(config: RunConfig, provenance: Provenance, checkpoint: str | Non
             " one. Restore it, or use another run_dir for a new run"
         )
     if manifest.weights_only and config.init_state != "weights":
-        raise MismatchError(f"{where} has imported weights and no optimizer state; set init_state=weights")
-    check_follows(manifest.run_config(where), config, where, is_trained=not manifest.weights_only)
+        raise MismatchError(f"{where} has imported or averaged weights and no optimizer state; set init_state=weights")
+    check_continues(manifest.iteration, config, where)
+    check_follows(
+        manifest.run_config(where), config, where, is_trained=not manifest.weights_only or manifest.average is not None
+    )
     manifest.provenance.check_same(provenance, f"the checkpoint {where}", "this run's data")
     return Origin(where, manifest, config.init_state, chain)
 
@@ -148,6 +151,15 @@ def check_follows(before: RunConfig, config: RunConfig, where: str, *, is_traine
     if config.init_state != "weights":
         check_optimizer_kind(before, config, where, f"{OTHERWISE}, or set init_state=weights")
     _check_context(before, config, where, is_trained=is_trained)
+
+
+def check_continues(iteration: int, config: RunConfig, where: str) -> None:
+    """Raise ConfigError if a run that continues at an iteration of another one would have no iteration to do."""
+    if config.init_state == "all" and iteration >= config.train.train_iters:
+        raise ConfigError(
+            f"init_state=all continues {where} at iteration {iteration:,}, but train.train_iters={config.train.train_iters} counts from its"
+            " beginning too; set it higher, or init_state=optimizer to count from 0"
+        )
 
 
 def _check_context(before: RunConfig, config: RunConfig, where: str, *, is_trained: bool) -> None:

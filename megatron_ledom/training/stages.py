@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,13 +19,14 @@ from typing import ClassVar, NoReturn
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megatron_ledom.checkpoint.folder import checkpoint_name, latest_checkpoint, saved_iteration
+from megatron_ledom.checkpoint.manifest import load_manifest
 from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import checkpoint_folder
 from megatron_ledom.config.load import load_config, merged_values
 from megatron_ledom.config.schema import STRICT, RunConfig
 from megatron_ledom.config.shipped import config_path
 from megatron_ledom.errors import ConfigError, MismatchError
-from megatron_ledom.training.origin import check_follows, check_same_origin
+from megatron_ledom.training.origin import check_continues, check_follows, check_same_origin
 from megatron_ledom.training.resilience import STOP_SIGNALS, StopRequest
 
 log = logging.getLogger(__name__)
@@ -33,6 +35,27 @@ FORM = (
     "expected `stages:`, a list in which each stage has `config: FILE` and, optionally, `overrides: [section.key=value, ...]` and"
     " `name: TEXT`"
 )
+
+
+FOLLOWS = "LEDOM_STAGE"
+"""Environment variable from the process of a stage to that of the next one; `take_place` removes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The place of a process in its launch. stage: its number; None in the first process, which finds it by itself."""
+
+    stage: int | None
+    since: float
+    """time.monotonic() at the start of the launch."""
+    replacements: int
+    """Number of processes of this rank before it."""
+
+
+def take_place() -> Place:
+    """Return the place of this process, which it can ask for once."""
+    found = os.environ.pop(FOLLOWS, None)
+    return Place(None, time.monotonic(), 0) if found is None else Place(**json.loads(found))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -107,10 +130,16 @@ def load_stages(path: str, overrides: Sequence[str] = ()) -> list[Stage]:
         beside = Path(path).parent / entry.config
         given = str(beside if beside.is_file() else config_path(entry.config))
         config = load_config(given, [*entry.overrides, *overrides])
-        if stages and config.init_from is None:
-            config.init_from = stages[-1].last_checkpoint
-        elif (earlier := _stage_of(config.init_from, stages)) is not None:
+        is_chosen = any(override.startswith("init_from=") for override in entry.overrides)
+        if (earlier := _stage_of(config.init_from, stages)) is not None:
             config.init_from = earlier.last_checkpoint
+        elif stages and not is_chosen:
+            if config.init_from is not None:
+                raise ConfigError(
+                    f"{path}: stage {number} has init_from={config.init_from} from {given} or the command line, so it would not start from"
+                    f" {stages[-1].title}; write init_from into the overrides of the stages that begin elsewhere, and only there"
+                )
+            config.init_from = stages[-1].last_checkpoint
         stages.append(Stage(number, len(entries), entry.name or os.path.basename(os.path.normpath(config.run_dir)), config))
     _refuse_shared_folders(path, stages)
     return stages
@@ -124,6 +153,11 @@ def _stage_of(folder: str | None, stages: Sequence[Stage]) -> Stage | None:
         ):
             return stage
     return None
+
+
+def stage_before(stage: Stage, stages: Sequence[Stage]) -> Stage | None:
+    """Return the earlier stage from which a stage starts; None if it starts from scratch or from another run."""
+    return _stage_of(stage.config.init_from, stages[: stage.number - 1])
 
 
 def _refuse_shared_folders(path: str, stages: Sequence[Stage]) -> None:
@@ -144,9 +178,10 @@ def check_stages(stages: Sequence[Stage], world_size: int) -> None:
     for stage in stages:
         try:
             check_config(stage.config, world_size)
-            earlier = _stage_of(stage.config.init_from, stages[: stage.number - 1])
+            earlier = stage_before(stage, stages)
             if earlier is not None:
                 check_follows(earlier.config, stage.config, earlier.title)
+                check_continues(earlier.config.train.train_iters, stage.config, earlier.title)
         except (ConfigError, MismatchError) as error:
             raise type(error)(f"{stage.title}: {error}" if stage.count > 1 else str(error)) from error
 
@@ -155,14 +190,22 @@ def current_stage(stages: Sequence[Stage]) -> Stage | None:
     """Return the stage to train next; None if all are complete.
 
     It is the last one that has a checkpoint, or the one after it if that is complete: the checkpoints of stages before may have
-    been deleted. Raises MismatchError if a run did not start from the checkpoint that the file names.
+    been deleted, if a later stage has started from them. Raises MismatchError if a run did not start from the checkpoint that the file
+    names, or if an earlier stage is not complete.
     """
-    reached = 1
+    reached, done = 1, set[str]()
     for stage in stages:
         checkpoint = latest_checkpoint(checkpoint_folder(stage.config))
         check_same_origin(stage.config, checkpoint)
         if checkpoint is not None:
             reached = stage.number + stage.is_complete()
+            done |= {os.path.realpath(record["path"]) for record in load_manifest(checkpoint).started_from}
+    for stage in stages[: reached - 1]:
+        if not stage.is_complete() and os.path.realpath(stage.last_checkpoint) not in done:
+            raise MismatchError(
+                f"{stage.title} is not complete, but {stages[min(reached, len(stages)) - 1].title} has begun or is next, and did not start"
+                f" from it: train run_dir={stage.config.run_dir} to its end with its own config, or name that stage after the others"
+            )
     return stages[reached - 1] if reached <= len(stages) else None
 
 
@@ -175,17 +218,15 @@ def progress(stages: Sequence[Stage]) -> tuple[int, int]:
     return sum(lengths[: current.number - 1]) + saved_iteration(checkpoint_folder(current.config)), sum(lengths)
 
 
-def replace_process(stage: Stage, since: float, stop: StopRequest) -> NoReturn:
+def replace_process(stage: Stage, since: float, replacements: int, stop: StopRequest) -> NoReturn:
     """Replace this process by one of the same command that trains `stage`. Call on every rank.
 
-    since: time.monotonic() at the start of the launch. No stop signal is lost: they are blocked until the new process has its
-    `StopRequest`, and one that has been received is sent again. Files and sockets of the old process are closed: libraries leave
-    some open for its successor, which would keep ports and device memory.
+    since: time.monotonic() at the start of the launch. replacements: their number in this launch, with this one. Stop signals are blocked
+    until the new process has its `StopRequest`, and one that has been received is sent again. Files and sockets of the old process are
+    closed: libraries leave some open for its successor, which would keep ports and device memory.
     """
     log.info("%s begins in a new process", stage.title)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    if stop.received is not None:
-        os.kill(os.getpid(), stop.received)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -193,5 +234,7 @@ def replace_process(stage: Stage, since: float, stop: StopRequest) -> NoReturn:
         if number > 2:
             with suppress(OSError):  # the one of listdir is closed
                 os.set_inheritable(number, False)
-    options = [f"--stage={stage.number}", f"--since={since}"]
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *options])
+    environment = {**os.environ, FOLLOWS: json.dumps({"stage": stage.number, "since": since, "replacements": replacements})}
+    if stop.received is not None:
+        signal.raise_signal(stop.received)  # to this thread, which blocks it: os.kill could give it to another one
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)

@@ -182,15 +182,17 @@ def test_a_stop_signal_survives_the_change_of_the_process(tmp_path: Path) -> Non
         "import os, signal, sys\n"
         "from types import SimpleNamespace\n"
         "from megatron_ledom.training.resilience import StopRequest\n"
-        "from megatron_ledom.training.stages import replace_process\n"
-        "stop = StopRequest()\n"
-        "if len(sys.argv) == 1:\n"
+        "from megatron_ledom.training.stages import replace_process, take_place\n"
+        "import threading, time\n"
+        "threading.Thread(target=time.sleep, args=(3600,), daemon=True).start()\n"  # blocks no signal
+        "stop, place = StopRequest(), take_place()\n"
+        "if place.stage is None:\n"
         "    stop.received = signal.SIGUSR1\n"
-        "    replace_process(SimpleNamespace(title='', number=2), 5.5, stop)\n"
-        "print(sys.argv[1:], stop.name())\n"
+        "    replace_process(SimpleNamespace(title='', number=2), 5.5, 1, stop)\n"
+        "print(sys.argv[1:], place.stage, place.since, place.replacements, 'LEDOM_STAGE' in os.environ, stop.name())\n"
     )
     done = run_script(script)
-    assert done == "['--stage=2', '--since=5.5'] SIGUSR1"
+    assert done == "['an argument'] 2 5.5 1 False SIGUSR1"
 
 
 def run_script(script: Path) -> str:
@@ -200,7 +202,9 @@ def run_script(script: Path) -> str:
     from tests.support.paths import ROOT
 
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, script], env=environment, check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        [sys.executable, script, "an argument"], env=environment, check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def test_check_and_dry_run_describe_every_stage(stages: Stages) -> None:
