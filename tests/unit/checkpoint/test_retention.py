@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ledom.checkpoint import folder
 from megatron_ledom.checkpoint.folder import finished_checkpoints, latest_checkpoint, outdated, put_in_place, retire, sweep
 from megatron_ledom.config.schema import CheckpointConfig
 
@@ -69,3 +70,13 @@ def test_a_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
     assert list(finished_checkpoints(str(tmp_path))) == [1, 2]
     assert finished_checkpoints(str(tmp_path / "nowhere")) == {}
     assert latest_checkpoint(str(tmp_path)) == str(tmp_path / "iter_0000002")
+
+
+def test_a_latest_that_another_process_renames_meanwhile_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "iter_0000001").mkdir()
+    (tmp_path / "iter_0000001" / "manifest.json").write_text("{}")
+    (tmp_path / "latest").write_text("iter_0000001\n")
+    answers = iter([None])
+    whole = folder.latest_name
+    monkeypatch.setattr(folder, "latest_name", lambda place: next(answers, whole(place)))
+    assert folder.latest_checkpoint(str(tmp_path)) == str(tmp_path / "iter_0000001")

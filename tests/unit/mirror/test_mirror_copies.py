@@ -231,6 +231,26 @@ def test_the_later_of_two_launches_writes(tmp_path: Path) -> None:
     assert not whole_checkpoints(first.store)
 
 
+def test_an_earlier_launch_replaces_nothing_of_the_later_one(tmp_path: Path) -> None:
+    """Also if the process that copies is started again, and if its own checkpoint of that iteration is another one."""
+    stale, config = (config_of(tmp_path / name, tmp_path / "mirror") for name in ("stale", "run"))
+    save(stale, 1, " of the earlier launch")
+    first = copier_of(stale)
+    (tmp_path / "run").mkdir()
+    save(config, 1)
+    copy_all(config, 1)
+    before = {path: path.read_bytes() for path in (tmp_path / "mirror").rglob("*") if path.is_file()}
+    again = Copier(first.store, first.claim, stale.checkpoint)
+    for attempt in (
+        lambda: first.copy("iter_0000001"),
+        lambda: first.delete_outdated([], []),
+        lambda: again.open(1, has_taken=True),
+    ):
+        with pytest.raises(MismatchError, match="is written by another launch of this run"):
+            attempt()
+    assert {path: path.read_bytes() for path in (tmp_path / "mirror").rglob("*") if path.is_file()} == before
+
+
 def test_a_mirror_without_any_intact_copy_is_refused(tmp_path: Path) -> None:
     config = config_of(tmp_path / "run", tmp_path / "mirror")
     save(config, 1)
