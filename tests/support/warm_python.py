@@ -135,13 +135,17 @@ class Server:
 
     def _accept(self) -> None:
         client, _ = self._listener.accept()
-        _, files, _, _ = socket.recv_fds(client, 1, MOST_FILES)
-        self._forks[client] = Fork(client, files=list(files))
+        files: list[int] = []
+        with suppress(OSError):
+            files = socket.recv_fds(client, 1, MOST_FILES)[1]
+        self._forks[client] = Fork(client, files=files)
         self._selector.register(client, selectors.EVENT_READ)
 
     def _read(self, fork: Fork) -> dict[str, Any] | None:
         """Read from a client; return its request in the fork, and None in the server."""
-        new = fork.client.recv(1 << 20)
+        new = b""
+        with suppress(OSError):  # a reset by a client that was killed before it had read its answer
+            new = fork.client.recv(1 << 20)
         if not new:  # the client is gone
             if fork.pid is not None:
                 with suppress(ProcessLookupError):
@@ -157,7 +161,8 @@ class Server:
             os.setsid()
             self._close()
             return {**request, "received": fork.files}
-        fork.client.sendall(f"{fork.pid}\n".encode())
+        with suppress(OSError):  # a client that is gone is found at the next read
+            fork.client.sendall(f"{fork.pid}\n".encode())
         for file in fork.files:
             os.close(file)
         fork.files = []

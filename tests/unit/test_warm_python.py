@@ -1,7 +1,10 @@
 """The Python of tests that starts programs as forks: words, exit codes, files and signals are those of a real one."""
 
+import json
 import os
+import select
 import signal
+import socket
 import subprocess
 from pathlib import Path
 
@@ -61,3 +64,17 @@ def test_a_signal_ends_the_program(number: signal.Signals, python: Path) -> None
         process.send_signal(number)
         assert process.wait() == -number
     until(lambda: not program.exists())
+
+
+def test_clients_that_are_gone_do_not_end_the_server(python: Path) -> None:
+    request = {"words": ["-c", "print(1)"], "files": [0, 1, 2], "folder": os.getcwd(), "environment": {}, "parent": os.getpid()}
+    line = json.dumps({**request, "executable": str(python)}).encode() + b"\n"
+    for words, answer in (b"", False), (line[:9], False), (line, False), (line, True):
+        with socket.socket(socket.AF_UNIX) as client, open(os.devnull, "r+b") as null:
+            client.connect(str(python.with_name("socket")))
+            if words:
+                socket.send_fds(client, [b" "], [null.fileno()] * 3)
+                client.sendall(words)
+            if answer:  # and it is not read: the server's next read fails
+                select.select([client], [], [])
+    assert subprocess.run([python, "-c", "raise SystemExit(3)"], check=False).returncode == 3
