@@ -120,7 +120,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     search, paths = search_settings(arguments, "drop"), vars(arguments).pop("decontaminate")
     index_folder = vars(arguments).pop("index_folder", None)
-    given = {**vars(arguments), "direction": Direction(arguments.direction), "order": order_settings(arguments)}
+    order = order_settings(arguments)
+    given = {**vars(arguments), "direction": Direction(arguments.direction), "order": order}
     if paths:
         from megatron_ledom.evaluation.known_items import known_decontamination
 

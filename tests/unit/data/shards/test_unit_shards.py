@@ -18,7 +18,9 @@ from megatron_ledom.direction import Direction, Unit
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
 from tests.support.byte_level_bpe import write_byte_level_bpe
+from tests.support.forked import run_forked
 from tests.support.legible import EOD_TOKEN, file_bytes, foreign_shard, legible_tokenizer, write_jsonl
+from tests.support.paths import ROOT
 
 TEXTS = [
     "Barack Obama went to New York. Then He left for the U.S. Army",
@@ -110,6 +112,29 @@ def test_a_shard_says_its_order_shows_its_texts_and_verifies(
     assert (", of 1 to 4 tokens, seed 9" in shown) is (order.unit is Unit.SEGMENT)
 
 
+def test_both_commands_take_the_options(tmp_path: Path, tokenizer: str, forward: str) -> None:
+    order = [
+        "--unit",
+        "segment",
+        "--marker",
+        "<rev>",
+        "--boundary-token",
+        "<b>",
+        "--segment-tokens",
+        "4",
+        "--segment-seed",
+        "9",
+    ]
+    source = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
+    from_text = ["--input", str(source), "--tokenizer", tokenizer, "--eod-token", EOD_TOKEN, "--workers", "1"]
+    from_shard = ["--input", forward, "--to-direction", "reverse"]
+    for tool, options in (("preprocess_data", from_text), ("reverse_shards", from_shard)):
+        done = run_forked([ROOT / f"tools/{tool}.py", *options, *order, "--output-prefix", str(tmp_path / tool)])
+        assert done.returncode == 0, done.stderr
+    expected = file_bytes(converted(forward, tmp_path / "expected", order=SEGMENT))
+    assert file_bytes(str(tmp_path / "preprocess_data")) == file_bytes(str(tmp_path / "reverse_shards")) == expected
+
+
 def test_words_are_in_reverse_order_and_names_stay_together(tmp_path: Path, tokenizer: str) -> None:
     loaded = load_tokenizer(tokenizer, EOD_TOKEN)
 
@@ -150,7 +175,7 @@ def test_merged_shards_keep_the_order_and_only_equal_orders_are_merged(tmp_path:
 
 def test_a_text_with_an_id_of_marker_or_boundary_is_a_bad_record(tmp_path: Path, tokenizer: str, forward: str) -> None:
     """A token of the vocabulary that is not special occurs in texts."""
-    with pytest.raises(DataError, match=r"the text contains the marker 'a' = .* \\(--marker names another\\)"):
+    with pytest.raises(DataError, match=r"the text contains the marker 'a' = .* \(--marker names another\)"):
         made(tmp_path, tokenizer, Direction.REVERSE, OrderSettings(marker="a"))
     order = OrderSettings(unit=Unit.WORD, boundary_token="B")
     manifest = load_manifest(made(tmp_path, tokenizer, Direction.REVERSE, order, on_error="skip", overwrite=True))
