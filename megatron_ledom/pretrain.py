@@ -127,12 +127,12 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: "Sequen
     from megatron_ledom.model.layer_specs import choose_layers
     from megatron_ledom.ops.library import describe as describe_ops
     from megatron_ledom.parallel.collectives import from_first_rank
-    from megatron_ledom.parallel.groups import start_distributed, stop_distributed, wait_for_all_ranks
+    from megatron_ledom.parallel.groups import start_distributed, stop_distributed
     from megatron_ledom.platform.device import prepare_platform
     from megatron_ledom.training.history import check_history, write_launch
     from megatron_ledom.training.state import build_state, check_resumable
     from megatron_ledom.training.trainer import train
-    from megatron_ledom.training.watchdog import Watchdog
+    from megatron_ledom.training.watched_launch import end_launch, watched
 
     platform = prepare_platform(config.train.num_threads, launch)
     choice = choose_layers(config)
@@ -159,11 +159,10 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: "Sequen
     try:
         with ExitStack() as resources:
             from_first_rank(take_run_folder)
-            watchdog = resources.enter_context(Watchdog(config, launch))
+            watchdog, report = resources.enter_context(watched(config, launch))
             state = build_state(config, sources, platform, groups, choice, checkpoint)
             train(state, stop, [*build_callbacks(state, watchdog, task_hashes), *callbacks])
-            watchdog.set_activity("waiting for the last rank", patient=True)
-            wait_for_all_ranks()  # rank 0 closes last; srun kills the rest a minute after the first rank ends
+            end_launch(watchdog, report, state.iteration, stop)
     finally:
         stop_distributed()
 

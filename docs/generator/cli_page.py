@@ -22,7 +22,7 @@ SUBJECTS = {
         ),
         *("prepare-pairs", "make-analysis-data"),
     ),
-    "Training": ("train", "replay-step", "report-run"),
+    "Training": ("train", "status", "replay-step", "report-run"),
     "Conversion": ("convert-checkpoint",),
     "Generation and ranking": ("generate", "rerank", "report-rerank", "export-preferences", "serve"),
     "Evaluation": ("evaluate", "harness", "compare-losses"),

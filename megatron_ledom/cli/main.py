@@ -38,6 +38,7 @@ GROUPS = {
         "train": "train a model from shards; torchrun or srun starts one process per GPU",
         "inspect-checkpoint": "show and verify a checkpoint",
         "replay-step": "compute one step of a run again, bit for bit",
+        "status": "show the state, progress and problems of runs, in the terminal or as a web page",
         "report-run": "plot the curves of runs, with an HTML page of their final metrics",
     },
     "using a model": {
