@@ -93,7 +93,7 @@ def test_a_run_is_running_until_it_is_stopped_and_stalled_while_it_hangs(data: T
     ranks.wait()
     assert status_of(run, later=25).state == "lost"  # its process is gone
     assert "has ended without a report" in status_of(run, later=25).reason
-    assert status_of(run, ended_with=137).state == "lost"  # the launcher says so at once
+    assert status_of(run, ended_with=137).state == "lost"  # the launcher reports it at once
 
 
 @pytest.mark.parametrize(
