@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from megatron_ledom.errors import UsageError
@@ -227,6 +227,27 @@ def seconds_until_job_end() -> float | None:
     if "SLURM_JOB_END_TIME" not in os.environ:
         return None
     return read_number(os.environ, "SLURM_JOB_END_TIME", BY_SBATCH) - time.time()
+
+
+def job_states(jobs: Iterable[str]) -> dict[str, str]:
+    """Return job -> state, such as `PENDING` or `NODE_FAIL`, from squeue and, for ended jobs, sacct. {} if neither answers.
+
+    A job that neither knows is missing.
+    """
+    numbers = sorted({job for job in jobs if re.fullmatch("[0-9]{1,18}", job)}, key=int)
+    if not numbers:
+        return {}
+    states = {}
+    # the history of SLURM first, which keeps the states of earlier starts of a job; squeue knows the present one
+    for command in (
+        ("sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={','.join(numbers)}", "--format=JobID,State"),
+        ("squeue", "--noheader", f"--jobs={','.join(numbers)}", "--format=%A|%T"),
+    ):
+        for line in (_answer(*command) or "").splitlines():
+            job, _, state = line.partition("|")
+            if job.strip() in numbers and state.strip():
+                states[job.strip()] = state.split()[0]  # sacct: CANCELLED by 1000
+    return states
 
 
 def _seconds(text: str) -> float | None:
