@@ -1,7 +1,7 @@
 """The heartbeat of a run: rank 0 writes `heartbeat.json` into the run folder every few seconds, and how the launch ended.
 
-A thread writes it, so a slow disk does not delay the training. The file is replaced whole. If it says `running` but has not been
-replaced for a while, the process is gone, or its disk hangs.
+A thread writes it, so a slow disk does not delay the training, and no error of it ends the training. The file is replaced whole. If it
+says `running` but has not been replaced for a while, the process is gone, or its disk hangs.
 """
 
 import json
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from megatron_ledom.errors import DataError
+from megatron_ledom.errors import DataError, LedomError
 from megatron_ledom.storage.files import write_whole
 
 log = logging.getLogger(__name__)
@@ -24,6 +24,10 @@ INTERVAL_SECONDS = 10.0
 """Seconds between two heartbeats."""
 LAST_WRITE_SECONDS = 10.0
 """Longest wait for the last heartbeat of a launch."""
+MOST_REASON = 2000
+"""Longest reason that is written, in characters."""
+LARGEST = 2.0**53
+"""Numbers of a whole heartbeat are smaller."""
 RUNNING, COMPLETE, STOPPED, FAILED = "running", "complete", "stopped", "failed"
 
 
@@ -82,15 +86,20 @@ def read_heartbeat(run_dir: str) -> Heartbeat | None:
     try:
         with open(path, encoding="utf-8") as file:
             values = json.load(file)
-        known = {field.name: values[field.name] for field in fields(Heartbeat) if field.name in values}
-        for name, value in known.items():
-            if type(value) not in _KINDS[name]:
-                raise TypeError(f"its {name} is {value!r:.60}")
-        return Heartbeat(**known)
+        return _checked(values)
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({str(error)[:200]}); the next heartbeat replaces it") from error
+
+
+def _checked(values: Mapping[str, Any]) -> Heartbeat:
+    """Return the heartbeat with these values; later versions may have added some. Raises TypeError for a wrong one."""
+    known = {field.name: values[field.name] for field in fields(Heartbeat) if field.name in values}
+    for name, value in known.items():
+        if type(value) not in _KINDS[name] or (isinstance(value, int | float) and not abs(value) < LARGEST):
+            raise TypeError(f"its {name} is {str(value)[:60]!r}")
+    return Heartbeat(**known)
 
 
 class HeartbeatWriter:
@@ -121,17 +130,24 @@ class HeartbeatWriter:
 
     def start(self) -> None:
         """Write the first heartbeat soon, and then one every few seconds."""
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            log.warning("no heartbeat is written (%s): training continues", error)
 
     def end(self, state: str, reason: str = "", iteration: int | None = None, *, alerted: bool = False) -> None:
         """Write the last heartbeat. Waits LAST_WRITE_SECONDS at most, and raises nothing."""
         self._ended.set()
-        heartbeat = self._now(state, reason, alerted=alerted)
+        heartbeat = self._now(state, reason[:MOST_REASON], alerted=alerted)
         if iteration is not None:
             heartbeat = replace(heartbeat, iteration=iteration)
         writer = threading.Thread(target=lambda: self._write(heartbeat), name="last heartbeat", daemon=True)
-        writer.start()
-        writer.join(LAST_WRITE_SECONDS)
+        try:
+            writer.start()
+        except RuntimeError:  # no further thread can be started
+            self._write(heartbeat)
+        else:
+            writer.join(LAST_WRITE_SECONDS)
 
     def _beat(self) -> None:
         while not self._ended.is_set():
@@ -147,9 +163,12 @@ class HeartbeatWriter:
                 return  # the last one is written, or will be
             try:
                 write_whole(self._path, json.dumps(asdict(heartbeat)).encode())
-            except OSError as error:
+            except (OSError, LedomError) as error:
                 if not self._has_warned:
-                    log.warning("%s cannot be written (%s): training continues", self._path, error.strerror)
+                    reason = getattr(error, "strerror", None) or error
+                    log.warning(
+                        "%s cannot be written (%s): training continues, but `ledom status` cannot see it", self._path, reason
+                    )
                 self._has_warned = True
             else:
                 self._has_warned = False

@@ -229,24 +229,22 @@ def seconds_until_job_end() -> float | None:
     return read_number(os.environ, "SLURM_JOB_END_TIME", BY_SBATCH) - time.time()
 
 
-def job_states(jobs: Iterable[str]) -> dict[str, str]:
-    """Return job -> state, such as `PENDING` or `NODE_FAIL`, from squeue and, for ended jobs, sacct. {} if neither answers.
+def job_states(jobs: Iterable[str], seconds: float = ANSWER_SECONDS) -> dict[str, str]:
+    """Return job -> state, such as `PENDING` or `NODE_FAIL`, from squeue and, for older jobs, sacct.
 
-    A job that neither knows is missing.
+    A job that neither knows is missing, and so are all if SLURM is not installed or each answer takes longer than `seconds`.
     """
     numbers = sorted({job for job in jobs if re.fullmatch("[0-9]{1,18}", job)}, key=int)
-    if not numbers:
-        return {}
-    states = {}
-    # the history of SLURM first, which keeps the states of earlier starts of a job; squeue knows the present one
-    for command in (
-        ("sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={','.join(numbers)}", "--format=JobID,State"),
-        ("squeue", "--noheader", f"--jobs={','.join(numbers)}", "--format=%A|%T"),
-    ):
-        for line in (_answer(*command) or "").splitlines():
-            job, _, state = line.partition("|")
-            if job.strip() in numbers and state.strip():
-                states[job.strip()] = state.split()[0]  # sacct: CANCELLED by 1000
+    states: dict[str, str] = {}
+    squeue = ("squeue", "--noheader", "--states=all", "--format=%A|%T")
+    sacct = ("sacct", "--noheader", "--allocations", "--parsable2", "--format=JobIDRaw,State")
+    for command in (squeue, sacct):
+        left = [number for number in numbers if number not in states]
+        answer = _answer(*command, f"--jobs={','.join(left)}", seconds=seconds) if left else None
+        for line in (answer or "").splitlines():
+            job, _, state = (part.strip() for part in line.partition("|"))
+            if job in left and state:
+                states[job] = state.split()[0]  # sacct: CANCELLED by 1000
     return states
 
 
@@ -259,10 +257,10 @@ def _seconds(text: str) -> float | None:
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
-def _answer(*command: str) -> str | None:
+def _answer(*command: str, seconds: float = ANSWER_SECONDS) -> str | None:
     """Return the output of a SLURM command; None if it is missing, fails or takes too long."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=ANSWER_SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout

@@ -16,14 +16,14 @@ MOST_BYTES = 1 << 24
 """Most bytes that `last_records` reads from the end of a file."""
 
 
-def last_records(path: str, count: int) -> tuple[list[Record], int]:
+def last_records(path: str, count: int, most_bytes: int = MOST_BYTES) -> tuple[list[Record], int]:
     """Return the last records of a file, oldest first, and the number of damaged lines among its last `count` lines.
 
-    Both are empty without a file. Raise OSError for a file that cannot be read.
+    At most about `most_bytes` are read. Both are empty without a file. Raise OSError for a file that cannot be read.
     """
     try:
         with open(path, "rb") as file:
-            lines = _last_lines(file, count)
+            lines = _last_lines(file, count, most_bytes)
     except FileNotFoundError:
         return [], 0
     records = [record for record in map(_parsed, lines) if record is not None]
@@ -52,20 +52,23 @@ def spread_records(path: str, count: int) -> list[Record]:
     return [found[position] for position in sorted(found)]
 
 
-def count_lines(path: str) -> int:
-    """Return the number of whole lines of a file; 0 without a file. Raise OSError."""
+def count_lines(path: str, most_bytes: int) -> int | None:
+    """Return the number of whole lines of a file; 0 without a file, None if it is longer than `most_bytes`. Raise OSError."""
     try:
         with open(path, "rb", buffering=0) as file:
+            if file.seek(0, os.SEEK_END) > most_bytes:
+                return None
+            file.seek(0)
             return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
     except FileNotFoundError:
         return 0
 
 
-def _last_lines(file: BinaryIO, count: int) -> list[bytes]:
+def _last_lines(file: BinaryIO, count: int, most_bytes: int) -> list[bytes]:
     """Return the last `count` whole lines, read from the end in blocks."""
     end = file.seek(0, os.SEEK_END)
     start, blocks, num_lines = end, list[bytes](), 0
-    while start > 0 and num_lines <= count and end - start < MOST_BYTES:
+    while start > 0 and num_lines <= count and end - start < most_bytes:
         length = min(BLOCK_BYTES, start)
         start -= length
         file.seek(start)

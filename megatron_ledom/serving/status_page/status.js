@@ -29,16 +29,19 @@ const ago = (seconds) => (seconds === null ? "–" : `${duration(seconds)} ago`)
 
 function facts(run) {
   const slow = run.slowest_ratio === null ? "" : ` (× ${run.slowest_ratio.toFixed(2)})`;
+  const slowest = run.slowest_ranks.map(([rank]) => rank).join(", ");
+  const sets = Object.entries(run.validation);
+  const validation = sets.map(([name, loss]) => (sets.length > 1 ? `${name} ${loss.toFixed(4)}` : loss.toFixed(4))).join(", ");
   const saved = run.checkpoint_iteration === null ? "none yet" : `${whole(run.checkpoint_iteration)}, ${ago(run.checkpoint_age_seconds)}`;
   const found = {
     "loss, mean of the last": fixed(run.lm_loss, 4),
-    "validation loss": fixed(run.valid_loss, 4),
+    "validation loss": validation ? `${validation} at ${whole(run.validation_iteration)}` : "–",
     "tokens/s": whole(run.tokens_per_second),
     "s/iteration": fixed(run.seconds_per_iteration, 3),
     MFU: run.mfu === null ? "–" : `${(100 * run.mfu).toFixed(1)} %`,
     "bad steps": whole(run.bad_steps),
     "last checkpoint": saved,
-    "slowest rank": run.slowest_rank === null ? "–" : `${run.slowest_rank}${slow}`,
+    "slowest rank": slowest ? `${slowest}${slow}` : "–",
     heartbeat: ago(run.heartbeat_age_seconds),
     job: run.slurm_job_id === null ? run.host || "–" : `${run.slurm_job_id} ${run.slurm_state ?? ""}`,
     ranks: whole(run.world_size),
@@ -50,10 +53,8 @@ function facts(run) {
 }
 
 function notes(run) {
-  const found = run.reason ? [run.reason] : [];
-  const bad = run.last_bad_step;
-  if (bad !== null) found.push(`last bad step: iteration ${bad.iteration}, ${bad.reason} (${bad.action})`);
-  found.push(...run.problems);
+  const found = run.problems.map(({ kind, text }) => (text ? `${kind}: ${text}` : kind));
+  if (run.reason && !run.problems.some(({ text }) => text === run.reason)) found.unshift(run.reason);
   return found.length ? make("ul", { class: "notes" }, ...found.map((text) => make("li", {}, text))) : "";
 }
 
@@ -63,10 +64,11 @@ function card(run) {
   const position = iteration === null ? "" : `${whole(iteration)}${last ? ` of ${whole(last)}` : ""}${left}`;
   const bar = last && iteration !== null ? make("progress", { max: last, value: iteration, "aria-label": `progress of ${run.run}` }) : "";
   const activity = run.state === "running" && run.activity ? ` · ${run.activity}` : "";
+  const name = run.stage ? `${run.run} · ${run.stage}` : run.run;
   return make(
     "article",
     { class: "run", "data-state": run.state, "data-healthy": String(run.is_healthy) },
-    make("header", {}, make("h2", {}, run.run), make("span", { class: "state" }, `${run.state}${activity}`), make("span", { class: "left" }, position)),
+    make("header", {}, make("h2", {}, name), make("span", { class: "state" }, `${run.state}${activity}`), make("span", { class: "left" }, position)),
     bar,
     make("div", { class: "body" }, facts(run), curveOf(run)),
     notes(run),
@@ -85,7 +87,7 @@ async function refresh() {
   const trouble = byId("trouble");
   try {
     const response = await fetch("/api/status", { signal: AbortSignal.timeout(1000 * LONGEST_SECONDS) });
-    if (!response.ok) throw new Error(`The server answers with status ${response.status}.`);
+    if (!response.ok) throw new Error((await response.json().catch(() => ({}))).error ?? `The server answers with status ${response.status}.`);
     show(await response.json());
     trouble.hidden = true;
   } catch (error) {
