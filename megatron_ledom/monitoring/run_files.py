@@ -290,12 +290,15 @@ def _age_of_heartbeat(status: RunStatus, run_dir: str, beat: Heartbeat, now: flo
     if modified is None:
         return None
     if abs(beat.at - modified) > CLOCK_SECONDS:
-        order = "ahead of" if beat.at > modified else "behind"
+        order = "later" if beat.at > modified else "earlier"
         status.add(
-            ProblemKind.CLOCK, f"the clock of {beat.host} is {abs(beat.at - modified):.0f} s {order} that of the run's disk"
+            ProblemKind.CLOCK,
+            f"the clock of {beat.host} is {abs(beat.at - modified):.0f} s {order} than that of the run's disk",
         )
     if modified - now > CLOCK_SECONDS:
-        status.add(ProblemKind.CLOCK, f"the clock of this machine is {modified - now:.0f} s behind that of the run's disk")
+        status.add(
+            ProblemKind.CLOCK, f"the clock of this machine is {modified - now:.0f} s earlier than that of the run's disk"
+        )
         return None
     return max(0.0, now - modified)
 
