@@ -329,6 +329,10 @@ def start_logging(rank: int) -> None:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
+    if rank != 0:
+        logging.getLogger("megatron_ledom.training.origin").setLevel(
+            logging.ERROR
+        )  # every rank finds the same about the origin
     quiet_libraries()  # a line of the log lists the installed versions
 
 
