@@ -96,7 +96,7 @@ def parts_of(chain: Sequence[Record]) -> list[TrainedPart]:
                 taken=record["init_state"],
             )
         )
-        goes_on = record["init_state"] == "all"
-        done_iterations = record["iteration"] if goes_on else 0
-        done_tokens = record["consumed_train_tokens"] if goes_on else 0
+        continues = record["init_state"] == "all"
+        done_iterations = record["iteration"] if continues else 0
+        done_tokens = record["consumed_train_tokens"] if continues else 0
     return parts
