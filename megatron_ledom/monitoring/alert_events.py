@@ -23,7 +23,7 @@ ENOUGH_FREE = 1.1
 
 
 class Event(StrEnum):
-    """What is told about a run."""
+    """The events that are told about a run."""
 
     STOPPED = "stopped"
     FAILED = "failed"
@@ -70,7 +70,7 @@ PROBLEMS = (Event.FAILED, Event.STALLED, Event.UNREADABLE)
 
 @dataclass(slots=True, kw_only=True)
 class Known:
-    """What has been told about a run, as the state file keeps it."""
+    """The facts that have been told about a run, as the state file keeps them."""
 
     condition: str = ""
     """The last event that describes the state; empty for a run not yet seen."""

@@ -42,7 +42,7 @@ class AlertState:
         return self.runs.setdefault(os.path.abspath(run), Known())
 
     def save(self) -> None:
-        """Replace the file. If that is not possible, log it once: the watcher goes on with its memory."""
+        """Replace the file. If that is not possible, log it once: the watcher works from memory."""
         values = {
             "version": VERSION,
             "runs": {run: as_values(known) for run, known in self.runs.items()},
@@ -53,7 +53,7 @@ class AlertState:
         except OSError as error:
             if not self.has_warned:
                 log.warning(
-                    "%s cannot be written (%s): alerts go on, but a watcher that is started again would repeat them",
+                    "%s cannot be written (%s): alerts are still sent, but a watcher that is started again would repeat them",
                     self.path,
                     error.strerror,
                 )

@@ -75,7 +75,7 @@ def receiving_mail() -> Iterator[MailServer]:
             for line in iter(self._line, ""):
                 command = line[:4].upper()
                 if command == "DATA":
-                    self.wfile.write(b"354 go on\r\n")
+                    self.wfile.write(b"354 send it\r\n")
                     body = "".join(iter(self._line, ".\r\n"))
                     found.mails.append(email.message_from_string(body))
                 self.wfile.write(b"221 bye\r\n" if command == "QUIT" else b"250 fine\r\n")

@@ -280,7 +280,7 @@ def until(is_so: Callable[[], Any], seconds: float = 60) -> None:
 
 
 @pytest.mark.distributed
-def test_a_run_that_hangs_goes_on_and_is_killed(data: TinyData, tmp_path: Path, python: Path) -> None:
+def test_a_run_that_hangs_recovers_and_is_killed(data: TinyData, tmp_path: Path, python: Path) -> None:
     """The second rank is stopped and continued; then both are killed. The command runs beside them and is ended by SIGTERM."""
     run, log = tmp_path / "run", tmp_path / "alerts.log"
     with receiving() as hook:
