@@ -16,7 +16,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "runs",
         nargs="*",
         metavar="RUN",
-        help="folder of a run, or a folder with runs in it; with --config or --stages: overrides, section.key=value",
+        help="folder of a run, or a folder with runs in it; instead overrides, section.key=value, with --stages or --config",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--config", metavar="FILE", help="watch the run_dir of this config, which may not exist yet")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from megatron_ledom.monitoring.alert_events import Known, as_values
-from megatron_ledom.storage.files import write_whole
+from megatron_ledom.storage.files import publish, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def load_state(path: str) -> AlertState:
         pass
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         aside = f"{path}.damaged"
-        os.replace(path, aside)
+        publish(path, aside)
         log.error("%s is damaged (%s) and was moved to %s: events since its last change may be told again", path, error, aside)
         return AlertState(path)
     return state

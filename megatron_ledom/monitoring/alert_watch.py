@@ -115,7 +115,6 @@ class Watcher:
         begun = [status for status in found if status.state not in (State.NEW, State.COMPLETE)]
         status = replace((begun or list(found))[-1], reason=f"the ranks ended with code {self._code}; see the log of the job")
         self._add(message(Event.FAILED, status, self.state.of(status.run), now, note))
-        self.state.of(status.run).condition = Event.FAILED
         self._has_told_failure = True
 
     def _add(self, new: dict[str, Any]) -> None:

@@ -186,8 +186,8 @@ def test_a_launch_that_fails_before_its_run_reports_anything_is_told(run: Path, 
         watching = watcher(run, hook, code=note)
         look(watching)
         note.write_text("1\nThe job ends\nand is not queued again\n")
-        watching.ending.set()
         assert watching.watch()
+        look(watcher(run, hook))  # the next start
     (failed,) = hook.messages
     assert (failed["event"], failed["reason"]) == ("failed", "the ranks ended with code 1; see the log of the job")
     assert failed["note"] == "The job ends and is not queued again"
