@@ -31,6 +31,11 @@ class Section:
     plots: Sequence[str] = ()
 
 
+def not_run(title: str, part: str) -> Section:
+    """Return the section of a part that was not run."""
+    return Section(title=title, paragraphs=[f"Not run: this size runs it alone, with `--parts {part}`."])
+
+
 def percent(value: float) -> str:
     """Return a fraction as a number of percent."""
     return f"{100 * value:.1f}"

@@ -148,6 +148,12 @@ print("done")
         (["backward=[9,3,2]"], "backward is [9, 3, 2]"),
         (["reinforcement.steps=3"], "num_problems.reinforcement=4 is too small: 3 steps of 2 questions need 6"),
         (["reinforcement.num_generations=1"], "at least 2 num_generations"),
+        (["parts=[riddles]"], "parts names riddles; it can name reinforcement, contamination, controls, loss_gap"),
+        (["--parts", "controls,riddles"], "--parts names 'riddles'; it can name"),
+        (["controls.num.test=1"], "with at least 2 problems each"),
+        (["controls.model=huge"], "controls.model is huge; it must name some of models: large"),
+        (["loss_gap.contexts=[64,100]"], "loss_gap has the contexts [100]; each must be 8 or more and divide batch_tokens=256"),
+        (["loss_gap.contexts=[128,64]"], "it needs different numbers, in order"),
     ],
 )
 def test_bad_settings_are_refused_before_any_step_runs(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -314,6 +320,7 @@ write_study(Path("study"), "small", load_settings("small", seeds), {"rerank_test
     assert "cannot decide for: forward model fed reversed order (at chance in its own direction too)" in summary
     assert "chooses worse than chance" not in summary
     assert "some of the gain may please the reward only" in summary
+    assert summary.index("any second model: not run in this report") < summary.index("## The claims")
     # a loss curve for three corpora and two models, three by position, over N and lambda, abilities, five of the training
     assert page.count("<picture>") == 17
     assert "https://" not in page
@@ -418,13 +425,26 @@ def test_the_tiny_study_resumes_after_a_kill_and_fills_every_table(tiny_study: P
     assert all(row["missed_documents"] == 0 for row in searches.values())
     assert searches["ngram 64"]["is_rest"]  # so the clean corpus is the decontaminated one with the replaced problems
     assert all(len(row["by_seed"]) == 1 for rows in results["contamination"]["measures"].values() for row in rows.values())
+    controls = results["controls"]
+    assert controls["num_test"] == 8
+    assert controls["registration"]["opened"] == json.loads((tiny_study / "controls/seal.json").read_text())["opened"]
+    assert controls["budget"]["rows"]["verifier"]["tokens"] >= controls["budget"]["rows"]["R"]["tokens"] == 24 * 256
+    assert set(results["loss_gap"]["cells"]) == {"gsm_symbolic|large|64"}
     page = (tiny_study / "report.html").read_text()
     assert "https://" not in page
     for step in tiny_study.glob("steps/*.json"):
         assert f"{step.stem}, " in page  # its commands and hashes
 
 
-@pytest.mark.parametrize(("part", "step"), [("reinforcement", "reinforce_shuffled_1"), ("contamination", "scores_clean_1")])
+@pytest.mark.parametrize(
+    ("part", "step"),
+    [
+        ("reinforcement", "reinforce_shuffled_1"),
+        ("contamination", "scores_clean_1"),
+        ("controls", "controls_registration"),
+        ("loss_gap", "train_gap_primes_large_64_1_reverse"),
+    ],
+)
 def test_a_part_alone_uses_the_steps_of_the_study_and_has_its_own_report(
     tiny_study: Path, python: Path, part: str, step: str
 ) -> None:
@@ -435,6 +455,7 @@ def test_a_part_alone_uses_the_steps_of_the_study_and_has_its_own_report(
     page = (tiny_study / f"{part}.html").read_text()
     assert f"{step}, " in page
     assert "train_text" not in page
+    assert "Not run" not in page
 
 
 @pytest.mark.slow
