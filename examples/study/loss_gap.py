@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from families import t_family
 from gap_controls import CHAIN, PRIMES, products, vocab_size, walks
-from gap_statistics import t_family
 from lines import write_lines
 from losses import ISOLATED, Twins, final_losses, speed_of, training_step
 from steps import Step

@@ -21,6 +21,7 @@ from contamination_report import contamination_section
 from controls import Controls
 from controls_report import TITLE as CONTROLS
 from controls_report import controls_section, first_section
+from families import mark_over_seeds
 from loss_gap import LossGap
 from loss_gap_report import TITLE as LOSS_GAP
 from loss_gap_report import loss_gap_section
@@ -33,7 +34,7 @@ from reinforcement_report import reinforcement_section
 from rewards import Rewards
 from sections import Section, ablation, claims, loss, not_reproduced, reward
 from settings import Settings
-from twins import DIRECTIONS
+from twins import DIRECTIONS, read_metrics
 
 from megatron_ledom.reports import pages
 from megatron_ledom.reports.method_comparison import plots_of
@@ -50,6 +51,9 @@ def write_study(folder: Path, size: str, settings: Settings, notes: dict[str, di
     backward, ablations = Backward(rewards), Ablations(rewards)
     results = {"size": size, "num_seeds": len(settings.seeds), "word_problems": twins.corpora.counts()}
     results |= {"gaps": gaps(twins), "places": gaps_by_place(twins), "speed": _speeds(twins), "rewards": rewards.results()}
+    mark_over_seeds(results["gaps"])
+    mark_over_seeds([row for rows in results["places"].values() for row in rows])
+    results["training_tokens"] = _training_tokens(twins)
     weights = [row[0] for row in results["rewards"]["report"]["held_out"]["lambdas"]]
     results["mistakes"] = mistakes(rewards, weights)
     results |= {"abilities": Abilities(twins).results(), "backward": backward.results()}
@@ -98,6 +102,12 @@ def _write_page(page: Path, title: str, sections: Sequence[Section], commands: l
     body = [line for section in sections for line in _as_html(section)]
     write_file(page, pages.page(title, [*body, "<h2>Commands and hashes</h2>", *commands], STYLE))
     return page
+
+
+def _training_tokens(twins: Twins) -> int:
+    """Return the tokens that a model of part 2 read in its training."""
+    run = twins.run_of("maths", twins.largest, twins.settings.seeds[0], "forward")
+    return int(read_metrics(run / "metrics.jsonl")[-1]["consumed_train_tokens"])
 
 
 def _speeds(twins: Twins) -> dict[str, list[float]]:

@@ -145,7 +145,7 @@ def test_a_missing_run_means_that_the_part_was_not_run(tmp_path: Path) -> None:
 def test_equivalence_needs_both_one_sided_tests_and_one_seed_decides_nothing(tmp_path: Path) -> None:
     code = """
 import json
-from gap_statistics import t_family
+from families import t_family
 rows = {"small": [0.1, 0.0, -0.1], "large": [5.0, 5.1, 4.9], "loose": [-3.0, 0.0, 3.0]}
 print(json.dumps([t_family(rows, 2.1), t_family({"one": [0.5]}, 2.1)]))
 """

@@ -1,4 +1,4 @@
-"""Tests of gaps over seeds: Student's t, equivalence by two one-sided tests, and Holm's correction over a family."""
+"""Families of comparisons: Student's t over seeds, equivalence by two one-sided tests, and Holm's correction."""
 
 import math
 import statistics
@@ -33,6 +33,24 @@ def t_family(by_seed: Mapping[str, Sequence[float]], bound: float | None = None)
             "is_equivalent": is_known and bound is not None and adjusted[1][number] < ALPHA,
         }
     return found
+
+
+def mark_over_seeds(rows: Sequence[dict[str, Any]]) -> None:
+    """Add `holm_p` and `is_significant` to the rows of a family, from their `by_seed`, which is compared with 0."""
+    found = t_family({str(number): row["by_seed"] for number, row in enumerate(rows)})
+    for row, tested in zip(rows, found.values(), strict=True):
+        row |= {name: tested[name] for name in ("holm_p", "is_significant")}
+
+
+def mark_adjusted(rows: Sequence[dict[str, Any]]) -> None:
+    """Add `holm_p` and `is_significant` to the rows of a family, from their `p`."""
+    for row, adjusted in zip(rows, holm([row["p"] for row in rows]), strict=True):
+        row |= {"holm_p": adjusted, "is_significant": adjusted < ALPHA}
+
+
+def side_of(row: dict[str, Any], value: str = "difference") -> int:
+    """Return 1 or -1 for a row that is significantly above or below 0 after the correction, else 0."""
+    return (1 if row[value] > 0 else -1) if row["is_significant"] else 0
 
 
 def _p_values(values: Sequence[float], bound: float | None) -> tuple[float | None, float | None]:
