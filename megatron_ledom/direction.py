@@ -1,12 +1,14 @@
-"""The order of tokens: the only module that converts text order to model order and back.
+"""The order of tokens: the only module, with `reversal_units`, that converts text order to model order and back.
 
 People read text order; the network reads model order. A reverse model (LEDOM, arXiv 2507.01335) reads each document
-from its end, so its model order is the text order with the tokens reversed, never the characters.
+from its end, so its model order is the text order with the tokens reversed, never the characters. Other units of reversal, such
+as words, are in `reversal_units`.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,43 @@ class Direction(StrEnum):
     def other(self) -> "Direction":
         """The opposite direction."""
         return Direction.FORWARD if self is Direction.REVERSE else Direction.REVERSE
+
+
+ModelDirection = Direction | Literal["both"]
+"""Directions in which a model reads: one of them, or both (a two-way model)."""
+BOTH: Literal["both"] = "both"
+
+
+class Unit(StrEnum):
+    """Unit whose order a reverse document reverses; the tokens inside a unit keep their order. See `reversal_units`."""
+
+    TOKEN = "token"
+    WORD = "word"
+    ENTITY = "entity"
+    SEGMENT = "segment"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """The model order of documents: their direction and unit, and the ids that are added to them apart from eod."""
+
+    direction: Direction
+    unit: Unit = Unit.TOKEN
+    """Always token for forward documents."""
+    marker_id: int | None = None
+    """First id of each document in model order, which names the direction; None for no marker."""
+    boundary_id: int | None = None
+    """Id between or around units, see `reversal_units`; None for the unit token."""
+
+    @property
+    def is_plain(self) -> bool:
+        """True if the documents have the unit token and no marker, as in the published models."""
+        return self == Reading(direction=self.direction)
+
+    def describe(self) -> str:
+        """Return the reading in words, such as `reverse by word, marker 5`."""
+        unit = "" if self.unit is Unit.TOKEN else f" by {self.unit}, boundary {self.boundary_id}"
+        return f"{self.direction}{unit}{'' if self.marker_id is None else f', marker {self.marker_id}'}"
 
 
 Ids = TypeVar("Ids", list[int], npt.NDArray[Any])

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megatron_ledom.contamination.settings import Action, SearchSettings
+    from megatron_ledom.data.shards.model_order import OrderSettings
 
 INPUT_HELP = (
     "files, folders, patterns in quotes, addresses such as s3://BUCKET/FILE or hf://datasets/ORG/NAME/FILE, or @LIST, a file"
@@ -55,6 +56,53 @@ def add_bad_records(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="longest record; a longer one is bad (default %(default)s)",
     )
+
+
+def add_model_order(parser: argparse.ArgumentParser) -> None:
+    """Take unit and marker of the documents of a new shard."""
+    group = parser.add_argument_group("reverse training", "Other orders than that of LEDOM: docs/how_to/two_way.md.")
+    group.add_argument(
+        "--marker",
+        metavar="T",
+        help="special token that begins each document in model order and names its direction, for a model that reads both (default:"
+        " none)",
+    )
+    group.add_argument(
+        "--unit",
+        choices=["token", "word", "entity", "segment"],
+        default="token",
+        help="unit whose order is reversed: tokens; words; words, but capitalized words in a row stay together; segments of random"
+        " length (default %(default)s)",
+    )
+    group.add_argument(
+        "--boundary-token",
+        metavar="T",
+        help="with another unit than token: special token that separates units where the ids alone do not",
+    )
+    group.add_argument(
+        "--segment-tokens",
+        type=int,
+        default=25,
+        metavar="N",
+        help="with --unit segment: most tokens of a segment (default %(default)s)",
+    )
+    group.add_argument(
+        "--segment-seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --unit segment: seed of the lengths of segments (default %(default)s)",
+    )
+
+
+def order_settings(arguments: argparse.Namespace) -> "OrderSettings":
+    """Remove the options of `add_model_order` from the arguments and return them as settings."""
+    from megatron_ledom.data.shards.model_order import OrderSettings
+    from megatron_ledom.direction import Unit
+
+    names = ("unit", "marker", "boundary_token", "segment_tokens", "segment_seed")
+    given = {name: vars(arguments).pop(name) for name in names}
+    return OrderSettings(**{**given, "unit": Unit(given["unit"])})
 
 
 def add_search_options(parser: argparse.ArgumentParser, action: str) -> None:

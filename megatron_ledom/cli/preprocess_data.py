@@ -3,7 +3,14 @@
 import argparse
 from collections.abc import Sequence
 
-from megatron_ledom.cli.options import INPUT_HELP, add_bad_records, add_overwrite, add_search_options, add_text_template
+from megatron_ledom.cli.options import (
+    INPUT_HELP,
+    add_bad_records,
+    add_model_order,
+    add_overwrite,
+    add_search_options,
+    add_text_template,
+)
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -60,6 +67,8 @@ def _add_groups(parser: argparse.ArgumentParser) -> None:
         "--add-specials", action="store_true", help="add <CLS> <SEP> <EOD> <MASK> <PAD> to the tokenizer; eod is <EOD>"
     )
 
+    add_model_order(parser)
+
     tasks = parser.add_argument_group("array tasks", "Each task takes an equal byte range of the input.")
     tasks.add_argument("--task-id", type=int, metavar="I", help="number of this task, from 0 (default: SLURM_ARRAY_TASK_ID)")
     tasks.add_argument("--num-tasks", type=int, metavar="N", help="number of tasks (default: that of the SLURM array)")
@@ -98,7 +107,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     import os
 
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would start a spinning thread per core; nothing here multiplies
-    from megatron_ledom.cli.options import search_settings
+    from megatron_ledom.cli.options import order_settings, search_settings
     from megatron_ledom.contamination.settings import SearchSettings
     from megatron_ledom.data.preprocess.pipeline import preprocess
     from megatron_ledom.data.preprocess.task import PreprocessSettings
@@ -111,7 +120,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     search, paths = search_settings(arguments, "drop"), vars(arguments).pop("decontaminate")
     index_folder = vars(arguments).pop("index_folder", None)
-    given = {**vars(arguments), "direction": Direction(arguments.direction)}
+    order = order_settings(arguments)
+    given = {**vars(arguments), "direction": Direction(arguments.direction), "order": order}
     if paths:
         from megatron_ledom.evaluation.known_items import known_decontamination
 

@@ -1,9 +1,10 @@
-"""Convert shards to the opposite direction without the corpus: those of this package, or .bin and .idx of other Megatron tools."""
+"""Convert shards to the opposite direction, or to another unit or marker, without the corpus: those of this package, or .bin and .idx
+of other Megatron tools."""
 
 import argparse
 from collections.abc import Sequence
 
-from megatron_ledom.cli.options import add_overwrite
+from megatron_ledom.cli.options import add_model_order, add_overwrite
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -18,8 +19,14 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--output-prefix", required=True, metavar="P", help="path of the new shard without extension")
     add_overwrite(parser)
-    foreign = parser.add_argument_group("inputs of another tool, without a manifest")
-    foreign.add_argument("--tokenizer", metavar="PATH", help="tokenizer of the inputs (required)")
+    parser.add_argument(
+        "--to-direction",
+        choices=["forward", "reverse"],
+        help="direction of the new shard (default: the other one than that of the inputs)",
+    )
+    add_model_order(parser)
+    parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer of the inputs (default: the path in their manifest)")
+    foreign = parser.add_argument_group("inputs of another tool, without a manifest", "They need --tokenizer.")
     foreign.add_argument("--eod-token", metavar="T", help="token that ends documents (eod; default: the tokenizer's eos)")
     foreign.add_argument("--from-direction", choices=["forward", "reverse"], help="direction of the inputs (default: forward)")
     foreign.add_argument(
@@ -43,9 +50,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     arguments = build_parser(prog).parse_args(argv)
     import logging
 
+    from megatron_ledom.cli.options import order_settings
     from megatron_ledom.data.shards.rewriting import ReverseSettings, reverse_shards
     from megatron_ledom.direction import Direction
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    direction = Direction(arguments.from_direction) if arguments.from_direction else None
-    reverse_shards(ReverseSettings(**{**vars(arguments), "from_direction": direction}))
+    order = order_settings(arguments)
+    names = ("from_direction", "to_direction")
+    directions = {name: Direction(value) if (value := getattr(arguments, name)) else None for name in names}
+    reverse_shards(ReverseSettings(**{**vars(arguments), **directions, "order": order}))

@@ -94,7 +94,7 @@ def write_model_card(
     ema: bool = False,
 ) -> None:
     """Write README.md, the model card of the model `name`, into the `folder` of an export."""
-    config, direction = manifest.run_config(checkpoint), manifest.provenance.direction
+    config, direction = manifest.run_config(checkpoint), Direction(manifest.provenance.direction)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",

@@ -10,7 +10,6 @@ Three properties of real tokenizers make this necessary:
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,9 +23,9 @@ from megatron_ledom.tokenizers.added_tokens import name_of
 from megatron_ledom.tokenizers.end_token import json_with_special
 from megatron_ledom.tokenizers.reader import TokenizerFiles, read_tokenizer
 from megatron_ledom.tokenizers.sentencepiece_bpe import TEXT_START, is_dummy_prefix
+from megatron_ledom.tokenizers.surfaces import steps_of, surfaces_of
 
 NEIGHBOURS = (" ", "a", "e", "s", "\n")  # sample characters beyond the cut; an id that none of them changes is not trimmed
-WORD_MARK = "▁"  # SentencePiece's visible space
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,7 @@ class JointTokenizer:
         self._whole.encode_special_tokens = self._middle.encode_special_tokens = specials_are_text
         self.special_ids = {id_ for id_, token in backend.get_added_tokens_decoder().items() if token.special}
         self.vocab = self._whole.get_vocab(with_added_tokens=True)
-        self.surfaces = _surfaces(self._whole, self.vocab)
+        self.surfaces = surfaces_of(json.loads(self._whole.to_str()), self.vocab)
         self._alone = _without_prefix_alone(json.loads(backend.to_str()))
         self._spells_all_bytes = len({s for s in (self.surfaces or {}).values() if len(s) == 1}) == 256
         self.has_dummy_prefix = self._whole.encode("a").ids != self._middle.encode("a").ids
@@ -210,7 +209,7 @@ def _without_prefix_alone(state: dict[str, Any]) -> frozenset[str]:
 
     SentencePiece itself puts the prefix before a text that is one such token (`sentencepiece_bpe.prefix_texts_only`).
     """
-    patterns = [str((step.get("pattern") or {}).get("Regex", "")) for step in _parts(state["normalizer"])]
+    patterns = [str((step.get("pattern") or {}).get("Regex", "")) for step in steps_of(state["normalizer"])]
     if not any(pattern.startswith(TEXT_START) and r"\z" in pattern for pattern in patterns):
         return frozenset()
     return frozenset(token["content"] for token in state["added_tokens"] if token["normalized"] and not token["special"])
@@ -233,53 +232,13 @@ def _plain_copy(state: dict[str, Any]) -> Tokenizer:
     return Tokenizer.from_str(json.dumps({**state, "post_processor": None, "padding": None, "truncation": None}))
 
 
-def _parts(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """Yield the single steps of a normalizer, pre-tokenizer or decoder; nested sequences are flattened."""
-    if step is None:
-        return
-    if step["type"] != "Sequence":
-        yield step
-        return
-    for inner in next(value for value in step.values() if isinstance(value, list)):
-        yield from _parts(inner)
-
-
 def _without_dummy_prefix(state: dict[str, Any]) -> dict[str, Any]:
     """Return the same tokenizer for the middle of a text, without the dummy prefix."""
-    normalizers = [step for step in _parts(state["normalizer"]) if not is_dummy_prefix(step)]
-    for step in _parts(state["pre_tokenizer"]):
+    normalizers = [step for step in steps_of(state["normalizer"]) if not is_dummy_prefix(step)]
+    for step in steps_of(state["pre_tokenizer"]):
         if step["type"] == "Metaspace":
             step["prepend_scheme"] = "never"
             step.pop("add_prefix_space", None)
         elif step["type"] == "ByteLevel":
             step["add_prefix_space"] = False
     return {**state, "normalizer": {"type": "Sequence", "normalizers": normalizers} if normalizers else None}
-
-
-def _surfaces(backend: Tokenizer, vocab: dict[str, int]) -> dict[int, bytes] | None:
-    """Return the bytes of each id for byte-level and SentencePiece-like tokenizers; None for others, which only `decode`."""
-    steps = list(_parts(json.loads(backend.to_str())["decoder"]))
-    kinds = {step["type"] for step in steps}
-    added = {id_: token.content for id_, token in backend.get_added_tokens_decoder().items()}
-    if "ByteLevel" in kinds:
-        alphabet = _byte_alphabet()
-        read = {id_: bytes(alphabet.get(c, 0x3F) for c in piece) for piece, id_ in vocab.items()}
-    elif "Metaspace" in kinds or any(s["type"] == "Replace" and s["pattern"] == {"String": WORD_MARK} for s in steps):
-        has_bytes = "ByteFallback" in kinds
-        read = {id_: _piece_bytes(piece, has_bytes) for piece, id_ in vocab.items()}
-    else:
-        return None
-    return read | {id_: content.encode() for id_, content in added.items()}
-
-
-def _piece_bytes(piece: str, has_bytes: bool) -> bytes:
-    if has_bytes and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-        return bytes([int(piece[3:5], 16)])
-    return piece.replace(WORD_MARK, " ").encode()
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Return the byte of each visible character that byte-level BPE writes for the 256 bytes (GPT-2's table)."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(256 + n): byte for n, byte in enumerate(others)}

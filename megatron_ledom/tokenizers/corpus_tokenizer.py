@@ -24,6 +24,7 @@ import orjson
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.provenance import Provenance
+from megatron_ledom.reversal_units import WordPieces
 from megatron_ledom.storage.files import write_whole
 from megatron_ledom.tokenizers.added_tokens import name_of, vocabulary
 from megatron_ledom.tokenizers.encoders import (
@@ -37,6 +38,7 @@ from megatron_ledom.tokenizers.encoders import (
 from megatron_ledom.tokenizers.end_token import json_with_special
 from megatron_ledom.tokenizers.reader import JSON, MODEL, other_ends, read_tokenizer
 from megatron_ledom.tokenizers.sentencepiece_bpe import ODD_TEXTS, SPACE, parse_model
+from megatron_ledom.tokenizers.surfaces import surfaces_of, word_pieces
 
 logger = logging.getLogger(__name__)
 LOCAL = ("auto_map", "name_or_path", "token", "use_auth_token")
@@ -104,6 +106,10 @@ class Tokenizer:
             raise UsageError(f"tokenizer {self.path} has no token {token!r}; name one of its tokens")
         return self._vocab[token]
 
+    def token_of(self, token_id: int) -> str:
+        """Return the token of an id; empty if it has none."""
+        return next((token for token, index in self._vocab.items() if index == token_id), "")
+
     def encode_batch(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
         """Return the ids of all texts in one array [total] in text order, and the offset of each text [texts + 1].
 
@@ -140,6 +146,11 @@ class Tokenizer:
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         """Return the text of ids [length] in text order, without specials."""
         return self._reference.decode(ids.tolist() if isinstance(ids, np.ndarray) else ids)
+
+    def word_pieces(self) -> WordPieces | None:
+        """Return where words begin among the ids; None if the pieces do not show it."""
+        surfaces = surfaces_of(orjson.loads(self._files[JSON]), self._vocab)
+        return None if surfaces is None else word_pieces(surfaces, self.vocab_size)
 
     def provenance(self, direction: Direction) -> Provenance:
         """Return the provenance that shards, checkpoints and exports of this tokenizer record."""

@@ -18,6 +18,7 @@ LAYERS = """
 __init__: direction errors lazy
 _helpers: errors
 direction: _helpers
+reversal_units: direction errors
 errors:
 lazy:
 provenance: direction errors
@@ -25,7 +26,7 @@ storage: errors
 contamination: _helpers errors storage
 markdown: errors storage
 tables:
-tokenizers: _helpers direction errors lazy provenance storage
+tokenizers: _helpers direction errors lazy provenance reversal_units storage
 config: direction errors storage
 platform: errors storage
 ops: platform
@@ -35,7 +36,7 @@ planning: config errors tables model
 planning.calibration: config parallel platform storage
 planning.dry_run: config data
 planning.verdicts: checkpoint config errors
-data: config contamination direction errors lazy parallel platform provenance storage tables tokenizers
+data: config contamination direction errors lazy parallel platform provenance reversal_units storage tables tokenizers
 checkpoint: config errors parallel platform provenance storage
 training: checkpoint config data direction errors lazy model ops parallel platform provenance storage tokenizers
 mirror: checkpoint config data errors platform storage

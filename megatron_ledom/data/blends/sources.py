@@ -156,6 +156,11 @@ def check_manifests(config: RunConfig, manifests: Mapping[str, ShardManifest]) -
     prefix, first = next(iter(manifests.items()))
     provenance = first.provenance
     _check_direction(prefix, first, config.data.direction)
+    if not provenance.is_plain:
+        raise MismatchError(
+            f"the shard {prefix} is {first.model_order.describe()}, and this version trains on the unit token without a marker only; convert"
+            " it with ledom reverse-shards"
+        )
     for other, manifest in manifests.items():
         manifest.provenance.check_same(provenance, f"the shard {other}", f"the shard {prefix}")
     check_pairs(config, manifests)

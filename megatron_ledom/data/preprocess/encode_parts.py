@@ -20,15 +20,16 @@ from megatron_ledom.data.readers.byte_ranges import Part
 from megatron_ledom.data.readers.records import MAX_MESSAGES, ReadSettings, RecordReader, TextBatch
 from megatron_ledom.data.readers.streams import BadRecordError
 from megatron_ledom.data.shards.shard import NO_TOKENS
-from megatron_ledom.direction import Direction, concatenate_into
+from megatron_ledom.direction import Direction, Unit, concatenate_into
 from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.reversal_units import UnitOrder
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer
 
 Filter = Callable[[str, Mapping[str, Any]], bool]
 """(text, record) -> True to keep the document."""
 
 DUPLICATE, FILTERED, TOO_SHORT, TOO_LONG = "duplicate", "filtered", "too_short", "too_long"
-EOD_IN_TEXT = "eod_in_text"
+EOD_IN_TEXT, MARKER_IN_TEXT = "eod_in_text", "marker_in_text"
 """Reasons for skipped documents in manifests, in addition to those of bad records."""
 
 
@@ -69,7 +70,7 @@ class PartEncoder(PartWork):
     paths: Sequence[str]
     """Path of the files of each part, without ending."""
     tokenizer: Tokenizer
-    direction: Direction
+    order: UnitOrder
     dtype: np.dtype[Any]
     bos_id: int | None = None
     min_tokens: int = 1
@@ -133,8 +134,8 @@ class PartEncoder(PartWork):
             is_kept &= ~(too_long | too_short)
         try:
             stored_ids, stored_lengths = self._concatenated(ids, offsets, is_kept)
-        except EodInsideError:
-            is_kept &= ~self._containing_eod(ids, offsets, is_kept, batch, skipped, messages)
+        except (EodInsideError, AddedIdInsideError):
+            is_kept &= ~self._containing_added(ids, offsets, is_kept, batch, skipped, messages)
             stored_ids, stored_lengths = self._concatenated(ids, offsets, is_kept)
         kept = (
             batch.texts if is_kept.all() else [text for text, keep in zip(batch.texts, is_kept.tolist(), strict=True) if keep]
@@ -148,17 +149,27 @@ class PartEncoder(PartWork):
         if not (is_kept | (lengths == 0)).all():
             ids = ids[np.repeat(is_kept, lengths)]
             offsets = np.concatenate([[0], np.cumsum(lengths[is_kept])]).astype(np.int64)
+        reading = self.order.reading
+        marker_id, eod_id, vocab_size = reading.marker_id, self.tokenizer.eod_id, self.tokenizer.vocab_size
+        added = [id_ for id_ in (marker_id, reading.boundary_id) if id_ is not None]
+        if any((ids == id_).any() for id_ in added):
+            raise AddedIdInsideError(f"a document contains one of the ids {added} of marker and boundary")
+        direction = reading.direction
+        if reading.unit is not Unit.TOKEN:
+            if ids.size and int(ids.max()) >= vocab_size:
+                raise _outside(int(ids.max()), vocab_size)
+            (ids, offsets), direction = self.order.to_model(ids, offsets), Direction.FORWARD  # it is in model order now
         return concatenate_documents(
             ids,
             offsets,
-            direction=self.direction,
-            eod_id=self.tokenizer.eod_id,
-            vocab_size=self.tokenizer.vocab_size,
+            direction=direction,
+            eod_id=eod_id,
+            vocab_size=vocab_size,
             dtype=self.dtype,
-            bos_id=self.bos_id,
+            bos_id=self.bos_id if marker_id is None else marker_id,
         )
 
-    def _containing_eod(
+    def _containing_added(
         self,
         ids: npt.NDArray[np.uint32],
         offsets: npt.NDArray[np.int64],
@@ -167,16 +178,27 @@ class PartEncoder(PartWork):
         skipped: Counter[str],
         messages: list[str],
     ) -> npt.NDArray[np.bool_]:
-        """Return a mask of the documents that contain the eod, and reject them as bad records: they would end too early."""
-        containing = np.zeros(len(is_kept), np.bool_)
-        containing[np.searchsorted(offsets, np.flatnonzero(ids == self.tokenizer.eod_id), side="right") - 1] = True
-        eod = f"{self.tokenizer.eod_token!r} = {self.tokenizer.eod_id}"
-        message = f"the text contains the eod {eod}, which this tokenizer cannot write as text (--eod-token names another)"
-        bad = BadRecordError(EOD_IN_TEXT, message)
-        for index in np.flatnonzero(containing & is_kept).tolist():
-            reader, origin = batch.origins[index]
-            reader.reject(bad, origin, skipped, messages)
-        return containing
+        """Return a mask of the documents with an id that preprocessing adds, and reject them as bad records.
+
+        A document with the eod would end too early; one with the marker or the boundary could not be put into text order again.
+        """
+        reading, eod_id = self.order.reading, self.tokenizer.eod_id
+        found_in_any = np.zeros(len(is_kept), np.bool_)
+        kinds = (("eod", EOD_IN_TEXT, eod_id), ("marker", MARKER_IN_TEXT, reading.marker_id))
+        for name, reason, id_ in (*kinds, ("boundary", MARKER_IN_TEXT, reading.boundary_id)):
+            if id_ is None:
+                continue
+            containing = np.zeros(len(is_kept), np.bool_)
+            containing[np.searchsorted(offsets, np.flatnonzero(ids == id_), side="right") - 1] = True
+            token = self.tokenizer.eod_token if id_ == eod_id else self.tokenizer.token_of(id_)
+            option = "--boundary-token" if name == "boundary" else f"--{name}-token" if name == "eod" else "--marker"
+            message = f"the text contains the {name} {token!r} = {id_}, which this tokenizer cannot write as text ({option} names another)"
+            bad = BadRecordError(reason, message)
+            for index in np.flatnonzero(containing & is_kept & ~found_in_any).tolist():
+                reader, origin = batch.origins[index]
+                reader.reject(bad, origin, skipped, messages)
+            found_in_any |= containing
+        return found_in_any
 
 
 def _count(skipped: Counter[str], reason: str, which: npt.NDArray[np.bool_]) -> None:
@@ -201,6 +223,16 @@ def _gathered(batches: Iterator[TextBatch], batch_bytes: int) -> Iterator[TextBa
 
 class EodInsideError(DataError):
     """A document contains the eod, which would end it too early."""
+
+
+class AddedIdInsideError(DataError):
+    """A document contains the marker or the boundary id, so its text order could not be found again."""
+
+
+def _outside(token_id: int, vocab_size: int) -> DataError:
+    return DataError(
+        f"token id {token_id} is outside the vocabulary of {vocab_size:,} ids: the tokenizer is damaged; download it again"
+    )
 
 
 def concatenate_documents(
@@ -238,10 +270,7 @@ def concatenate_documents(
         document = int(np.searchsorted(offsets, bad, side="right")) - 1
         raise EodInsideError(f"document {document} contains the eod {eod_id} at its id {bad - int(offsets[document])}")
     if bad >= 0:
-        raise DataError(
-            f"token id {int(text_ids[bad])} is outside the vocabulary of {vocab_size:,} ids: the tokenizer is damaged;"
-            " download it again"
-        )
+        raise _outside(int(text_ids[bad]), vocab_size)
     return stored_ids, (kept + added).astype(np.int32)
 
 

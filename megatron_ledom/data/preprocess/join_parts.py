@@ -20,6 +20,7 @@ from megatron_ledom.data.preprocess.encode_parts import PartEncoder
 from megatron_ledom.data.preprocess.part_store import PartRecord, PartStore
 from megatron_ledom.data.preprocess.task import PreprocessTask
 from megatron_ledom.data.readers.records import MAX_MESSAGES, option_to_check
+from megatron_ledom.data.shards.model_order import unit_order
 from megatron_ledom.data.shards.shard import Counts, ShardManifest, ShardWriter, existing_files, printable
 from megatron_ledom.errors import DataError, visible
 from megatron_ledom.storage.files import withdraw, write_json
@@ -40,13 +41,14 @@ def make_shard(
     searcher = None if task.settings.decontamination is None else Searcher(task.settings.decontamination)
     if searcher is not None:
         searcher.check_items()
+    reading = task.settings.order.reading(task.settings.direction, tokenizer)
     gc.freeze()  # as in `pipeline`: the items stay, and a scan would copy them into every worker
     encoder = PartEncoder(
         parts=task.parts,
         paths=[store.part_path(number) for number in range(len(task.parts))],
         read=task.read,
         tokenizer=tokenizer,
-        direction=task.settings.direction,
+        order=unit_order(reading, tokenizer, task.settings.order.segments),
         dtype=dtype,
         bos_id=tokenizer.token_id(task.settings.bos_token) if task.settings.bos_token else None,
         min_tokens=task.settings.min_tokens,
@@ -64,10 +66,10 @@ def make_shard(
         request_sha256=digest,
         inputs_sha256=task.inputs_sha256(),
         source=task.settings.source,
+        reading_tokens=task.settings.order.stored(),
     )
-    seed, provenance = task.settings.shuffle_seed, tokenizer.provenance(task.settings.direction)
-    messages: list[str] = []
-    contamination = ContaminationCounts()
+    seed, provenance = task.settings.shuffle_seed, tokenizer.provenance(reading.direction).of_readings(reading)
+    messages, contamination = list[str](), ContaminationCounts()
     earlier_seconds = 0.0  # worker time of the parts from an earlier run
     with ShardWriter(task.prefix, provenance, dtype, overwrite=bool(existing_files(task.prefix))) as writer:
         for number, record in enumerate(_records(encoder, task, store)):

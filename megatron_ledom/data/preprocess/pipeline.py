@@ -25,6 +25,7 @@ from megatron_ledom.data.preprocess.part_store import PartStore
 from megatron_ledom.data.preprocess.task import PreprocessSettings, PreprocessTask
 from megatron_ledom.data.readers.input_files import log_skipped_inputs
 from megatron_ledom.data.readers.records import RecordReader
+from megatron_ledom.data.shards.model_order import unit_order
 from megatron_ledom.data.shards.shard import ShardManifest, check_may_write, check_shard, choose_dtype
 from megatron_ledom.direction import check_helpers
 from megatron_ledom.errors import DataError, LedomError, UsageError, cannot_write
@@ -52,6 +53,9 @@ def preprocess(settings: PreprocessSettings) -> ShardManifest | None:
     with _garbage_collector_off():
         tokenizer = _load_tokenizer(settings)
     dtype = choose_dtype(settings.dtype, tokenizer.vocab_size)
+    unit_order(
+        settings.order.reading(settings.direction, tokenizer), tokenizer, settings.order.segments
+    )  # checks, before any work
     request = task.request(tokenizer, dtype)
     digest = hashlib.sha256(orjson.dumps(request)).hexdigest()
     if (manifest := _finished_shard(task, digest)) is not None:
@@ -127,10 +131,11 @@ def _finished_shard(task: PreprocessTask, digest: str, store: PartStore | None =
 def _log_start(task: PreprocessTask, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per worker; and threads do not survive a fork
     encoder = tokenizer.use_fastest_encoder(_samples(task))
+    reading = task.settings.order.reading(task.settings.direction, tokenizer)
     logger.info(
         "%s: %d files, %d parts, %s order, tokenizer %s (%d ids, eod %r = %d), %s, %d workers; encoder: %s",
         *(task.prefix, len({byte_range.source.path for part in task.parts for byte_range in part}), len(task.parts)),
-        *(task.settings.direction, tokenizer.name, tokenizer.vocab_size, tokenizer.eod_token, tokenizer.eod_id),
+        *(reading.describe(), tokenizer.name, tokenizer.vocab_size, tokenizer.eod_token, tokenizer.eod_id),
         *(dtype, min(task.workers, max(1, len(task.parts))), encoder),
     )
 

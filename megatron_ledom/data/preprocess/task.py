@@ -22,6 +22,7 @@ from megatron_ledom.data.readers.input_files import find_inputs
 from megatron_ledom.data.readers.records import BATCH_BYTES, OnError, ReadSettings
 from megatron_ledom.data.readers.streams import MAX_RECORD_BYTES
 from megatron_ledom.data.readers.text_template import template_of
+from megatron_ledom.data.shards.model_order import OrderSettings
 from megatron_ledom.data.shards.prefixes import TASK, task_prefix
 from megatron_ledom.data.shards.shard import DtypeName, ShardManifest, load_manifest
 from megatron_ledom.direction import Direction
@@ -43,6 +44,7 @@ class PreprocessSettings:
     tokenizer: str
     output_prefix: str
     direction: Direction = Direction.REVERSE
+    order: OrderSettings = field(default_factory=OrderSettings)
     text_key: str = "text"
     text_template: str | None = None
     """Template that joins the texts of several keys, in place of `text_key`; see `TextTemplate`."""
@@ -84,6 +86,7 @@ class PreprocessTask:
 
     def __init__(self, settings: PreprocessSettings) -> None:
         _check_numbers(settings)
+        settings.order.check(settings.direction, settings.bos_token)
         self.settings = settings
         self.sources, self.skipped = find_inputs(settings.input)
         self.task_id, self.num_tasks = task_of(settings, os.environ)
@@ -184,6 +187,7 @@ class PreprocessTask:
             "tokenizer": tokenizer.sha256,
             "eod_token": tokenizer.eod_token,
             "dtype": dtype.name,
+            **settings.order.request(),
         }
         if settings.decontamination is not None:
             request["decontamination"] = settings.decontamination.request()

@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ledom.data.shards.index_file import CHUNK_DOCUMENTS
+from megatron_ledom.data.shards.model_order import text_ids_of
 from megatron_ledom.data.shards.prefixes import expand_prefixes
 from megatron_ledom.data.shards.shard import ShardManifest, ShardReader
 from megatron_ledom.data.shards.verification import INSIDE, check_direction, verify_shard
-from megatron_ledom.direction import to_text_order
 from megatron_ledom.errors import DataError, MismatchError, UsageError, VerificationError, visible
 from megatron_ledom.storage.files import write_file
 from megatron_ledom.storage.locks import output_file_lock
@@ -164,7 +164,7 @@ def _inspect(prefix: str, settings: InspectSettings, counts: LengthCounts) -> li
 
 
 def _verify(reader: ShardReader, tokenizer_path: str | None) -> list[str]:
-    """Return the problems that `verify_shard` finds, or else a wrong direction. Prints the checks that passed."""
+    """Return the problems that `verify_shard` finds, or else a wrong model order. Prints the checks that passed."""
     problems = verify_shard(reader.prefix)
     if problems:
         return problems
@@ -189,6 +189,7 @@ def describe(reader: ShardReader, lengths: LengthCounts) -> str:
     rows = {
         "shard": reader.prefix,
         "direction": str(manifest.direction),
+        **_reading_rows(manifest),
         "tokenizer": f"{manifest.tokenizer_name}, {manifest.vocab_size:,} ids, sha256 {manifest.tokenizer_sha256}",
         "eod": f"{manifest.eod_token} = {manifest.eod_id}",
         "dtype": manifest.dtype,
@@ -210,9 +211,20 @@ def describe(reader: ShardReader, lengths: LengthCounts) -> str:
     return f"{text}\n\n{lengths.histogram()}" if statistics else text
 
 
+def _reading_rows(manifest: ShardManifest) -> dict[str, str]:
+    """Return the rows about unit and marker; none for a plain shard."""
+    reading, tokens = manifest.model_order, manifest.reading_tokens
+    if reading.is_plain:
+        return {}
+    added = {"marker": reading.marker_id, "boundary": reading.boundary_id}
+    lengths = f", of 1 to {tokens['segment_tokens']} tokens, seed {tokens['seed']}" if "segment_tokens" in tokens else ""
+    rows = {"unit": f"{reading.unit}{lengths}"}
+    return rows | {name: f"{tokens.get(name, '')} = {id_}" for name, id_ in added.items() if id_ is not None}
+
+
 def text_of(reader: ShardReader, index: int, tokenizer: Tokenizer) -> str:
-    """Return a document as text, without its eod."""
-    return tokenizer.decode(to_text_order(reader.document(index)[:-1], reader.manifest.direction))
+    """Return a document as text, without its marker and eod."""
+    return tokenizer.decode(text_ids_of(reader.document(index), reader.manifest, tokenizer))
 
 
 def find_tokenizer(manifest: ShardManifest, path: str | None) -> Tokenizer:

@@ -1,7 +1,8 @@
-"""Make a new shard from stored ones, without the corpus: merge several, or reverse them to the other direction.
+"""Make a new shard from stored ones, without the corpus: merge several, or convert them to another model order.
 
-A merged shard has the same bytes as one task would have written from the same documents in that order. Reversing accepts our
-shards and plain `.bin` and `.idx` of other Megatron tools. Only the order of the ids of each document changes; eod stays last.
+A merged shard has the same bytes as one task would have written from the same documents in that order; so has a converted one.
+Converting accepts our shards and plain `.bin` and `.idx` of other Megatron tools. By default it changes the direction: only the
+order of the ids of each document changes, and eod stays last. It also adds or removes a marker, and makes the units of `reversal_units`.
 """
 
 import hashlib
@@ -9,17 +10,18 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
 from megatron_ledom.data.shards.decontamination import joined_decontamination
 from megatron_ledom.data.shards.indexed_files import Block, IndexedFiles, shard_blocks
+from megatron_ledom.data.shards.model_order import OrderSettings, unit_order
 from megatron_ledom.data.shards.prefixes import check_not_an_input, check_same_inputs, check_tasks_complete, expand_prefixes
+from megatron_ledom.data.shards.reordering import ShardReorderer, ShardReverser
 from megatron_ledom.data.shards.shard import (
     NO_TOKENS,
     Counts,
@@ -31,11 +33,10 @@ from megatron_ledom.data.shards.shard import (
     choose_dtype,
     printable,
 )
-from megatron_ledom.direction import Direction, check_helpers, reverse_into
+from megatron_ledom.direction import Direction, Reading, Unit, check_helpers
 from megatron_ledom.errors import DataError, MismatchError, UsageError
-from megatron_ledom.provenance import Provenance
 from megatron_ledom.storage.signals import sigterm_as_interrupt
-from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
+from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 Eod = Literal["auto", "keep", "append"]
@@ -92,10 +93,14 @@ class ReverseSettings:
     """Prefixes, or patterns of them."""
     output_prefix: str
     tokenizer: str | None = None
-    """Required for inputs without a manifest; else compared with that of the manifest."""
+    """Required for inputs without a manifest; else compared with that of the manifest, whose path is the default."""
     eod_token: str | None = None
     from_direction: Direction | None = None
     """Direction of inputs without a manifest; default: forward."""
+    to_direction: Direction | None = None
+    """Direction of the result; default: the other one than that of the inputs."""
+    order: OrderSettings = field(default_factory=OrderSettings)
+    """Unit and marker of the result."""
     eod: Eod = "auto"
     """For inputs without a manifest: `keep` the eod at the end of each document, `append` one, or `auto`: look at the ids."""
     text_bytes: int = 0
@@ -121,66 +126,6 @@ def reverse_shards(settings: ReverseSettings) -> ShardManifest:
         return _reverse_foreign(settings, prefixes)
 
 
-class ShardReverser:
-    """Converter of blocks of stored documents to the other direction."""
-
-    def __init__(self, provenance: Provenance, dtype: npt.DTypeLike, *, is_closed: bool) -> None:
-        self.provenance = provenance
-        """Provenance of the result."""
-        self.dtype = np.dtype(dtype)
-        self.is_closed = is_closed
-        """True if the input documents end with an eod."""
-        self.num_empty = 0
-        """Number of documents skipped for having no ids except eod."""
-        self._buffer = np.empty(0, self.dtype)
-
-    def reverse(self, prefix: str, block: Block) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
-        """Return (ids, lengths) for `ShardWriter.append`, valid until the next call. Raises DataError for an invalid id or eod."""
-        kept = block.lengths[block.lengths > int(self.is_closed)]
-        lengths = kept if self.is_closed else kept + 1
-        if lengths.size and int(lengths.max()) > np.iinfo(np.int32).max:
-            document = block.first + int(block.lengths.argmax())
-            raise DataError(
-                f"{prefix}.bin: document {document} has {int(lengths.max()):,} ids, too many for the int32 lengths of an index"
-            )
-        total = int(lengths.sum())
-        if total > len(self._buffer):
-            self._buffer = np.empty(total, self.dtype)
-        reversed_ids = self._buffer[:total]
-        bad = reverse_into(
-            block.ids,
-            block.lengths,
-            reversed_ids,
-            is_closed=self.is_closed,
-            eod_id=self.provenance.eod_id,
-            vocab_size=self.provenance.vocab_size,
-        )
-        if bad >= 0:
-            raise DataError(self._problem(prefix, block, bad))
-        self.num_empty += len(block.lengths) - len(kept)
-        return reversed_ids, lengths.astype(np.int32)
-
-    def _problem(self, prefix: str, block: Block, bad: int) -> str:
-        document, found = block.document_at(bad), int(block.ids[bad])
-        begin = int(block.lengths[: document - block.first].sum())
-        is_last = bad - begin == block.lengths[document - block.first] - 1
-        eod, vocab_size = self.provenance.eod_id, self.provenance.vocab_size
-        where = f"{prefix}.bin: document {document}"
-        if found < 0 or found >= vocab_size:
-            return (
-                f"{where} has id {found}, outside the {vocab_size:,} ids of the tokenizer; the shard is damaged or was made with"
-                " another tokenizer"
-            )
-        if found != eod:
-            return f"{where} ends with id {found}, expected eod {eod} at the end of every document (--eod keep)"
-        if is_last:
-            return f"{where} ends with eod {eod}, expected documents without eod (--eod append)"
-        return (
-            f"{where} has eod {eod} at its id {bad - begin} of {int(block.lengths[document - block.first])}, but eod must be last;"
-            " if another id ends documents here, name it by --eod-token"
-        )
-
-
 def _reverse_ours(settings: ReverseSettings) -> ShardManifest:
     started = time.monotonic()
     prefixes, manifests = _open_alike(settings.input, settings.output_prefix, settings.overwrite)
@@ -198,21 +143,50 @@ def _reverse_ours(settings: ReverseSettings) -> ShardManifest:
         raise UsageError(f"{prefixes[0]} has a manifest, which decides; omit --eod append and --text-bytes")
     if settings.eod_token is not None and settings.tokenizer is None:
         raise UsageError(f"--eod-token {settings.eod_token!r} needs --tokenizer; give both, or neither")
-    if settings.tokenizer is not None:
-        eod_token = (manifests[0].eod_token or None) if settings.eod_token is None else settings.eod_token
-        tokenizer = load_tokenizer(settings.tokenizer, eod_token)
-        tokenizer.provenance(before.direction).check_same(before, f"tokenizer {settings.tokenizer}", f"shard {prefixes[0]}")
-    reverser = ShardReverser(replace(before, direction=before.direction.other), manifests[0].dtype, is_closed=True)
+    reverser = _converter_of_ours(settings, prefixes[0], manifests[0])
 
     def blocks() -> Iterator[tuple[str, Block]]:
         for prefix, manifest in zip(prefixes, manifests, strict=True):
             yield from ((prefix, block) for block in shard_blocks(prefix, manifest))
 
     with _writing(settings, reverser) as writer:
-        _reverse_all(writer, reverser, blocks(), sum(manifest.num_tokens for manifest in manifests))
-        result = writer.finalize(_joined_counts(prefixes, manifests))
+        _convert_all(writer, reverser, blocks(), sum(manifest.num_tokens for manifest in manifests))
+        result = writer.finalize(replace(_joined_counts(prefixes, manifests), reading_tokens=settings.order.stored()))
     _log_result(settings.output_prefix, result, len(prefixes), time.monotonic() - started)
     return result
+
+
+def _converter_of_ours(settings: ReverseSettings, prefix: str, manifest: ShardManifest) -> ShardReverser:
+    """Return the converter for shards with a manifest. The tokenizer is loaded only if it is given or needed."""
+    source, order = manifest.model_order, settings.order
+    needs_words = source.unit in (Unit.WORD, Unit.ENTITY)
+    tokenizer: Tokenizer | None = None
+    if settings.tokenizer is not None or needs_words or not order.is_plain:
+        path = settings.tokenizer or manifest.tokenizer_path
+        if not Path(path).exists():
+            raise UsageError(
+                f"unit and marker need the tokenizer of {prefix}, which is not at {path!r}; name it by --tokenizer"
+            )
+        eod_token = (manifest.eod_token or None) if settings.eod_token is None else settings.eod_token
+        tokenizer = load_tokenizer(path, eod_token)
+        own = tokenizer.provenance(source.direction)
+        own.check_same_tokenizer(manifest.provenance, f"tokenizer {path}", f"shard {prefix}")
+    target = _target(settings, prefix, source, tokenizer)
+    provenance = manifest.provenance.of_readings(target)
+    if source.is_plain and target.is_plain:
+        return ShardReverser(provenance, manifest.dtype, is_closed=True)
+    orders = unit_order(source, tokenizer), unit_order(target, tokenizer, order.segments)
+    return ShardReorderer(provenance, manifest.dtype, *orders, is_closed=True)
+
+
+def _target(settings: ReverseSettings, prefix: str, source: Reading, tokenizer: Tokenizer | None) -> Reading:
+    """Return the reading of the result. Raises UsageError if the options exclude each other, or nothing would change."""
+    direction = settings.to_direction or source.direction.other
+    settings.order.check(direction)
+    target = Reading(direction=direction) if tokenizer is None else settings.order.reading(direction, tokenizer)
+    if target == source and target.unit is not Unit.SEGMENT:
+        raise UsageError(f"{prefix} is {source.describe()} already; choose another --to-direction, --unit or --marker")
+    return target
 
 
 def _reverse_foreign(settings: ReverseSettings, prefixes: list[str]) -> ShardManifest:
@@ -223,24 +197,39 @@ def _reverse_foreign(settings: ReverseSettings, prefixes: list[str]) -> ShardMan
     check_not_an_input(settings.output_prefix, prefixes)
     check_may_write(settings.output_prefix, settings.overwrite)
     tokenizer = load_tokenizer(settings.tokenizer, settings.eod_token)
-    before = settings.from_direction or Direction.FORWARD
+    source = Reading(direction=settings.from_direction or Direction.FORWARD)
+    target = _target(settings, prefixes[0], source, tokenizer)
+    orders = unit_order(source, tokenizer), unit_order(target, tokenizer, settings.order.segments)
     sources = [IndexedFiles(prefix) for prefix in prefixes]
     is_closed = _ends_with_eod(sources, tokenizer.eod_id) if settings.eod == "auto" else settings.eod == "keep"
     logger.info(
         "%s: no manifest; read as %s ids of %s, documents %s eod %r = %d%s",
-        *(prefixes[0], before, tokenizer.name, "end with" if is_closed else "without", tokenizer.eod_token, tokenizer.eod_id),
+        *(
+            prefixes[0],
+            source.direction,
+            tokenizer.name,
+            "end with" if is_closed else "without",
+            tokenizer.eod_token,
+            tokenizer.eod_id,
+        ),
         " (like the first documents)" if settings.eod == "auto" else " (--eod)",
     )
     dtype = choose_dtype("auto", tokenizer.vocab_size)
-    reverser = ShardReverser(tokenizer.provenance(before.other), dtype, is_closed=is_closed)
+    provenance = tokenizer.provenance(target.direction).of_readings(target)
+    reverser = (
+        ShardReverser(provenance, dtype, is_closed=is_closed)
+        if target.is_plain and target.direction is not source.direction
+        else ShardReorderer(provenance, dtype, *orders, is_closed=is_closed)
+    )
     counts = Counts(
         text_bytes=settings.text_bytes,
         tokenizer_path=printable(str(Path(settings.tokenizer).resolve())),
         eod_token=tokenizer.eod_token,
+        reading_tokens=settings.order.stored(),
     )
     with _writing(settings, reverser) as writer:
         total = sum(source.num_tokens for source in sources)
-        _reverse_all(writer, reverser, _foreign_blocks(sources, counts), total)
+        _convert_all(writer, reverser, _foreign_blocks(sources, counts), total)
         if not writer.num_documents:
             raise DataError(f"{prefixes[0]} has no document with a token; check --input")
         counts.skipped = {NO_TOKENS: reverser.num_empty} if reverser.num_empty else {}
@@ -277,10 +266,10 @@ def _writing(settings: ReverseSettings, reverser: ShardReverser) -> ShardWriter:
     return ShardWriter(settings.output_prefix, reverser.provenance, reverser.dtype, overwrite=settings.overwrite)
 
 
-def _reverse_all(writer: ShardWriter, reverser: ShardReverser, blocks: Iterator[tuple[str, Block]], total: int) -> None:
+def _convert_all(writer: ShardWriter, reverser: ShardReverser, blocks: Iterator[tuple[str, Block]], total: int) -> None:
     with tqdm(total=total, unit="token", unit_scale=True, desc="reverse", disable=None) as bar:
         for prefix, block in blocks:
-            writer.append(*reverser.reverse(prefix, block))
+            writer.append(*reverser.convert(prefix, block))
             bar.update(block.ids.size)
 
 
@@ -302,6 +291,11 @@ def _open_alike(patterns: Sequence[str], output_prefix: str, overwrite: bool) ->
             raise MismatchError(
                 f"documents of the shard {prefix} begin with {manifest.bos_token or 'no bos'}, those of {prefixes[0]} with"
                 f" {manifests[0].bos_token or 'no bos'}; preprocess both with the same --bos-token"
+            )
+        if manifest.reading_tokens != manifests[0].reading_tokens:
+            raise MismatchError(
+                f"the shard {prefix} has {manifest.reading_tokens}, the shard {prefixes[0]} {manifests[0].reading_tokens}; make both"
+                " with the same --segment-tokens and --segment-seed, or list both in data.train_blend instead"
             )
         if manifest.dtype != manifests[0].dtype:
             raise MismatchError(
@@ -329,6 +323,7 @@ def _joined_counts(prefixes: Sequence[str], manifests: Sequence[ShardManifest]) 
         text_template=" | ".join(dict.fromkeys(manifest.text_template for manifest in manifests if manifest.text_template)),
         skipped_inputs=[*distinct.values()],
         decontamination=joined_decontamination(prefixes, manifests),
+        reading_tokens=manifests[0].reading_tokens,
         source=manifests[0].source if all(manifest.source == manifests[0].source for manifest in manifests) else {},
     )
 
@@ -338,6 +333,6 @@ def _log_result(prefix: str, manifest: ShardManifest, num_inputs: int, seconds: 
     megabytes = manifest.num_tokens * np.dtype(manifest.dtype).itemsize / 1e6
     logger.info(
         "%s: from %d shards, %s order, %s documents, %s tokens; %.1f s, %.0f MB/s",
-        *(prefix, num_inputs, manifest.direction),
+        *(prefix, num_inputs, manifest.model_order.describe()),
         *(f"{manifest.num_documents:,}", f"{manifest.num_tokens:,}", seconds, megabytes / max(seconds, 1e-9)),
     )

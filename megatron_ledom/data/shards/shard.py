@@ -20,13 +20,15 @@ import orjson
 
 from megatron_ledom import __version__
 from megatron_ledom.data.shards.index_file import SHARD_DTYPES, index_blocks, index_bytes, map_index, read_header, shard_header
-from megatron_ledom.direction import Direction
+from megatron_ledom.direction import BOTH, Direction, Reading
 from megatron_ledom.errors import DataError, UsageError, cannot_write
 from megatron_ledom.provenance import Provenance
 from megatron_ledom.storage.files import close_synced, publish, real_path, withdraw
 from megatron_ledom.storage.locks import output_file_lock
 
 FORMAT_VERSION = 1
+WITH_READING = 2
+"""Format version of a shard with another unit than token or with a marker, which earlier versions of this package refuse."""
 TARGETS = ".targets"
 """Ending of the fourth file of a shard of pairs, see `targets`."""
 NO_TOKENS = "no_tokens"
@@ -96,6 +98,10 @@ class ShardManifest:
     """For a shard that was searched for evaluation items: settings, numbers of documents, and touched items by set; else empty."""
     source: dict[str, Any] = field(default_factory=dict)
     """For a shard of a corpus recipe: name, address, revision, licence and domain of the source; else empty."""
+    reading: dict[str, Any] = field(default_factory=dict)
+    """For another unit than token, or with a marker: unit, marker_id and boundary_id; else empty."""
+    reading_tokens: dict[str, Any] = field(default_factory=dict)
+    """The tokens marker and boundary, and for the unit segment segment_tokens and seed; empty where `reading` is."""
     package_version: str = __version__
     created_at: str = ""
     """UTC, ISO 8601."""
@@ -104,7 +110,17 @@ class ShardManifest:
     @property
     def provenance(self) -> Provenance:
         """Direction and tokenizer, for comparison with those of a run."""
-        return Provenance.from_dict(asdict(self), "manifest")
+        names = ("direction", "tokenizer_name", "tokenizer_sha256", "vocab_size", "eod_id")
+        values = {name: getattr(self, name) for name in names}
+        return Provenance.from_dict({**values, "readings": self._readings()}, "manifest")
+
+    @property
+    def model_order(self) -> Reading:
+        """Direction and unit of the documents, and the ids that are added to them."""
+        return self.provenance.readings[0]
+
+    def _readings(self) -> list[dict[str, Any]]:
+        return [{"direction": str(self.direction), **self.reading}] if self.reading else []
 
     @property
     def content_sha256(self) -> str:
@@ -114,7 +130,7 @@ class ShardManifest:
     def to_json(self) -> bytes:
         """Return the content of the manifest file."""
         stored = asdict(self)
-        for name in ("decontamination", "source"):
+        for name in ("decontamination", "source", "reading", "reading_tokens"):
             if not stored[name]:  # as manifests were before these keys existed
                 del stored[name]
         return orjson.dumps(stored, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
@@ -122,12 +138,20 @@ class ShardManifest:
     @classmethod
     def from_dict(cls, stored: dict[str, Any], where: str) -> "ShardManifest":
         """Make a manifest from its JSON object. where: name of the file, for error messages."""
-        if stored.get("format_version") != FORMAT_VERSION:
+        if stored.get("format_version") not in (FORMAT_VERSION, WITH_READING):
             raise DataError(
-                f"{where} has format version {stored.get('format_version')}, this package reads {FORMAT_VERSION};"
+                f"{where} has format version {stored.get('format_version')}, this package reads {FORMAT_VERSION} and {WITH_READING};"
                 " make the shard again with ledom preprocess-data"
             )
-        provenance = Provenance.from_dict(stored, where)
+        reading = stored.get("reading") or {}
+        if not isinstance(reading, dict) or bool(reading) is not (stored["format_version"] == WITH_READING):
+            raise DataError(
+                f"{where} has the reading {reading!r} in format version {stored['format_version']}; make the shard again"
+            )
+        readings = [{"direction": stored.get("direction"), **reading}] if reading else []
+        provenance = Provenance.from_dict({**stored, "readings": readings}, where)
+        if provenance.direction == BOTH:
+            raise DataError(f"{where} has the direction both, which no shard has; the file is damaged")
         names = {item.name for item in fields(cls)}
         try:
             files = [InputFile(**item) for item in stored["input_files"]]
@@ -135,6 +159,13 @@ class ShardManifest:
             return cls(**{**values, "direction": provenance.direction, "input_files": files})
         except (KeyError, TypeError) as error:
             raise DataError(f"{where} is not a complete manifest ({error}); make the shard again") from error
+
+
+def stored_reading(reading: Reading) -> dict[str, Any]:
+    """Return `ShardManifest.reading` of a model order."""
+    if reading.is_plain:
+        return {}
+    return {"unit": str(reading.unit), "marker_id": reading.marker_id, "boundary_id": reading.boundary_id}
 
 
 def choose_dtype(name: DtypeName, vocab_size: int) -> np.dtype[Any]:
@@ -199,6 +230,7 @@ class Counts:
     targets_sha256: str = ""
     decontamination: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
+    reading_tokens: dict[str, Any] = field(default_factory=dict)
 
 
 class Hash(Protocol):
@@ -298,7 +330,7 @@ class ShardWriter:
                 f" {num_tokens * self.dtype.itemsize:,}; the disk may be full, or another program changed the file: run again"
             )
         manifest = ShardManifest(
-            **{item.name: getattr(self.provenance, item.name) for item in fields(Provenance)},
+            **{item.name: getattr(self.provenance, item.name) for item in fields(Provenance) if item.name != "readings"},
             **{item.name: getattr(counts, item.name) for item in fields(Counts)},
             dtype=self.dtype.name,
             num_documents=len(lengths),
@@ -306,6 +338,8 @@ class ShardWriter:
             bin_sha256=self._hash.hexdigest(),
             idx_sha256=self._write_index(lengths),
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            reading=stored_reading(self.provenance.readings[0]),
+            format_version=FORMAT_VERSION if self.provenance.is_plain else WITH_READING,
         )
         stream = self._create(".json")
         stream.write(manifest.to_json())

@@ -15,9 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ledom.data.shards.index_file import CHUNK_DOCUMENTS, HEADER, SHARD_DTYPES, index_bytes, map_index, shard_header
+from megatron_ledom.data.shards.model_order import contents, unit_order
 from megatron_ledom.data.shards.shard import TARGETS, ShardManifest, ShardReader, load_manifest
-from megatron_ledom.direction import Direction, to_text_order
+from megatron_ledom.direction import Direction, Reading
 from megatron_ledom.errors import DataError
+from megatron_ledom.reversal_units import UnitOrder
 from megatron_ledom.storage.hashes import sha256_of
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer
 
@@ -220,10 +222,24 @@ class IdScan:
         if len(open_ends):
             text = f"its last id is {ids[open_ends[0]]}"
             self._found("open", f"{{}} does not end with eod {eod}: {text}", ends, begin + open_ends)
+        self._check_markers(ids, ends, begin)
         eods = np.flatnonzero(ids == eod)
         if len(eods) > len(last) - len(open_ends) and not self.manifest.pairs:  # a pack contains an eod for each pair
             inside = eods[~np.isin(eods, last, assume_unique=True)]
             self._found("inside", f"{{}} has eod {eod} {INSIDE} {{}}", ends, begin + inside)
+
+    def _check_markers(self, ids: npt.NDArray[Any], ends: npt.NDArray[np.int64], begin: int) -> None:
+        """Check that the marker is first in each document that begins in `ids`, and nowhere else."""
+        marker = self.manifest.model_order.marker_id
+        if marker is None:
+            return
+        begins = np.concatenate([[0], ends[:-1]])
+        first = np.zeros(len(ids), np.bool_)
+        first[begins[(begins >= begin) & (begins < begin + len(ids))] - begin] = True
+        wrong = np.flatnonzero((ids == marker) != first)
+        if len(wrong):
+            text = f"{{}} has not its marker {marker} at its beginning alone; see its id {{}}"
+            self._found("marker", text, ends, begin + wrong)
 
     def _found(self, kind: str, text: str, ends: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> None:
         documents = np.unique(np.searchsorted(ends, positions, side="right")) + self._document
@@ -276,15 +292,18 @@ class DirectionCheck:
 
 def check_direction(reader: ShardReader, tokenizer: Tokenizer) -> DirectionCheck:
     """Check documents at equal distances over the shard. Its index and the range of its ids must be intact."""
-    stated = reader.manifest.direction
+    stated, reading = reader.manifest.direction, reader.manifest.model_order
+    order, other = unit_order(reading, tokenizer), UnitOrder(Reading(direction=stated.other))
     sampled = only_as_stated = only_as_other = 0
     for index in np.unique(np.linspace(0, len(reader) - 1, min(SAMPLE_DOCUMENTS, len(reader))).astype(np.int64)).tolist():
-        stored = reader.document(index)[:-1]
-        if len(stored) > LONGEST_IDS:
+        document = reader.document(index)
+        if len(document) > LONGEST_IDS:
             continue
+        stored, _ = contents(document, np.array([len(document)], np.int64), reading)
+        plain = stored if reading.boundary_id is None else stored[stored != reading.boundary_id]
         sampled += 1
-        as_stated = _keeps_ids(tokenizer, to_text_order(stored, stated).tolist())
-        as_other = _keeps_ids(tokenizer, to_text_order(stored, stated.other).tolist())
+        as_stated = _keeps_ids(tokenizer, order.text_ids(stored).tolist())
+        as_other = _keeps_ids(tokenizer, other.text_ids(plain).tolist())
         only_as_stated += as_stated and not as_other
         only_as_other += as_other and not as_stated
     return DirectionCheck(stated, sampled, only_as_stated, only_as_other)

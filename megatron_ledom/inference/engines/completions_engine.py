@@ -25,8 +25,9 @@ from megatron_ledom.inference.engines.completions_client import KEY, Completions
 from megatron_ledom.inference.engines.engine import PartialAnswer
 from megatron_ledom.inference.engines.remote_engine import RECORDED, RemoteEngine, UnrecordedReverse, seed_of
 from megatron_ledom.inference.generation import Sampling
-from megatron_ledom.inference.joint_tokenizer import WORD_MARK, JointTokenizer
+from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 from megatron_ledom.inference.scoring import Span, check_batch_size
+from megatron_ledom.tokenizers.surfaces import WORD_MARK
 
 ROUNDING = 1e-5
 """A log-probability may exceed 0 by this much, because of float32 rounding."""

@@ -223,7 +223,7 @@ def test_a_damaged_shard_of_ours_gets_no_new_hash(tmp_path: Path) -> None:
 def test_a_stop_signal_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = legible_shard(tmp_path / "forward", DOCUMENTS, FORWARD)
     monkeypatch.setattr(
-        "megatron_ledom.data.shards.rewriting.reverse_into", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+        "megatron_ledom.data.shards.reordering.reverse_into", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
     )
     with pytest.raises(KeyboardInterrupt):
         write_reversed(forward, output=tmp_path / "reversed")
