@@ -45,7 +45,7 @@ def load_verifier(folder: str | Path, forward: Any) -> Any:
 
     set_verbosity_error()  # transformers warns that the head is new
     return AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=1, pad_token_id=forward.stop_ids[0], local_files_only=True
+        folder, num_labels=1, pad_token_id=forward.stop_ids[0], local_files_only=True, trust_remote_code=False
     )
 
 

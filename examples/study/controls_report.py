@@ -144,7 +144,7 @@ _PLANTED = (
     "Planted errors, without sampling: each right chain is compared with the same chain with one error. A value is the share of"
     " questions in which the right chain has the higher value of the scorer alone (the area under the ROC curve within questions; 0.5:"
     " blind). Pooled: the area over all pairs of chains, of different questions, too. Kinds: another number with true sums; a false sum after"
-    " which the chain goes on with the true one; a false sum with which it goes on; plus for minus or minus for plus with true sums; the"
+    " which the chain continues with the true one; a false sum with which it continues; plus for minus or minus for plus with true sums; the"
     " right chain of another question. Tested against 0.5 together (Holm)."
 )
 

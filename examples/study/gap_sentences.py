@@ -9,7 +9,7 @@ PAPER = "Papadopoulos et al. (arXiv 2401.17505)"
 
 
 def gap_sentences(results: Results | None) -> Iterator[str]:
-    """Yield the sentences; one that says so if the part was not run."""
+    """Yield the sentences. A part that was not run, or that has one seed, gets a single one."""
     if results is None:
         yield "Loss gap with controls: not run in this report (`--parts loss_gap`)."
         return
