@@ -217,14 +217,14 @@ def train_run(start: CheckedStart, callbacks: "Sequence[Callback]" = ()) -> bool
     from megatron_ledom.model.layer_specs import choose_layers
     from megatron_ledom.ops.library import describe as describe_ops
     from megatron_ledom.parallel.collectives import from_first_rank
-    from megatron_ledom.parallel.groups import start_distributed, stop_distributed, wait_for_all_ranks
+    from megatron_ledom.parallel.groups import start_distributed, stop_distributed
     from megatron_ledom.platform.device import prepare_platform
     from megatron_ledom.training.history import write_launch
     from megatron_ledom.training.origin import write_chain
     from megatron_ledom.training.run_folder import lock_run, write_start
     from megatron_ledom.training.state import build_state, check_resumable
     from megatron_ledom.training.trainer import train
-    from megatron_ledom.training.watchdog import Watchdog
+    from megatron_ledom.training.watched_launch import end_launch, watched
 
     config, launch, stop, checkpoint = start.config, start.launch, start.stop, start.checkpoint
     platform = prepare_platform(config.train.num_threads, launch)
@@ -250,14 +250,13 @@ def train_run(start: CheckedStart, callbacks: "Sequence[Callback]" = ()) -> bool
     try:
         with ExitStack() as resources:
             from_first_rank(take_run_folder)
-            watchdog = resources.enter_context(Watchdog(config, launch))
+            watchdog, report = resources.enter_context(watched(config, launch))
             state = build_state(config, sources, platform, groups, choice, checkpoint, start.origin)
             own = [*build_callbacks(state, watchdog, start.task_hashes), Mirroring(config, stop, resources)]
             train(state, stop, [*own, *callbacks])
             is_saved = from_first_rank(lambda: saved_iteration(checkpoint_folder(config)) == config.train.train_iters)
             is_over = is_saved and not stop.agreed(platform.device, 0.0)
-            watchdog.set_activity("waiting for the last rank", patient=True)
-            wait_for_all_ranks()  # rank 0 closes last; srun kills the rest a minute after the first rank ends
+            end_launch(watchdog, report, state.iteration, stop)
             return is_over
     finally:
         stop_distributed()

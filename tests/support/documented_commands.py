@@ -11,6 +11,7 @@ SLURM_JOBS = "tests/slurm/test_slurm_jobs.py"
 PAGES_RUN_BY_TESTS = {
     "docs/tutorials/published_model.md": "tests/unit/tokenizers/test_published_folder.py",
     "docs/how_to/serve.md": "tests/unit/serving/test_page_commands.py",
+    "docs/how_to/watch_runs.md": "tests/unit/monitoring/test_watch_page.py",
 }
 """Pages all of whose commands one test runs."""
 RUN_BY_TESTS = {
