@@ -21,11 +21,19 @@ class LaunchReport:
         self._end(FAILED, reason)
 
     def ended(self, iteration: int, reason: str) -> None:
-        """Report the end of training: the run is complete, or it was saved and can be resumed."""
+        """Report the end of training: the run is complete, or it was saved and can be resumed.
+
+        reason: the cause of a stop, as far as this rank knows it; empty if it does not.
+        """
+        interval = self._config.train.exit_interval
         if iteration >= self._config.train.train_iters:
             self._end(COMPLETE, "", iteration)
-        else:
+        elif reason:
             self._end(STOPPED, reason, iteration)
+        elif interval is not None and iteration % interval == 0:
+            self._end(STOPPED, f"train.exit_interval={interval}", iteration)
+        else:
+            self._end(STOPPED, "another rank had to stop", iteration)
 
     def failed(self, error: BaseException) -> None:
         """Report the error that ends the launch."""
