@@ -96,6 +96,13 @@ RUN_BY_TESTS = {
         "tests/unit/finetune/test_prepare_pairs.py"
     ),
     "ledom train --config ledom_7b checkpoint.mirror=s3://my-bucket/ledom_7b": "tests/distributed/test_mirror.py",
+    **dict.fromkeys(
+        (
+            "ledom train --config ledom_7b logging.mlflow_experiment=ledom logging.mlflow_uri=http://mlflow:5000",
+            "ledom train --config ledom_7b logging.otlp_endpoint=http://collector:4318",
+        ),
+        "tests/unit/callbacks/test_trackers.py",
+    ),
     "ledom train --config runs/scorer/model.yaml data.train_blend=[[1.0,data/pairs]] data.loss_tokens=scored"
     " data.reset_attention_mask=true data.reset_position_ids=true train.train_iters=1060 train.global_batch_size=64"
     " optimizer.lr=1e-5 optimizer.min_lr=1e-6 optimizer.lr_warmup_iters=50": "tests/distributed/test_scorer_training.py",

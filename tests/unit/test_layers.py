@@ -49,7 +49,7 @@ serving: direction errors inference monitoring tokenizers
 rewards: direction errors inference lazy storage
 finetune: data direction errors inference lazy storage tokenizers
 evaluation: contamination direction errors inference lazy storage tables tokenizers
-reports: config direction errors evaluation inference tables planning storage training
+reports: checkpoint config direction errors evaluation inference tables planning storage training
 hardware_check: checkpoint config convert data direction errors inference model ops parallel planning platform pretrain\
  storage tables training
 corpus: config contamination data direction errors evaluation platform storage tables tokenizers
