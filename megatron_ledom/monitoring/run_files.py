@@ -216,7 +216,7 @@ def _read_bad_steps(status: RunStatus, run_dir: str) -> None:
         last = status.last_bad_step
         status.add(
             ProblemKind.SPIKE,
-            f"{many}{status.recent_bad_steps} bad steps in the last {RECENT_STEPS} iterations; the last one: iteration"
+            f"bad steps in the last {RECENT_STEPS} iterations: {many}{status.recent_bad_steps}; the last one: iteration"
             f" {last['iteration']}, {last['reason']} ({last['action']})",
         )
 

@@ -40,6 +40,7 @@ def test_a_rank_that_hangs_is_named_with_its_stack(data: TinyData, tmp_path: Pat
     beat = read_heartbeat(str(run_dir))
     assert beat is not None
     assert (beat.state, f"rank {hanging} (" in beat.reason, "hangs:" in beat.reason) == ("failed", True, True)
+    assert "_sleep_here" not in beat.reason
     for rank in range(num_ranks):
         assert ("_sleep_here" in (run_dir / f"stacks/rank_{rank}.txt").read_text()) == (rank == hanging)
 
