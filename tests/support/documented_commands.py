@@ -32,6 +32,14 @@ RUN_BY_TESTS = {
     "python examples/quickstart/real_forward.py --forward models/smollm2 --pairs gsm8k_train.jsonl --items gsm8k_test.jsonl": (
         "tests/quickstart/test_real_forward.py"
     ),
+    **dict.fromkeys(
+        (
+            "bash examples/slurm/container_build.sh ledom.sif",
+            "bash examples/slurm/container_build.sh ledom.sqsh",
+            "bash examples/slurm/container.sh -m megatron_ledom.ops",
+        ),
+        "tests/unit/examples/test_containers.py",
+    ),
     "bash examples/slurm/preprocess.sbatch": f"tests/unit/examples/test_slurm_scripts.py, {SLURM_JOBS}",
     "bash examples/slurm/pretrain.sbatch": "tests/slurm/test_slurm_training.py",
     "bash examples/slurm/convert.sbatch": SLURM_JOBS,
