@@ -17,7 +17,7 @@ class LaunchReport:
         self._is_over = False
 
     def hung(self, reason: str) -> None:
-        """Report that the watchdog ends this process. The stacks in the reason are left out: they are in the log."""
+        """Report that the watchdog ends this process. Without the stacks, which are in the log."""
         self._end(FAILED, " ".join(line for line in reason.splitlines() if not line.startswith(" ")))
 
     def ended(self, iteration: int, reason: str) -> None:
