@@ -124,7 +124,7 @@ def test_signal_before_the_time_limit(training: Training, data: TinyData, tmp_pa
         stopped_at = training.start_again()
         assert 5 < stopped_at < iterations
         training.check_ends_as(whole, restarts=1)
-    assert hook.events() == ["stopped", "recovered", "finished"]
+    assert hook.changes() == ["stopped", "recovered", "finished"]
     assert {each["slurm_job_id"] for each in hook.messages} == {training.job}
     assert "secret-path" not in training.logged()
     assert f"at iteration {stopped_at}" in training.logged()
@@ -186,7 +186,7 @@ def test_preempted_job(training: Training, uninterrupted: Path, tmp_path: Path) 
         _preempt(training, uninterrupted, tmp_path, hook)
     assert "PREEMPT" in training.logged()
     assert "queued again" not in training.logged()
-    assert hook.events() == ["stopped", "recovered", "finished"]
+    assert hook.changes() == ["stopped", "recovered", "finished"]
 
 
 def _preempt(training: Training, uninterrupted: Path, tmp_path: Path, hook: Hook) -> None:
@@ -276,7 +276,7 @@ def test_cancelled_job_is_not_queued_again(training: Training) -> None:
         training.wait_for_iteration(5)
         training.cluster.run("scancel", training.job)
         training.cluster.wait_for_end(training.job)
-    assert hook.events() == ["stopped"], training.logged()
+    assert hook.changes() == ["stopped"], training.logged()
     ended = training.cluster.job(training.job)
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), training.logged()
     assert "queued again" not in training.logged()

@@ -28,6 +28,10 @@ class Hook:
         """Return the events of the messages in order."""
         return [each["event"] for each in self.messages]
 
+    def changes(self) -> list[str]:
+        """Return the events of the messages without bad steps, which a small model may have."""
+        return [event for event in self.events() if event != "spike"]
+
 
 @contextmanager
 def receiving(port: int = 0, statuses: Sequence[int] = (200,)) -> Iterator[Hook]:

@@ -86,7 +86,7 @@ class Job:
         }
         command = ["bash", str(ROOT / "examples/slurm/pretrain.sbatch"), f"run_dir={self.run}"]
         began = time.monotonic()
-        done = subprocess.run(command, cwd=self.folder, env=variables, capture_output=True, text=True, check=False, timeout=30)
+        done = subprocess.run(command, cwd=self.folder, env=variables, capture_output=True, text=True, check=False, timeout=100)
         self.output = done.stdout + done.stderr
         assert done.returncode == code, self.output
         return time.monotonic() - began
