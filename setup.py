@@ -191,7 +191,7 @@ setup(
         "megatron_ledom.hardware_check": ["*.json"],
         "megatron_ledom.planning.hardware": ["*.yaml"],
         "megatron_ledom.planning.validation": ["*.yaml", "*.md"],
-        "megatron_ledom.serving": ["page/*"],
+        "megatron_ledom.serving": ["page/*", "status_page/*"],
     },
     ext_modules=extensions(),
     cmdclass={"build_ext": Build},

@@ -42,6 +42,7 @@ from megatron_ledom.training.stages import (
 
 if TYPE_CHECKING:
     from megatron_ledom.data.blends.sources import Sources
+    from megatron_ledom.planning.verdicts import DiskNeed
     from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer
     from megatron_ledom.training.callback import Callback
     from megatron_ledom.training.held_out import TaskHashes
@@ -217,14 +218,14 @@ def train_run(start: CheckedStart, callbacks: "Sequence[Callback]" = ()) -> bool
     from megatron_ledom.model.layer_specs import choose_layers
     from megatron_ledom.ops.library import describe as describe_ops
     from megatron_ledom.parallel.collectives import from_first_rank
-    from megatron_ledom.parallel.groups import start_distributed, stop_distributed, wait_for_all_ranks
+    from megatron_ledom.parallel.groups import start_distributed, stop_distributed
     from megatron_ledom.platform.device import prepare_platform
     from megatron_ledom.training.history import write_launch
     from megatron_ledom.training.origin import write_chain
     from megatron_ledom.training.run_folder import lock_run, write_start
     from megatron_ledom.training.state import build_state, check_resumable
     from megatron_ledom.training.trainer import train
-    from megatron_ledom.training.watchdog import Watchdog
+    from megatron_ledom.training.watched_launch import end_launch, watched
 
     config, launch, stop, checkpoint = start.config, start.launch, start.stop, start.checkpoint
     platform = prepare_platform(config.train.num_threads, launch)
@@ -250,14 +251,13 @@ def train_run(start: CheckedStart, callbacks: "Sequence[Callback]" = ()) -> bool
     try:
         with ExitStack() as resources:
             from_first_rank(take_run_folder)
-            watchdog = resources.enter_context(Watchdog(config, launch))
+            watchdog, report = resources.enter_context(watched(config, launch))
             state = build_state(config, sources, platform, groups, choice, checkpoint, start.origin)
             own = [*build_callbacks(state, watchdog, start.task_hashes), Mirroring(config, stop, resources)]
             train(state, stop, [*own, *callbacks])
             is_saved = from_first_rank(lambda: saved_iteration(checkpoint_folder(config)) == config.train.train_iters)
             is_over = is_saved and not stop.agreed(platform.device, 0.0)
-            watchdog.set_activity("waiting for the last rank", patient=True)
-            wait_for_all_ranks()  # rank 0 closes last; srun kills the rest a minute after the first rank ends
+            end_launch(watchdog, report, state.iteration, stop)
             return is_over
     finally:
         stop_distributed()
@@ -329,30 +329,42 @@ def start_logging(rank: int) -> None:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
+    if rank != 0:
+        logging.getLogger("megatron_ledom.training.origin").setLevel(
+            logging.ERROR
+        )  # every rank finds the same about the origin
     quiet_libraries()  # a line of the log lists the installed versions
 
 
 def print_dry_run(stages: Sequence[Stage], *, accept_plan: bool) -> None:
     """Print the resolved config and every derived number of each stage. Raises PlanError, as `refuse`, after all of them."""
-    from megatron_ledom.planning.dry_run import dry_run
-    from megatron_ledom.planning.verdicts import refuse
+    from megatron_ledom.planning.dry_run import dry_run, of_another_machine
+    from megatron_ledom.planning.verdicts import refuse, shared_disk_verdicts
 
-    verdicts = []
+    verdicts, needs = [], []
     for stage in stages:
-        described = dry_run(stage.config, expected_world_size(stage.config))
+        described = dry_run(stage.config, expected_world_size(stage.config), stage.number)
         verdicts += described.verdicts
+        needs += described.needs
         print((f"# {stage.title}\n" if stage.count > 1 else "") + described.text, flush=True)
+    if len(stages) > 1:
+        print(
+            "".join(f"# all stages: {of_another_machine(verdict).line()}\n" for verdict in shared_disk_verdicts(needs)), end=""
+        )
     check_stages(stages, expected_world_size(stages[0].config))
     refuse(verdicts, accepted=accept_plan)
 
 
 def check_start_of_stages(stages: Sequence[Stage], num_ranks: int, *, accept_plan: bool = False) -> str:
     """Check the start of each stage, as `check_start`. Returns its lines, each part under the title of its stage."""
+    from megatron_ledom.planning.verdicts import refuse, shared_disk_verdicts
+
     check_stages(stages, num_ranks)
     if len(stages) == 1:
         return check_start(stages[0].config, num_ranks, accept_plan=accept_plan)
     current = current_stage(stages)
-    lines = []
+    lines: list[str] = []
+    needs: list[DiskNeed] = []
     for stage in stages:
         is_later = current is not None and stage.number > current.number
         is_past = current is None or stage.number < current.number
@@ -360,10 +372,16 @@ def check_start_of_stages(stages: Sequence[Stage], num_ranks: int, *, accept_pla
         if not is_past:
             before = stage_before(stage, stages)
             comes_later = is_later and before is not None
-            lines.append(check_start(stage.config, num_ranks, accept_plan=accept_plan, is_later=comes_later))
+            lines.append(
+                check_start(
+                    stage.config, num_ranks, accept_plan=accept_plan, stage=stage.number, is_later=comes_later, needs=needs
+                )
+            )
             if before is not None:
                 check_same_data_kind(before, stage)
-    return "\n".join(lines)
+    together = shared_disk_verdicts(needs)
+    refuse(together, accepted=accept_plan)
+    return "\n".join([*lines, *(f"all stages: {verdict.line()}" for verdict in together)])
 
 
 def check_same_data_kind(before: Stage, stage: Stage) -> None:
@@ -374,14 +392,29 @@ def check_same_data_kind(before: Stage, stage: Stage) -> None:
     earlier.check_same(own, f"the data of {before.title}", f"that of {stage.title}")
 
 
-def check_start(config: RunConfig, num_ranks: int, *, accept_plan: bool = False, is_later: bool = False) -> str:
+def check_start(
+    config: RunConfig,
+    num_ranks: int,
+    *,
+    accept_plan: bool = False,
+    stage: int = 1,
+    is_later: bool = False,
+    needs: "list[DiskNeed] | None" = None,
+) -> str:
     """Check a start on `num_ranks` ranks, without a GPU. Returns a line about the start and one for each verdict.
 
-    is_later: the checkpoint to start from does not exist yet. Raises PlanError if memory or disk space is too small, unless
-    `accept_plan` is set.
+    is_later: the checkpoint to start from does not exist yet. needs: gets the disk space that this run, of that number of a stage, needs.
+    Raises PlanError if memory or disk space is too small, unless `accept_plan` is set.
     """
     from megatron_ledom.data.blends.sources import load_run_tokenizer, load_sources
-    from megatron_ledom.planning.verdicts import disk_verdict, memory_verdict, plan_of_config, refuse
+    from megatron_ledom.planning.verdicts import (
+        disk_needs,
+        disk_verdict,
+        memory_verdict,
+        plan_of_config,
+        refuse,
+        shared_disk_verdicts,
+    )
     from megatron_ledom.training.history import check_history
     from megatron_ledom.training.origin import find_origin, first_iteration
     from megatron_ledom.training.preflight import check_environment, is_complete
@@ -403,7 +436,11 @@ def check_start(config: RunConfig, num_ranks: int, *, accept_plan: bool = False,
 
         check_resumable(config, sources, checkpoint, origin)
     model = replace(config.model, vocab_size=sources.provenance.vocab_size)
+    own = disk_needs(config, model, stage)
     verdicts = [memory_verdict(config, plan_of_config(config, num_ranks, model)), disk_verdict(config, model)]
+    verdicts += shared_disk_verdicts(own)
+    if needs is not None:
+        needs += own
     refuse(verdicts, accepted=accept_plan)
     start = f"{num_ranks} ranks would start from iteration {iteration} of {config.train.train_iters}"
     if origin is not None:

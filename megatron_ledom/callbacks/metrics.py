@@ -1,28 +1,25 @@
-"""Write the records of a run to `metrics.jsonl`, and to TensorBoard and Weights & Biases."""
+"""Write the records of a run to `metrics.jsonl`, TensorBoard, Weights & Biases, MLflow and OpenTelemetry."""
 
 import logging
 import os
-import secrets
 import threading
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_ledom.callbacks.background_log import flatten
+from megatron_ledom.callbacks.run_ids import WANDB_ID, kept_id, run_name
+from megatron_ledom.callbacks.trackers import start_trackers
 from megatron_ledom.config.load import published
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import UsageError
-from megatron_ledom.storage.files import write_file
 from megatron_ledom.storage.records import METRICS, Record
 from megatron_ledom.training.callback import Callback, TrainingRun
 from megatron_ledom.training.log_guard import GuardedLog, RecordLog, Sink
 
 log = logging.getLogger(__name__)
-
-WANDB_ID = "wandb_run_id"
-"""File in the run folder with the id of the run at Weights & Biases."""
 
 
 class Metrics(Callback):
@@ -31,6 +28,7 @@ class Metrics(Callback):
     def on_train_start(self, run: TrainingRun) -> None:
         """Open the logs, without records after the iteration at which training starts."""
         self.writer = MetricsWriter(run.state.config, run.state.iteration)
+        self.trackers = start_trackers(run) if dist.get_rank() == 0 else []
 
     def wants_record(self, run: TrainingRun) -> bool:
         """Return True at multiples of `logging.log_interval` and at the last iteration, but never for a skipped iteration."""
@@ -44,15 +42,19 @@ class Metrics(Callback):
     def on_record(self, run: TrainingRun, record: Record) -> None:
         """Write the record."""
         self.writer.write(record)
+        for tracker in self.trackers:
+            tracker.write(record)
 
     def on_rollback(self, run: TrainingRun) -> None:
-        """Open the logs again after the checkpoint, so that no iteration is reported twice."""
+        """Open the logs again after the checkpoint, so that no iteration is reported twice. Trackers cannot forget: they get both."""
         self.writer.close()
         self.writer = MetricsWriter(run.state.config, run.state.iteration, self.writer.lost())
 
     def on_train_end(self, run: TrainingRun) -> None:
         """Close the logs, and log how many records could not be written."""
         self.writer.close()
+        for tracker in self.trackers:
+            tracker.close(run.is_last_iteration())
 
 
 class MetricsWriter:
@@ -80,7 +82,7 @@ class MetricsWriter:
         if self.file is None:
             return
         self.file.write(record)
-        flat, iteration = _flatten(record), record["iteration"]
+        flat, iteration = flatten(record), record["iteration"]
         if self.board is not None:
             self.board.write(lambda board: _to_board(board, flat, iteration))
         if self.wandb is not None:
@@ -129,17 +131,6 @@ def _quiet_board_threads() -> None:
     threading.excepthook = hook
 
 
-def _flatten(record: Record) -> dict[str, float]:
-    """Return the numbers of a record and of its inner dicts, by their names joined with slashes."""
-    flat: dict[str, float] = {}
-    for name, value in record.items():
-        if isinstance(value, dict):
-            flat |= {f"{name}/{inner}": number for inner, number in _flatten(value).items()}
-        elif isinstance(value, int | float):
-            flat[name] = value
-    return flat
-
-
 def _start_wandb(config: RunConfig) -> Any:
     try:
         import wandb
@@ -150,7 +141,7 @@ def _start_wandb(config: RunConfig) -> Any:
     return wandb.init(
         project=config.logging.wandb_project,
         id=wandb_run_id(config.run_dir),
-        name=os.path.basename(os.path.abspath(config.run_dir)),
+        name=run_name(config.run_dir),
         resume="allow",
         mode=config.logging.wandb_mode,
         dir=config.run_dir,
@@ -159,8 +150,5 @@ def _start_wandb(config: RunConfig) -> Any:
 
 
 def wandb_run_id(run_dir: str) -> str:
-    """Return the id of the run at Weights & Biases: random, because folder names repeat, and kept in the run folder."""
-    path = Path(run_dir, WANDB_ID)
-    if not path.exists() or not path.read_text().strip():
-        write_file(path, secrets.token_hex(8) + "\n")
-    return path.read_text().strip()
+    """Return the id of the run at Weights & Biases."""
+    return kept_id(run_dir, WANDB_ID)

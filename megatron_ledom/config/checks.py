@@ -19,6 +19,7 @@ from megatron_ledom.config.derived import (
 )
 from megatron_ledom.config.gpu_checks import GPU_RULES
 from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.config.tracker_checks import trackers
 from megatron_ledom.direction import BOTH
 from megatron_ledom.errors import ConfigError
 
@@ -380,6 +381,7 @@ RULES: tuple[Callable[[RunConfig], Problems], ...] = (
     blends,
     retention,
     mirror,
+    trackers,
     held_out_sets,
     batch_schedule,
     tokens_to_draw,

@@ -393,6 +393,13 @@ class LoggingConfig:
     wandb_mode: Literal["online", "offline"] | None = None
     """online: send records at once; offline: keep them in wandb/ in the run folder for `wandb sync`. Default: as wandb's
     environment variables say."""
+    mlflow_experiment: str | None = None
+    """MLflow experiment to log to; needs the extra `mlflow`. Default: MLflow is not used."""
+    mlflow_uri: str | None = None
+    """Address of the MLflow server or store, such as http://mlflow:5000. Default: MLFLOW_TRACKING_URI of the environment."""
+    otlp_endpoint: str | None = None
+    """Address of an OpenTelemetry collector that takes metrics over HTTP, such as http://collector:4318; needs the extra
+    `otlp`. Default: OpenTelemetry is not used."""
     profile_start: Positive | None = None
     """First iteration that torch's profiler records, into profile/ in the run folder. Default: no profile."""
     profile_stop: Positive | None = None

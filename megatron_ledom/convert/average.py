@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ledom.checkpoint.averaging import AveragedWeights
+from megatron_ledom.checkpoint.chain import describe_checkpoint, run_name, tokens_before
 from megatron_ledom.checkpoint.folder import LATEST, checkpoint_name, find_checkpoint, finished_checkpoints, latest_checkpoint
 from megatron_ledom.checkpoint.manifest import MANIFEST, CheckpointManifest, check_sizes, load_manifest, other_architecture
 from megatron_ledom.checkpoint.stored_tensors import StoredTensors
@@ -28,6 +29,7 @@ from megatron_ledom.storage.files import PART_SUFFIX
 from megatron_ledom.storage.folders import new_folder
 from megatron_ledom.storage.hashed_file import one_thread
 from megatron_ledom.storage.hashes import content_problems, refuse_damaged, sha256_of
+from megatron_ledom.storage.records import Record
 from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -72,10 +74,9 @@ def average_checkpoints(
         [StoredTensors(one.checkpoint) for one in sources], [one.factor for one in sources], ema=weights == "ema"
     )
     config = _run_config(newest, save)
+    position = {"iteration": 0, "consumed_train_samples": 0, "consumed_train_tokens": 0}
     manifest = replace(
-        CheckpointManifest.describe(
-            config, newest.manifest.provenance, [], 1, iteration=0, consumed_train_samples=0, consumed_train_tokens=0
-        ),
+        CheckpointManifest.describe(config, newest.manifest.provenance, [], 1, _chain_of(newest), **position),
         average=_record(sources, _method(decay, factors), weights),
     )
     folder = os.path.relpath(checkpoint_folder(config), save)
@@ -229,15 +230,30 @@ def _record(sources: Sequence[Source], method: str, weights: WeightsKind) -> dic
         "weights": weights,
         "checkpoints": [
             {
-                "run": os.path.basename(os.path.dirname(os.path.dirname(os.path.abspath(one.checkpoint)))),
+                "run": run_name(one.checkpoint),
                 "iteration": one.manifest.iteration,
                 "consumed_train_tokens": one.manifest.consumed_train_tokens,
+                "tokens_in_all": tokens_before(_chain_of(one)),
                 "share": one.factor / whole,
                 "manifest_sha256": sha256_of(os.path.join(one.checkpoint, MANIFEST)),
+                **_own_chain(one, sources[-1]),
             }
             for one in sources
         ],
     }
+
+
+def _chain_of(source: Source) -> list[Record]:
+    """Return the chain of a checkpoint, with itself as the last one."""
+    own = describe_checkpoint(source.checkpoint, source.manifest, os.path.abspath(source.checkpoint), "weights")
+    return [*source.manifest.started_from, own]
+
+
+def _own_chain(source: Source, newest: Source) -> Record:
+    """Return the chain of a checkpoint, unless its run and data are those of the newest one, whose chain the manifest has."""
+    chain, other = _chain_of(source), _chain_of(newest)
+    is_same_run = os.path.dirname(chain[-1]["path"]) == os.path.dirname(other[-1]["path"]) and chain[:-1] == other[:-1]
+    return {} if is_same_run and chain[-1]["train_shards"] == other[-1]["train_shards"] else {"chain": chain}
 
 
 def _shares(sources: Sequence[Source]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
+from megatron_ledom.checkpoint.chain import TrainedPart, parts_of, trained_parts
 from megatron_ledom.checkpoint.manifest import CheckpointManifest
 from megatron_ledom.config.batch_schedule import batch_phases
 from megatron_ledom.config.derived import padded_vocab_size
@@ -93,6 +94,9 @@ print(reverse.generate_preceding("and so it ends.", max_new_tokens=20)[0].text)
 **Warning:** without the marker of its direction, or in the wrong order, the model raises no error but its output is nonsense.""",
 }
 
+STATES = {"weights": "the weights", "optimizer": "weights and optimizer state", "all": "all state and the position", "": ""}
+"""Value of init_state -> the cell of a table."""
+
 LIMITS = """## Intended use and limits
 
 The model is meant for research on language models of either direction. It is a base model: it was not trained to follow
@@ -129,7 +133,7 @@ def write_model_card(
         _facts(config, manifest, hf_config),
         f"{USE[direction]}\n\n{_marker_sentence(manifest.provenance)}`folder` is the folder or repository of this file. Generation"
         f" ends at the id {manifest.provenance.eod_id}.",
-        _training(config, manifest, ema=ema),
+        _training(config, manifest, trained_parts(manifest.started_from, checkpoint, manifest), ema=ema),
         "" if ema else _losses(checkpoint, manifest.iteration),
         LIMITS,
         verified,
@@ -170,39 +174,94 @@ def _facts(config: RunConfig, manifest: CheckpointManifest, hf_config: PreTraine
     )
 
 
-def _training(config: RunConfig, manifest: CheckpointManifest, *, ema: bool) -> str:
+def _training(config: RunConfig, manifest: CheckpointManifest, parts: list[TrainedPart], *, ema: bool) -> str:
+    """Return the section of the training: of the run itself, and of those from which it started."""
     optimizer, train = config.optimizer, config.train
     if manifest.average is not None:
-        return f"## Training\n\n{_averaged(manifest.average)}"
+        return "\n\n".join(["## Training", *_averaged(manifest.average), *_ancestors(parts[:-1], "The newest of them")])
     if manifest.weights_only:
         return "## Training\n\nThe weights were imported from another model and were not trained further."
+    own = parts[-1]
     recipe = {
-        "tokens": f"{manifest.consumed_train_tokens:,} in {manifest.iteration:,} iterations",
+        "tokens": f"{own.tokens:,} in {own.iterations:,} iterations",
+        **({"tokens of all runs": _total(parts)} if len(parts) > 1 else {}),
         "batch": f"{_batches(config, manifest.iteration)} samples of {config.data.seq_length:,} tokens",
-        "optimizer": f"AdamW, betas {optimizer.adam_beta1} and {optimizer.adam_beta2}, weight decay {optimizer.weight_decay},"
-        f" clip {optimizer.clip_grad}",
+        "optimizer": f"{_muon(config)}AdamW, betas {optimizer.adam_beta1} and {optimizer.adam_beta2}, weight decay"
+        f" {optimizer.weight_decay}, clip {optimizer.clip_grad}",
         "learning rate": f"{optimizer.lr:g} to {optimizer.min_lr:g}, {optimizer.lr_decay_style}",
         "weights": WEIGHTS[config.model.params_dtype],
         **({"average": f"exponential moving average of the weights, decay {optimizer.ema_decay}"} if ema else {}),
         "seed": train.seed,
     }
+    return "\n\n".join(["## Training", _table(recipe), *_ancestors(parts, "This run")])
+
+
+def _muon(config: RunConfig) -> str:
+    """Return the beginning of a text about the optimizer."""
+    settings = config.optimizer
+    is_muon = settings.optimizer == "muon"
+    return f"Muon for the matrices of the layers, momentum {settings.muon_momentum}; for the others " if is_muon else ""
+
+
+def _ancestors(parts: list[TrainedPart], which: str) -> list[str]:
+    """Return the texts about runs that followed each other, about averages among them, and about their data."""
+    averages = [text for part in parts if part.average for text in _averaged(part.average)]
+    return [*_chain(parts, which), *averages, *([_blends(parts)] if parts else [])]
+
+
+def _chain(parts: list[TrainedPart], which: str) -> list[str]:
+    """Return a sentence about the runs that followed each other, and their table; [] for a single run."""
+    if len(parts) <= 1:
+        return []
+    rows = [["run", "checkpoint", "iterations", "tokens", "the next run took"]]
+    for number, part in enumerate(parts, 1):
+        kind = "imported from another model" if part.is_imported else "an average of checkpoints" if part.average else ""
+        done = [f"{part.iterations:,}", "not known" if part.is_imported else f"{part.tokens:,}"]
+        rows.append([f"{number}: {part.run}", kind or f"iteration {part.iteration:,}", *done, STATES[part.taken]])
+    rows.append(["all", "", "", _total(parts), ""])
+    return [f"{which} started from the checkpoint of another run. All of them, the oldest first:", markdown_table(rows)]
+
+
+def _total(parts: list[TrainedPart]) -> str:
+    unknown = ", without those of the imported model" if any(part.is_imported for part in parts) else ""
+    return f"{sum(part.tokens for part in parts):,}{unknown}"
+
+
+def _blends(parts: list[TrainedPart]) -> str:
+    """Return the table of the shards on which each run trained."""
     rows = [["fraction of the samples", "text", "sha256 of the ids"]]
-    rows += [
-        [f"{fraction:.4g}", os.path.basename(str(prefix)), bin_sha256[:12]]
-        for fraction, bin_sha256, *_, prefix in manifest.train_shards
-    ]
-    return "\n\n".join(["## Training", _table(recipe), markdown_table(rows)])
+    columns = 0
+    if len(parts) > 1:
+        rows, columns = [["texts of run", *rows[0]]], 1
+    for number, part in enumerate(parts, 1):
+        name = [f"{number}: {part.run}"][:columns]
+        if part.shards is None:
+            rows.append([*name, "not recorded", "", ""])
+        elif part.tokens > 0 or len(parts) == 1:
+            rows += [
+                [*name, f"{fraction:.4g}", os.path.basename(str(prefix)), bin_sha256[:12]]
+                for fraction, bin_sha256, *_, prefix in part.shards
+            ]
+    return markdown_table(rows)
 
 
-def _averaged(average: dict[str, Any]) -> str:
-    """Return a sentence about the average, and a table of its checkpoints."""
+def _averaged(average: dict[str, Any]) -> list[str]:
+    """Return a sentence about the average, a table of its checkpoints, and the chains of those of other runs than the newest."""
     what = "moving averages of the weights" if average["weights"] == "ema" else "weights"
-    rows = [["run", "iteration", "tokens", "share"]]
-    rows += [
-        [one["run"], f"{one['iteration']:,}", f"{one['consumed_train_tokens']:,}", f"{one['share']:.4g}"]
-        for one in average["checkpoints"]
-    ]
-    return f"The weights are the {average['method']} average of the {what} of these checkpoints:\n\n{markdown_table(rows)}"
+    rows = [["run", "iteration", "tokens", "tokens with earlier runs", "share"]]
+    for one in average["checkpoints"]:
+        tokens = [
+            f"{one['consumed_train_tokens']:,}",
+            f"{one['tokens_in_all']:,}" if "tokens_in_all" in one else "not recorded",
+        ]
+        rows.append([one["run"], f"{one['iteration']:,}", *tokens, f"{one['share']:.4g}"])
+    texts = [f"The weights are the {average['method']} average of the {what} of these checkpoints:", markdown_table(rows)]
+    for one in average["checkpoints"]:
+        if "chain" in one:
+            parts = parts_of(one["chain"])
+            which = f"Iteration {one['iteration']:,} of {one['run']}"
+            texts += [*([f"{which} was trained on:"] if len(parts) == 1 else []), *_ancestors(parts, which)]
+    return texts
 
 
 def _batches(config: RunConfig, iteration: int) -> str:

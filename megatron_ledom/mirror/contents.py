@@ -46,7 +46,15 @@ LOCAL_ID = "mirror_run_id"
 ANSWER_SECONDS = 60.0
 COPIED = (
     *(METRICS, STEPS, BAD_STEPS, LAUNCHES, SAVES),
-    *("config.yaml", "init_from.json", "skip_iterations.json", "held_out.json", "data_changes.jsonl", "wandb_run_id"),
+    *(
+        "config.yaml",
+        "init_from.json",
+        "skip_iterations.json",
+        "held_out.json",
+        "data_changes.jsonl",
+        "wandb_run_id",
+        "tracking_id",
+    ),
 )
 """Files of the run folder that are copied with each checkpoint, if they exist."""
 FETCH_NOTE = "fetch.json"

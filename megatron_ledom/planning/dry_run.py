@@ -15,7 +15,15 @@ from megatron_ledom.planning import dry_run_rows as rows
 from megatron_ledom.planning.hardware import load_hardware
 from megatron_ledom.planning.plan import Plan
 from megatron_ledom.planning.plan_text import Row, summary_rows, titled
-from megatron_ledom.planning.verdicts import Verdict, disk_verdict, memory_verdict, plan_of_config
+from megatron_ledom.planning.verdicts import (
+    DiskNeed,
+    Verdict,
+    disk_needs,
+    disk_verdict,
+    memory_verdict,
+    plan_of_config,
+    shared_disk_verdicts,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +33,14 @@ class DryRun:
     text: str
     verdicts: list[Verdict]
     """Also at the top of the text."""
+    needs: list[DiskNeed]
+    """Of its checkpoints and their copies."""
 
 
-def dry_run(config: RunConfig, world_size: int) -> DryRun:
+def dry_run(config: RunConfig, world_size: int, stage: int = 1) -> DryRun:
     """Return verdicts as comments, the resolved run as YAML, then its derived numbers and its blend as tables.
+
+    stage: the number of the run among stages.
 
     Reads the manifests of the shards that exist. Raises ConfigError if the run cannot work on `world_size` ranks, and the
     errors that starting the run would raise for these manifests.
@@ -39,11 +51,13 @@ def dry_run(config: RunConfig, world_size: int) -> DryRun:
         check_manifests(config, manifests)
     model = known_model(config, manifests)
     plan, sources = plan_of_config(config, world_size, model), _planned_sources(config, manifests)
-    verdicts = [memory_verdict(config, plan), _disk_of_another_machine(disk_verdict(config, model)), *_repeats(config, sources)]
+    needs = disk_needs(config, model, stage)
+    on_disk = [of_another_machine(verdict) for verdict in (disk_verdict(config, model), *shared_disk_verdicts(needs))]
+    verdicts = [memory_verdict(config, plan), *on_disk, *_repeats(config, sources)]
     top = "".join(f"# {verdict.line()}\n" for verdict in verdicts)
     tables = _tables(config, world_size, model, plan)
     tables.append(titled("training data", _blend_lines(config, sources)))
-    return DryRun(top + "\n\n".join([to_yaml(config).rstrip(), *tables]) + "\n", verdicts)
+    return DryRun(top + "\n\n".join([to_yaml(config).rstrip(), *tables]) + "\n", verdicts, needs)
 
 
 def _tables(config: RunConfig, world_size: int, model: ModelConfig, plan: Plan | None) -> list[str]:
@@ -75,7 +89,7 @@ def _plan_rows(config: RunConfig, plan: Plan | None) -> Iterator[Row]:
         yield from summary_rows(plan)
 
 
-def _disk_of_another_machine(verdict: Verdict) -> Verdict:
+def of_another_machine(verdict: Verdict) -> Verdict:
     """Return the verdict on the disk as one that passes: the dry run may run on another machine. `--check` refuses."""
     if verdict.holds:
         return verdict

@@ -243,6 +243,8 @@ def operation_rows(config: RunConfig) -> Iterator[Row]:
         yield "watchdog", "off"
     boards = ["metrics.jsonl", *(["TensorBoard"] if logs.tensorboard else [])]
     boards += [f"Weights & Biases ({logs.wandb_project})"] if logs.wandb_project else []
+    boards += [f"MLflow ({logs.mlflow_experiment})"] if logs.mlflow_experiment else []
+    boards += [f"OpenTelemetry ({logs.otlp_endpoint})"] if logs.otlp_endpoint else []
     rhythm = "every iteration" if logs.log_interval == 1 else f"every {logs.log_interval:,} iterations"
     yield "metrics", f"{', '.join(boards)}, {rhythm}"
     if logs.profile_start is not None:

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from megatron_ledom.errors import UsageError
@@ -103,6 +103,12 @@ def read_step(variables: Variables) -> SlurmStep | None:
         local_world_size=counts[node],
         nodes=nodes,
     )
+
+
+def nodes_of_job(variables: Variables) -> int:
+    """Return the number of nodes of this SLURM job; 1 outside a job."""
+    name = "SLURM_JOB_NUM_NODES"
+    return read_number(variables, name, BY_SBATCH, least=1) if name in variables else 1
 
 
 def tasks_of_job(variables: Variables) -> int:
@@ -229,6 +235,25 @@ def seconds_until_job_end() -> float | None:
     return read_number(os.environ, "SLURM_JOB_END_TIME", BY_SBATCH) - time.time()
 
 
+def job_states(jobs: Iterable[str], seconds: float = ANSWER_SECONDS) -> dict[str, str]:
+    """Return job -> state, such as `PENDING` or `NODE_FAIL`, from squeue and, for older jobs, sacct.
+
+    A job that neither knows is missing, and so are all if SLURM is not installed or each answer takes longer than `seconds`.
+    """
+    numbers = sorted({job for job in jobs if re.fullmatch("[0-9]{1,18}", job)}, key=int)
+    states: dict[str, str] = {}
+    squeue = ("squeue", "--noheader", "--states=all", "--format=%A|%T")
+    sacct = ("sacct", "--noheader", "--allocations", "--parsable2", "--format=JobIDRaw,State")
+    for command in (squeue, sacct):
+        left = [number for number in numbers if number not in states]
+        answer = _answer(*command, f"--jobs={','.join(left)}", seconds=seconds) if left else None
+        for line in (answer or "").splitlines():
+            job, _, state = (part.strip() for part in line.partition("|"))
+            if job in left and state:
+                states[job] = state.split()[0]  # sacct: CANCELLED by 1000
+    return states
+
+
 def _seconds(text: str) -> float | None:
     """Return the seconds of `1-02:03:04` or `03:04`; None for a word such as UNLIMITED."""
     match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
@@ -238,10 +263,10 @@ def _seconds(text: str) -> float | None:
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
-def _answer(*command: str) -> str | None:
+def _answer(*command: str, seconds: float = ANSWER_SECONDS) -> str | None:
     """Return the output of a SLURM command; None if it is missing, fails or takes too long."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=ANSWER_SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout

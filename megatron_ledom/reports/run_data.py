@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ledom.checkpoint.chain import tokens_before
 from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import UsageError
 from megatron_ledom.storage.records import METRICS, iteration_of, read_records
-from megatron_ledom.training.origin import read_chain, tokens_before
+from megatron_ledom.training.origin import read_chain
 
 MOST = 2**63
 """Limit of an integer in a record; it still converts to a float."""

@@ -7,11 +7,10 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
 
 from megatron_ledom.errors import visible
-from megatron_ledom.inference.engines.completions_client import is_loopback
 from megatron_ledom.serving.errors import ApiError, error_response
+from megatron_ledom.serving.host_names import other_name
 from megatron_ledom.serving.metrics import Metrics
 from megatron_ledom.serving.settings import ServeSettings
 
@@ -77,17 +76,12 @@ class Gate:
 
     def _check_host(self, scope: Message) -> None:
         """Refuse other names of a server that only this machine reaches, without a key: a web page can give its own name this address."""
-        if self._settings.api_key is not None or not is_loopback(self._settings.host):
+        if self._settings.api_key is not None:
             return
-        given = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
-        try:
-            name = urlsplit(f"//{given}").hostname or ""
-        except ValueError:
-            name = ""
-        if not is_loopback(name) and name != self._settings.host:
+        given = other_name(scope, self._settings.host)
+        if given is not None:
             raise ApiError(
-                400,
-                f"this server answers to localhost, found the host {visible(given)}; use --api-key if another name is right",
+                400, f"this server answers to localhost, found the host {given}; use --api-key if another name is right"
             )
 
     def _check_key(self, scope: Message) -> None:

@@ -1,6 +1,6 @@
-"""The web page at `/`: static files of this package. The page calls the same endpoints as every other client."""
+"""The web pages at `/`: static files of this package. A page calls the same endpoints as every other client."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from importlib.resources import files
 
 from fastapi import APIRouter, Response
@@ -22,10 +22,13 @@ HEADERS = {
 """The page loads nothing from elsewhere, has no inline script or style, and no other page may show it in a frame."""
 
 
-def read_page() -> dict[str, tuple[str, bytes]]:
-    """Return for each path of the page the media type and the content of its file."""
-    found = {}
-    for file in files("megatron_ledom.serving").joinpath("page").iterdir():
+def read_page(folder: str = "page", shared: Iterable[str] = ()) -> dict[str, tuple[str, bytes]]:
+    """Return for each path of a page the media type and the content of its file.
+
+    shared: names of further files, which the page takes from the folder `page`.
+    """
+    root, found = files("megatron_ledom.serving"), {}
+    for file in [*(root.joinpath("page", name) for name in shared), *root.joinpath(folder).iterdir()]:
         suffix = file.name.rpartition(".")[2]
         if suffix in TYPES:
             found[f"/page/{file.name}"] = (TYPES[suffix], file.read_bytes())

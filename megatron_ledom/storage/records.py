@@ -80,16 +80,17 @@ def plain(value: float) -> float | str:
 
 def as_line(record: Record) -> bytes:
     """Return a record as a line of its file. NaN and infinity, which JSON lacks, become null."""
-    return json.dumps(_numbers_only(record), allow_nan=False).encode() + b"\n"
+    return json.dumps(numbers_only(record), allow_nan=False).encode() + b"\n"
 
 
-def _numbers_only(value: Any) -> Any:
+def numbers_only(value: Any) -> Any:
+    """Return a value for JSON: NaN and infinity in it become None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _numbers_only(item) for key, item in value.items()}
+        return {key: numbers_only(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_numbers_only(item) for item in value]
+        return [numbers_only(item) for item in value]
     return value
 
 

@@ -8,10 +8,10 @@ its own, `init_from` is only compared with the record.
 import json
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ledom.checkpoint.chain import describe_checkpoint
 from megatron_ledom.checkpoint.folder import advising_another, find_checkpoint
 from megatron_ledom.checkpoint.manifest import (
     ARCHITECTURE_KEYS,
@@ -28,7 +28,6 @@ from megatron_ledom.direction import BOTH
 from megatron_ledom.errors import ConfigError, DataError, MismatchError
 from megatron_ledom.provenance import Provenance
 from megatron_ledom.storage.files import write_json
-from megatron_ledom.storage.hashes import checksum
 from megatron_ledom.storage.jobs import differences
 from megatron_ledom.storage.records import Record
 
@@ -73,7 +72,7 @@ def find_origin(config: RunConfig, provenance: Provenance, checkpoint: str | Non
     if _run_of(where) == os.path.realpath(config.run_dir):
         raise ConfigError(f"init_from={config.init_from} is in run_dir={config.run_dir} itself; name another run")
     manifest = check_sizes(where)
-    chain = [*manifest.started_from, _describe(config, where, manifest)]
+    chain = [*manifest.started_from, describe_checkpoint(where, manifest, config.init_from, config.init_state)]
     if recorded and recorded[-1]["manifest_sha256"] != chain[-1]["manifest_sha256"]:
         raise MismatchError(
             f"{where} is not the checkpoint from which run_dir={config.run_dir} has started: the sha256 of its {MANIFEST} is another"
@@ -100,18 +99,6 @@ def _recorded(config: RunConfig, checkpoint: str | None) -> list[Record]:
 def check_same_origin(config: RunConfig, checkpoint: str | None) -> None:
     """Raise MismatchError if the run has started from another checkpoint than `init_from`. `checkpoint`: its own latest."""
     _compare_origin(config, _recorded(config, checkpoint), checkpoint)
-
-
-def _describe(config: RunConfig, checkpoint: str, manifest: CheckpointManifest) -> Record:
-    """Return the record of the checkpoint from which a run starts."""
-    return {
-        "init_from": config.init_from,
-        "init_state": config.init_state,
-        "path": os.path.abspath(checkpoint),
-        "iteration": manifest.iteration,
-        "consumed_train_tokens": manifest.consumed_train_tokens,
-        "manifest_sha256": checksum(os.path.join(checkpoint, MANIFEST))["sha256"],
-    }
 
 
 def _compare_origin(config: RunConfig, recorded: list[Record], checkpoint: str | None) -> None:
@@ -224,17 +211,6 @@ def first_iteration(config: RunConfig) -> int:
     """Return the iteration with which a run began: 0, or that of the checkpoint from which it has started with its position."""
     chain = read_chain(config.run_dir)
     return int(chain[-1]["iteration"]) if chain and chain[-1]["init_state"] == "all" else 0
-
-
-def tokens_before(chain: Sequence[Record]) -> int:
-    """Return the training tokens of earlier runs that a run does not count itself.
-
-    With init_state=all a run continues to count from those of the checkpoint.
-    """
-    total = 0
-    for record in chain:
-        total += 0 if record["init_state"] == "all" else record["consumed_train_tokens"]
-    return total
 
 
 def _run_of(checkpoint: str) -> str:

@@ -1,12 +1,13 @@
 """Checks of a run before torch is imported: its folder is writable, packages are installed, it is not complete yet."""
 
 import importlib.util
+import os
 
 from megatron_ledom.checkpoint.folder import advising_another
 from megatron_ledom.checkpoint.manifest import check_fits, check_same_samples, check_sizes, load_manifest
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.blends.sources import Sources
-from megatron_ledom.errors import UsageError
+from megatron_ledom.errors import ConfigError
 from megatron_ledom.platform.core_versions import check_core, check_muon
 from megatron_ledom.training.run_folder import check_writable
 
@@ -17,8 +18,27 @@ def check_environment(config: RunConfig) -> None:
     check_core()
     if config.optimizer.optimizer == "muon":
         check_muon()
-    if config.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
-        raise UsageError("logging.wandb_project is set but wandb is not installed: pip install 'megatron-ledom[wandb]'")
+    logs = config.logging
+    for key, value, extra, modules in (
+        ("wandb_project", logs.wandb_project, "wandb", ("wandb",)),
+        ("mlflow_experiment", logs.mlflow_experiment, "mlflow", ("mlflow",)),
+        ("otlp_endpoint", logs.otlp_endpoint, "otlp", ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")),
+    ):
+        missing = None if value is None else next((name for name in modules if not _is_installed(name)), None)
+        if missing is not None:
+            raise ConfigError(f"logging.{key} is set but {missing} is not installed: pip install 'megatron-ledom[{extra}]'")
+    if logs.mlflow_experiment is not None and logs.mlflow_uri is None and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise ConfigError(
+            "logging.mlflow_experiment is set, but no address: set logging.mlflow_uri or MLFLOW_TRACKING_URI, for example to"
+            " http://mlflow:5000; without one MLflow would write into the current folder"
+        )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a package above it is missing
+        return False
 
 
 def is_complete(config: RunConfig, sources: Sources, checkpoint: str | None) -> bool:

@@ -33,6 +33,7 @@ class StopRequest:
         self.deadline: Deadline | None = None
         """Set on rank 0 once it is known."""
         self.exits_at_once = False
+        self.has_reached_deadline = False
         for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the process of the last stage blocks them
@@ -59,6 +60,14 @@ class StopRequest:
         """Return the name of the received signal, or None."""
         return None if self.received is None else self.received.name
 
+    def reason(self) -> str:
+        """Return the reason for which a run stops before its last iteration, as far as this rank knows it."""
+        if self.received is not None:
+            return f"got {self.received.name}"
+        if self.has_reached_deadline and self.deadline is not None:
+            return self.deadline.describe()
+        return "another rank had to stop, or train.exit_interval"
+
     def agreed(self, device: "torch.device", seconds_to_save: float) -> bool:
         """Return True if any rank has to stop; the same on every rank. Call on every rank at every step boundary.
 
@@ -68,6 +77,7 @@ class StopRequest:
         import torch.distributed as dist
 
         too_late = self.deadline is not None and self.deadline.reached(seconds_to_save)
+        self.has_reached_deadline = too_late
         flag = torch.tensor(int(too_late or self.received is not None), dtype=torch.int32, device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         stop = bool(flag.item())

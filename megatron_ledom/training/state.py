@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_ledom.checkpoint.chain import continued_chain
 from megatron_ledom.checkpoint.folder import advising_another
 from megatron_ledom.checkpoint.manifest import (
     CheckpointManifest,
@@ -173,7 +174,7 @@ def load_checkpoint(state: TrainState, checkpoint: str) -> None:
         log.warning("changed since the checkpoint: %s", change)
     state.store.load(checkpoint, state.model, state.optimizer, state.scheduler, state.ema)
     _take_position(state, manifest)
-    state.started_from = manifest.started_from
+    state.started_from = continued_chain(checkpoint, manifest)
     log.info("%s %s at iteration %d", "weights of" if manifest.weights_only else "resumed from", checkpoint, state.iteration)
 
 

@@ -28,6 +28,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.monitoring.heartbeat import Progress
 from megatron_ledom.platform.launch import Launch
 from megatron_ledom.platform.processes import ExitTimer
 
@@ -154,6 +155,18 @@ class Watchdog:
         self._address = ("", 0) if launch.init_method is None else launch.address()
         self._store_of_one = dist.HashStore() if launch.init_method is None else None  # type: ignore[attr-defined]
         self._main = threading.main_thread().ident
+        self.before_end: Callable[[str], object] | None = None
+        """Called with the reason before the watchdog ends this process; may take `grace` seconds."""
+
+    def progress(self) -> Progress:
+        """Return the activity of the main thread, for the heartbeat."""
+        return Progress(
+            iteration=self._iteration,
+            activity=self._activity,
+            idle_seconds=time.monotonic() - self._last,
+            limit_seconds=self._limit,
+            is_patient=self._limit == self.patience,
+        )
 
     def set_activity(self, activity: str, iteration: int | None = None, *, patient: bool = False) -> None:
         """Note the new activity of the main thread. Set `patient` for one that may last as long as a collective's timeout."""
@@ -219,10 +232,14 @@ class Watchdog:
             log.error("watchdog: the store of the ranks does not answer: the process that runs it is stopped or gone")
         else:
             reports, processes = found
+        reason = verdict(reports, processes, self.world_size, str(self.folder))
         if self.rank == min(reports):
-            log.error("watchdog: %s", verdict(reports, processes, self.world_size, str(self.folder)))
+            log.error("watchdog: %s", reason)
         else:
             time.sleep(1.0)  # the rank that logs ends first: a launcher ends the others as soon as one has ended
+        if self.before_end is not None:
+            report_end = self.before_end
+            _within(self.grace, lambda: report_end(reason))
         for handler in logging.getLogger().handlers:
             handler.flush()
         os._exit(EXIT_CODE)

@@ -107,7 +107,7 @@ def test_the_result_exports_with_a_parity_check_and_a_card(runs: Path, tmp_path:
     assert torch.equal(norm, expected(mixed(runs), [1.0] * 3)["decoder.final_layernorm.weight"].bfloat16())
     card = (tmp_path / "hf/README.md").read_text()
     assert "uniform average of the weights" in card
-    assert re.search(r"pipeline +\| +4 +\| +1,024 +\| +0.3333", card)
+    assert re.search(r"pipeline +\| +4 +\| +1,024 +\| +1,024 +\| +0.3333", card)
 
 
 def test_every_layout_trains_on_from_the_main_weights_themselves(data: TinyData, runs: Path, tmp_path: Path) -> None:

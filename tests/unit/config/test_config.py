@@ -245,6 +245,9 @@ def test_a_published_config_has_no_path_of_the_machine_and_no_free_text(
         "train.task_data=/scratch/somebody/tasks",
         "init_from=/scratch/somebody/base",
         "logging.wandb_project=somebody",
+        "logging.mlflow_experiment=somebody",
+        "logging.mlflow_uri=http://somebody",
+        "logging.otlp_endpoint=http://somebody",
         "checkpoint.mirror=s3://bucket/somebody",
     ]
     assert sorted(override.partition("=")[0] for override in overrides) == sorted(text_keys())

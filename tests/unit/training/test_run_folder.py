@@ -151,6 +151,31 @@ def test_a_check_refuses_wandb_where_it_is_not_installed(
         check_start(config, 1)
 
 
+@pytest.mark.parametrize(
+    ("setting", "module", "sentence"),
+    [
+        ("mlflow_experiment=tiny", "mlflow", "mlflow is not installed: pip install 'megatron-ledom\\[mlflow\\]'"),
+        ("otlp_endpoint=http://host:4318", "opentelemetry.sdk", "is not installed: pip install 'megatron-ledom\\[otlp\\]'"),
+        ("mlflow_experiment=tiny", "", "but no address: set logging.mlflow_uri or MLFLOW_TRACKING_URI"),
+    ],
+)
+def test_a_check_refuses_a_tracker_without_its_client_or_its_address(
+    data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, module: str, sentence: str
+) -> None:
+    find = importlib.util.find_spec
+
+    def found(name: str) -> Any:
+        if name == module:
+            raise ModuleNotFoundError(name)
+        return True if name == "mlflow" else find(name)
+
+    monkeypatch.setattr("importlib.util.find_spec", found)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ConfigError, match=f"logging.{setting.partition('=')[0]} is set.*{sentence}"):
+        check_start(load_config(str(data.config), [f"run_dir={tmp_path}/run", f"logging.{setting}"]), 1)
+    assert not (tmp_path / "run").exists()
+
+
 LARGE = ["model.num_layers=96", "model.hidden_size=12288", "model.num_attention_heads=96", "model.ffn_hidden_size=32768"]
 
 

@@ -1,0 +1,52 @@
+"""Report a launch while it runs and how it ends: the heartbeat of rank 0."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.monitoring.heartbeat import COMPLETE, FAILED, STOPPED, HeartbeatWriter, Progress
+from megatron_ledom.platform.slurm import job_id
+
+
+class LaunchReport:
+    """The heartbeat of one launch. Every method may be called on every rank; only rank 0 has a writer."""
+
+    def __init__(self, config: RunConfig, writer: HeartbeatWriter | None) -> None:
+        self._config, self._writer = config, writer
+        self._is_over = False
+
+    def hung(self, reason: str) -> None:
+        """Report that the watchdog ends this process."""
+        self._end(FAILED, reason)
+
+    def ended(self, iteration: int, reason: str) -> None:
+        """Report the end of training: the run is complete, or it was saved and can be resumed."""
+        if iteration >= self._config.train.train_iters:
+            self._end(COMPLETE, "", iteration)
+        else:
+            self._end(STOPPED, reason, iteration)
+
+    def failed(self, error: BaseException) -> None:
+        """Report the error that ends the launch."""
+        self._end(FAILED, f"{type(error).__name__}: {error}")
+
+    def _end(self, state: str, reason: str, iteration: int | None = None) -> None:
+        if self._writer is None or self._is_over:
+            return
+        self._is_over = True
+        self._writer.end(state, reason, iteration)
+
+
+@contextmanager
+def reporting(config: RunConfig, rank: int, world_size: int, progress: Callable[[], Progress]) -> Iterator[LaunchReport]:
+    """Write heartbeats of rank 0 inside the context, and report an error that leaves it."""
+    writer = HeartbeatWriter(config.run_dir, progress, world_size, job_id(os.environ)) if rank == 0 else None
+    report = LaunchReport(config, writer)
+    if writer is not None:
+        writer.start()
+    try:
+        yield report
+    except BaseException as error:
+        report.failed(error)
+        raise
