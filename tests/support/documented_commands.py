@@ -23,6 +23,8 @@ RUN_BY_TESTS = {
     "make study SIZE=small": "tests/study/test_study.py",
     ".venv/bin/python examples/study/study.py --size small --only reinforcement": "tests/study/test_study.py",
     ".venv/bin/python examples/study/study.py --size small --only contamination": "tests/study/test_study.py",
+    ".venv/bin/python examples/study/study.py --size full --parts controls": "tests/study/test_study.py",
+    ".venv/bin/python examples/study/study.py --size full --parts loss_gap": "tests/study/test_study.py",
     "make test": "Makefile",
     "make check": "Makefile",
     "ledom --help": "tests/unit/cli/test_ledom.py",
