@@ -29,9 +29,18 @@ def products(num_lines: int, largest: int, seed: int) -> tuple[list[str], list[s
 
     def _line(pair: tuple[int, int]) -> str:
         first, second = random_.sample(pair, 2)
-        return f"{first} * {second} = {str(first * second)[::-1]}"
+        return f"{first} * {second} = {from_last_digit(first * second)}"
 
     return [_line(random_.choice(pairs[size:])) for _ in range(num_lines)], [_line(pair) for pair in pairs[:size]]
+
+
+def from_last_digit(number: int) -> str:
+    """Return the digits of a positive number, the last one first."""
+    digits = ""
+    while number:
+        number, digit = divmod(number, 10)
+        digits += str(digit)
+    return digits
 
 
 def walks(num_lines: int, num_states: int, seed: int) -> tuple[list[str], list[str]]:
