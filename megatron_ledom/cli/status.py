@@ -36,7 +36,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     limits.add_argument(
         "--min-free-disk-gib",
-        type=float,
+        type=_gib,
         metavar="N",
         help="free disk space below which a run is not healthy (default: twice its newest checkpoint)",
     )
@@ -50,6 +50,13 @@ def _seconds(text: str) -> float:
     value = float(text)
     if not 0 < value < 1e9:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time above 0 s")
+    return value
+
+
+def _gib(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size in GiB")
     return value
 
 
