@@ -33,7 +33,7 @@ def _about(results: Results) -> str:
         f" {one['batch_tokens']:,}; texts follow each other within a sample, so a long context holds several word problems. Controls:"
         f" {one['control_model']} models, {one['control_tokens']:,} tokens. Positive: lines `p * q = n` with primes of 11 to"
         f" {one['largest_prime']}, n from its last digit, pairs of primes unseen in either order; a forward model multiplies, a reverse"
-        f" model must factor (an example of {PAPER}). Pairs that were trained on can be learned by heart, so their gap is no control."
+        f" model must factor (an example of {PAPER}). Pairs that were trained on can be memorized, so their gap is no control."
         f" Negative: walks of a Markov chain with {one['num_states']} states and symmetric weights, so each walk is"
         " exactly as likely as its reverse. Intervals: Student's t over seeds. Holm p: adjusted within each table."
         f" Equivalence: two one-sided t-tests, within {PUBLISHED[0]} % for the cells and {NEGLIGIBLE} % for the negative control."
