@@ -42,7 +42,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     page = parser.add_argument_group("web page")
     page.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s: this machine only)")
-    page.add_argument("--port", type=int, default=8010, help="port to listen on; 0 takes a free one (default %(default)s)")
+    page.add_argument("--port", type=_port, default=8010, help="port to listen on; 0 takes a free one (default %(default)s)")
     return parser
 
 
@@ -57,6 +57,13 @@ def _gib(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1e9:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size in GiB")
+    return value
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**16:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
     return value
 
 
