@@ -22,7 +22,7 @@ SUBJECTS = {
         ),
         *("prepare-pairs", "make-analysis-data"),
     ),
-    "Training": ("train", "average-checkpoints", "status", "replay-step", "report-run"),
+    "Training": ("train", "average-checkpoints", "status", "alert", "replay-step", "report-run"),
     "Conversion": ("convert-checkpoint",),
     "Generation and ranking": ("generate", "rerank", "report-rerank", "export-preferences", "serve"),
     "Evaluation": ("evaluate", "summarize-evaluation", "harness", "compare-losses"),

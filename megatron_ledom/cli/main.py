@@ -41,6 +41,7 @@ GROUPS = {
         "average-checkpoints": "average the weights of checkpoints into a new run folder",
         "replay-step": "compute one step of a run again, bit for bit",
         "status": "show the state, progress and problems of runs, in the terminal or as a web page",
+        "alert": "send a message when a run stops, fails, stalls, or has little disk space",
         "report-run": "plot the curves of runs, with an HTML page of their final metrics",
     },
     "using a model": {

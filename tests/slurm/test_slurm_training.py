@@ -17,6 +17,7 @@ import torch
 from megatron_ledom.checkpoint.folder import latest_checkpoint
 from tests.slurm.cluster import Cluster
 from tests.support import tiny_runs
+from tests.support.alert_receivers import Hook, receiving
 from tests.support.paths import ROOT
 from tests.support.tiny_runs import TinyData, curve, read_metrics, read_tensors, run_on_ranks
 
@@ -57,11 +58,13 @@ class Training:
         iterations: int = ITERATIONS,
         ranks_per_node: int = 1,
         python: str = sys.executable,
+        hook: Hook | None = None,
     ) -> None:
         """Submit by the script itself, which checks the settings first. Of two equal keys the later one counts."""
         options_text = " ".join([*TWO_NODES, f"--ntasks-per-node={ranks_per_node}", *options, f"--output={self.log}"])
         command = ["bash", str(PRETRAIN), f"run_dir={self.run_dir}", *settings(iterations), *overrides]
         variables = {**VARIABLES, "PYTHON": python, "SBATCH_OPTIONS": options_text, "CONFIG": str(self.config)}
+        variables |= {} if hook is None else {"ALERT_WEBHOOK": f"{hook.address}/secret-path", "ALERT_INTERVAL": "1"}
         printed = self.cluster.run(*command, cwd=ROOT, **variables)
         assert f"{2 * ranks_per_node} ranks would start from iteration 0 of {iterations}" in printed
         self.job = printed.split()[-1]
@@ -104,9 +107,8 @@ def training(cluster: Cluster, data: TinyData, tmp_path: Path, monkeypatch: pyte
     if training.job:
         cluster.run("scancel", "--quiet", training.job)
         cluster.wait_for_end(training.job)
-        (ROOT / f"ledom-7b-{training.job}.failures").unlink(
-            missing_ok=True
-        )  # a job of the same number in the next test run would count them
+        for kind in ("failures", "alerts", "alerts.end"):  # a job of the same number in the next test run would read them
+            (ROOT / f"ledom-7b-{training.job}.{kind}").unlink(missing_ok=True)
 
 
 def test_signal_before_the_time_limit(training: Training, data: TinyData, tmp_path: Path) -> None:
@@ -114,13 +116,17 @@ def test_signal_before_the_time_limit(training: Training, data: TinyData, tmp_pa
     iterations, whole = 150, tmp_path / "whole"
     few_saves = settings(iterations, save_interval=iterations)
     run_on_ranks(data.config, whole, *few_saves, num_ranks=4)
-    training.submit(*few_saves, iterations=iterations, ranks_per_node=2)
-    training.wait_for_iteration(5)
-    training.cluster.run("scancel", "--batch", "--signal=USR1", training.job)
-    training.wait_for_line("saved; queued again at iteration")
-    stopped_at = training.start_again()
-    assert 5 < stopped_at < iterations
-    training.check_ends_as(whole, restarts=1)
+    with receiving() as hook:
+        training.submit(*few_saves, iterations=iterations, ranks_per_node=2, hook=hook)
+        training.wait_for_iteration(5)
+        training.cluster.run("scancel", "--batch", "--signal=USR1", training.job)
+        training.wait_for_line("saved; queued again at iteration")
+        stopped_at = training.start_again()
+        assert 5 < stopped_at < iterations
+        training.check_ends_as(whole, restarts=1)
+    assert hook.changes() == ["stopped", "recovered", "finished"]
+    assert {each["slurm_job_id"] for each in hook.messages} == {training.job}
+    assert "secret-path" not in training.logged()
     assert f"at iteration {stopped_at}" in training.logged()
     assert re.search(r"start 2, 4 ranks on n\[1-2\]", training.logged())
 
@@ -176,7 +182,15 @@ def _processes(training: Training) -> list[int]:
 @pytest.mark.slow
 def test_preempted_job(training: Training, uninterrupted: Path, tmp_path: Path) -> None:
     """A job of higher priority takes the nodes; SLURM queues our job again, and the job does not queue itself as well."""
-    training.submit()
+    with receiving() as hook:
+        _preempt(training, uninterrupted, tmp_path, hook)
+    assert "PREEMPT" in training.logged()
+    assert "queued again" not in training.logged()
+    assert hook.changes() == ["stopped", "recovered", "finished"]
+
+
+def _preempt(training: Training, uninterrupted: Path, tmp_path: Path, hook: Hook) -> None:
+    training.submit(hook=hook)
     training.wait_for_iteration(150)
     urgent = tmp_path / "urgent.sbatch"
     urgent.write_text("#!/bin/bash\nsleep 5\n")
@@ -187,8 +201,6 @@ def test_preempted_job(training: Training, uninterrupted: Path, tmp_path: Path) 
     training.cluster.wait_for_end(other)
     assert 100 <= training.start_again() < ITERATIONS
     training.check_ends_as(uninterrupted, restarts=1)
-    assert "PREEMPT" in training.logged()
-    assert "queued again" not in training.logged()
 
 
 @pytest.mark.slow
@@ -258,11 +270,13 @@ def test_drained_node_keeps_the_job_until_it_ends(training: Training, uninterrup
 
 @pytest.mark.slow
 def test_cancelled_job_is_not_queued_again(training: Training) -> None:
-    """scancel sends TERM: the ranks save, and the job does not come back."""
-    training.submit()
-    training.wait_for_iteration(5)
-    training.cluster.run("scancel", training.job)
-    training.cluster.wait_for_end(training.job)
+    """scancel sends TERM: the ranks save, and the job does not come back. The watcher tells it before SLURM ends it."""
+    with receiving() as hook:
+        training.submit(hook=hook)
+        training.wait_for_iteration(5)
+        training.cluster.run("scancel", training.job)
+        training.cluster.wait_for_end(training.job)
+    assert hook.changes() == ["stopped"], training.logged()
     ended = training.cluster.job(training.job)
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), training.logged()
     assert "queued again" not in training.logged()

@@ -113,6 +113,14 @@ RUN_BY_TESTS = {
         ),
         "tests/unit/callbacks/test_trackers.py",
     ),
+    **dict.fromkeys(
+        (
+            "ledom alert runs/ledom_7b --webhook env:ALERT_WEBHOOK --format slack",
+            "ledom alert runs --webhook env:ALERT_WEBHOOK --email me@example.org --smtp mail.example.org",
+            "ledom alert --test --webhook env:ALERT_WEBHOOK --format slack",
+        ),
+        "tests/unit/monitoring/test_alerts.py",
+    ),
     "ledom train --config runs/scorer/model.yaml data.train_blend=[[1.0,data/pairs]] data.loss_tokens=scored"
     " data.reset_attention_mask=true data.reset_position_ids=true train.train_iters=1060 train.global_batch_size=64"
     " optimizer.lr=1e-5 optimizer.min_lr=1e-6 optimizer.lr_warmup_iters=50": "tests/distributed/test_scorer_training.py",

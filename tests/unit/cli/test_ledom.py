@@ -60,6 +60,7 @@ NO_PATHS = {
     "SIZE",
     "T",
 }
+NO_PATHS |= {"ADDRESS", "HOST[:PORT]", "OPTIONS", "SECONDS", "SOURCE"}
 NO_PATHS |= {"TEXT", "TOKEN", "TOKENS", "URL", "W", "section.key=value", "KEY=VALUE", "SOURCE=FILE", "HARDWARE"}
 
 

@@ -37,6 +37,7 @@ FOLDERS: dict[str, Arguments] = {
 OTHER_LOCKS = {
     "preprocess_data": "holds the lock of PREFIX.work, see test_preprocess_resume.py",
     "corpus": "holds the lock of its output folder, shared by tasks of different sources, see tests/unit/corpus/test_corpus_build.py",
+    "alert": "replaces a small file without a lock: a lock that a lost node leaves would end the alerts of the next start",
     "average_checkpoints": "holds the lock of the folder that it makes, as convert_checkpoint does",
     "convert_checkpoint": "holds the lock of the folder that it makes, see test_conversion_errors.py",
     "calibrate_hardware": "writes one file under the lock, after minutes of measuring",
@@ -45,7 +46,7 @@ OTHER_LOCKS = {
     "summarize_evaluation": "holds the lock of the folder that it reads, see test_joined_results.py",
     "validate_planner": "writes between marks of a document under its lock, after minutes of fitting",
 }
-WRITES_NOTHING = {"generate", "inspect_checkpoint", "plan_blend", "replay_step", "serve"}
+WRITES_NOTHING = {"generate", "inspect_checkpoint", "plan_blend", "replay_step", "serve", "status"}
 
 
 def test_every_tool_is_listed() -> None:
