@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from commands import tool
+from families import mark_over_seeds
 from lines import read_lines, write_lines
 from losses import ISOLATED, Twins, export_step, interval_over_seeds, train_step
 from steps import Step
@@ -121,6 +122,7 @@ class Abilities:
         rows = [
             row for task in self.tasks for row in _rows(task, {d: [s[task] for s in found] for d, found in summaries.items()})
         ]
+        mark_over_seeds(rows)
         about = {"num_seeds": len(self.settings.seeds), "num": self.settings.num, "model": self.settings.model}
         return {**about, "rows": rows}
 
@@ -149,6 +151,7 @@ def _rows(task: str, found: Mapping[str, list[dict[str, Any]]]) -> Iterator[dict
             "values": values,
             "means": {direction: statistics.mean(found) for direction, found in values.items()},
             "within": {d: [[metric["low"], metric["high"]] for metric in metrics] for d, metrics in by_direction.items()},
+            "by_seed": difference,
             "difference": statistics.mean(difference),
             "interval": interval_over_seeds(difference, -1.0, 1.0),
         }

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from families import side_of, t_family
 from losses import interval_over_seeds
 from sections import Results, Rows, Section, interval, percent
 from twins import DIRECTIONS
@@ -56,18 +57,19 @@ class Claim:
     reason: str
     is_strict: bool = True
 
-    def failure(self) -> str | None:
-        """Return a sentence about the result if it is not as expected, else None."""
-        mean, between = statistics.mean(self.by_seed), interval_over_seeds(self.by_seed, -1.0, 1.0)
-        if self.is_strict and between is not None and between[0] > 0:
+    def failure(self, tested: dict[str, Any]) -> str | None:
+        """Return a sentence about the result if it is not as expected, else None. tested: the row of its family."""
+        mean, side = statistics.mean(self.by_seed), side_of(tested, "mean")
+        if side > 0 if self.is_strict else mean >= 0:
             return None
-        if not self.is_strict and mean >= 0:
-            return None
+        between = interval_over_seeds(self.by_seed, -1.0, 1.0)
         sure = "the interval contains 0"
         if between is None:
             sure = "one seed"
-        elif between[1] < 0:
+        elif side < 0:
             sure = "significantly below"
+        elif not between[0] <= 0 <= between[1]:
+            sure = "not significant after the correction"
         return f"{self.text}: {100 * mean:+.1f} points, {sure}. {self.reason}"
 
 
@@ -84,16 +86,16 @@ def abilities_claims(results: Results) -> Rows:
     The paper gives examples only, no numbers.
     """
     rows = []
-    for claim in _claims(results):
+    for claim, tested in _tested(results):
         between = interval(interval_over_seeds(claim.by_seed, -1.0, 1.0), 100, "+.1f")
         found = f"{100 * statistics.mean(claim.by_seed):+.1f} points ({between})"
-        rows.append([claim.text, "examples only", found, "as expected" if claim.failure() is None else "not significant"])
+        rows.append([claim.text, "examples only", found, "as expected" if claim.failure(tested) is None else "not significant"])
     return rows
 
 
 def abilities_not_reproduced(results: Results) -> list[str]:
     """Return a sentence for each expected effect that is not found, and for untrained facts above chance."""
-    failed = [failure for claim in _claims(results) if (failure := claim.failure()) is not None]
+    failed = [failure for claim, tested in _tested(results) if (failure := claim.failure(tested)) is not None]
     for row in results["rows"]:
         if row["group"] not in ("unseen", "unseen_world") or row["task"] == "reversal_written":
             continue
@@ -147,7 +149,8 @@ def _about(results: Results) -> str:
     return (
         f"{seeds} of a {results['model']} model of each direction, all reported. One corpus for all: synthetic sets about invented names"
         f" ({sizes}), each repeated until it can be learned. The result of a seed has its interval over questions. The difference is"
-        " reverse minus forward, with Student's t interval over seeds. All seeds use the same sets. Choices are of four, chance 25 %."
+        " reverse minus forward, with Student's t interval over seeds. * after an interval: different from 0 after"
+        " Holm's correction over all rows. All seeds use the same sets. Choices are of four, chance 25 %."
     )
 
 
@@ -184,6 +187,12 @@ def _sentences(results: Results) -> Iterator[str]:
             f"Working backward: {'; '.join(parts)}. A forward model chooses by the likelihood of the text after each choice, so it can"
             " solve both tasks too."
         )
+
+
+def _tested(results: Results) -> list[tuple[Claim, dict[str, Any]]]:
+    """Return the claims with the rows of their family, whose p-values are corrected together."""
+    found = list(_claims(results))
+    return list(zip(found, t_family({claim.text: claim.by_seed for claim in found}).values(), strict=True))
 
 
 def _claims(results: Results) -> Iterator[Claim]:
@@ -255,7 +264,13 @@ def _table(results: Results, tasks: Sequence[str]) -> Rows:
             seeds = zip(row["values"][direction], row["within"][direction], strict=True)
             each = "; ".join(f"{percent(value)} ({percent(low)} to {percent(high)})" for value, (low, high) in seeds)
             cells += [percent(row["means"][direction]), each]
-        rows.append([*cells, f"{100 * row['difference']:+.1f}", interval(row["interval"], 100, "+.1f")])
+        rows.append(
+            [
+                *cells,
+                f"{100 * row['difference']:+.1f}",
+                f"{interval(row['interval'], 100, '+.1f')}{' *' * row['is_significant']}",
+            ]
+        )
     return rows
 
 

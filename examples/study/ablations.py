@@ -7,14 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from commands import tool
+from families import mark_adjusted
 from lines import write_lines
 from losses import ISOLATED, export_step, train_step
 from rewards import GOLD, PARTS, Rewards, ranking_step, with_values
 from steps import Step
 
 from megatron_ledom.evaluation.grading.answers import answers_by
-from megatron_ledom.evaluation.intervals import LEVEL, Values
+from megatron_ledom.evaluation.intervals import LEVEL, Values, crossed_p_value
 from megatron_ledom.evaluation.selection_methods import Question, load_questions
 from megatron_ledom.inference.reverse_reward.reward import RewardSettings
 from megatron_ledom.reports.method_comparison import MAIN, ReportSettings, interval_of, outcomes_of
@@ -123,6 +125,7 @@ class Ablations:
         for scorer in self.scorers(self.settings.seeds[0]):
             other = [self._questions(part, scorer) for part in PARTS]
             rows.append(_row(scorer, outcomes_of(MAIN, other[1], settings, other[0]), base, settings))
+        mark_adjusted(rows)
         return rows
 
     def wrong_direction(self) -> list[dict[str, Any]]:
@@ -143,6 +146,7 @@ class Ablations:
             right_way = _row(own_method, outcomes_of(own_method, test, settings, test), chance, settings)
             row = _row(name, outcomes_of(method, wrong, settings, wrong), chance, settings)
             rows.append({**row, "right_way": [right_way["difference"], right_way["difference_interval"]]})
+        mark_adjusted(rows)
         return rows
 
     def _questions(self, part: str, scorer: str) -> list[list[Question]]:
@@ -154,7 +158,7 @@ _PLAIN = (MAIN, "reverse only", "forward likelihood, sum", "forward likelihood, 
 
 
 def _row(name: str, outcomes: Values, base: Values, settings: ReportSettings) -> dict[str, Any]:
-    difference = outcomes - base
+    difference = np.round(outcomes - base, 12) + 0.0  # rounding of means is not a difference
     return {
         "name": name,
         "accuracy": float(outcomes.mean()),
@@ -162,4 +166,5 @@ def _row(name: str, outcomes: Values, base: Values, settings: ReportSettings) ->
         "by_seed": outcomes.mean(axis=1).tolist(),
         "difference": float(difference.mean()),
         "difference_interval": interval_of(difference, LEVEL, settings),
+        "p": crossed_p_value(difference, num_resamples=settings.num_resamples, seed=settings.seed),
     }

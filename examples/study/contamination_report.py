@@ -5,15 +5,17 @@ from typing import Any
 
 from contamination import MEASURES, PERCENTS
 from planting import NEVER
-from sections import Results, Rows, Section, interval, percent
+from sections import Results, Rows, Section, interval, not_run, percent
 
 TITLE = "Trained on test problems"
 ANSWERS = ("loss_forward", "loss_reverse", "greedy", "best_scored", "margin_scored")
 """Measures that the first sentence has."""
 
 
-def contamination_section(results: Results) -> Section:
+def contamination_section(results: Results | None) -> Section:
     """Return the section of part 6."""
+    if results is None:
+        return not_run(TITLE, "contamination")
     nats = [name for name in MEASURES if name not in PERCENTS]
     tables = [_difference_rows(results), _search_rows(results["searches"])]
     tables += [_rows(results, PERCENTS, 100.0, ".1f"), _rows(results, nats, 1.0, ".3f")]

@@ -135,10 +135,10 @@ class Corpora:
         """Return the folder of the tokenizer that is trained on the corpus."""
         return self.folder / corpus / "tokenizer"
 
-    def tokenizer_step(self, corpus: str) -> Step:
-        """Return the step that trains a tokenizer on the training text of a corpus."""
-        train, output = self.folder / corpus / "train.jsonl", self.tokenizer(corpus)
-        options = ["--vocab-size", self.settings.vocab_size[corpus], "--max-sentences", 100_000]
+    def tokenizer_step(self, corpus: str, train: Path | None = None, vocab_size: int | None = None) -> Step:
+        """Return the step that trains a tokenizer on the training text of a corpus, or on another file."""
+        train, output = train or self.folder / corpus / "train.jsonl", self.tokenizer(corpus)
+        options = ["--vocab-size", vocab_size or self.settings.vocab_size[corpus], "--max-sentences", 100_000]
         command = tool("tools/train_tokenizer.py", "--input", train, "--output", output, *options)
         return Step(name=f"tokenizer_{corpus}", inputs=[train], outputs=[output], commands=[command])
 

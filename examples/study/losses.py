@@ -11,7 +11,7 @@ from typing import Any
 
 from commands import ROOT, QuickstartError, module, tool
 from corpora import Corpora
-from settings import Settings
+from settings import Model, Settings
 from steps import Step
 from twins import DIRECTIONS, read_metrics
 
@@ -82,10 +82,17 @@ class Twins:
 def train_step(twins: Twins, run: Path, corpus: str, model: str, seed: int, inputs: list[Path], data: list[str]) -> Step:
     """Return the step of a training run with the study's recipe. data: overrides of the data section."""
     tokenizer, settings = twins.corpora.tokenizer(corpus), twins.settings
+    return training_step(run, tokenizer, settings.models[model], seed, settings.train_iters[corpus], inputs, data)
+
+
+def training_step(
+    run: Path, tokenizer: Path, model: Model, seed: int, train_iters: int, inputs: list[Path], changes: list[str]
+) -> Step:
+    """Return the step of a training run with the study's recipe. changes: overrides of data and of the recipe."""
     paths = [f"run_dir={run}", f"data.tokenizer={tokenizer}"]
-    length = [f"train.train_iters={settings.train_iters[corpus]}", f"train.seed={seed}"]
+    length = [f"train.train_iters={train_iters}", f"train.seed={seed}"]
     config = ROOT / "examples/study/recipe.yaml"
-    overrides = [*paths, *data, *settings.models[model].overrides(), *length]
+    overrides = [*paths, *changes, *model.overrides(), *length]
     command = module("megatron_ledom.pretrain", "--config", config, *overrides)
     return Step(
         name=f"train_{run.name}",
@@ -93,7 +100,7 @@ def train_step(twins: Twins, run: Path, corpus: str, model: str, seed: int, inpu
         outputs=[run],
         commands=[command],
         resumes=True,
-        check=partial(check_complete, run, settings.train_iters[corpus]),
+        check=partial(check_complete, run, train_iters),
     )
 
 

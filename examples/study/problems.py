@@ -110,7 +110,7 @@ def parts(levels: list[Level], sizes: dict[str, int], seed: int) -> dict[str, li
     random_, seen = random.Random(seed), set[str]()
     generated = {}
     for part, size in sizes.items():
-        drawn = [_new(level, levels, random_, seen) for _ in range(size) for level in range(1, len(levels) + 1)]
+        drawn = [new_problem(level, levels, random_, seen) for _ in range(size) for level in range(1, len(levels) + 1)]
         wrong = [problem for problem in drawn if not check_chain(problem.answer)]
         if wrong:
             raise DataError(f"the calculator finds another result for {wrong[0].answer!r}; correct the generator of {part}")
@@ -118,7 +118,8 @@ def parts(levels: list[Level], sizes: dict[str, int], seed: int) -> dict[str, li
     return generated
 
 
-def _new(level: int, levels: list[Level], random_: random.Random, seen: set[str]) -> Problem:
+def new_problem(level: int, levels: list[Level], random_: random.Random, seen: set[str]) -> Problem:
+    """Draw a problem whose question is not in `seen`, and add it there."""
     for _ in range(1000):
         problem = draw(level, levels, random_)
         if problem.question not in seen:

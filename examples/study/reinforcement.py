@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 from commands import tool
+from families import mark_adjusted
 from grpo_rewards import ARMS, BASE, REVERSE, SHUFFLED
 from lines import read_lines, write_lines
 from rewards import Rewards
 from steps import Step
 
 from megatron_ledom.errors import UsageError
-from megatron_ledom.evaluation.intervals import LEVEL, Values, crossed_interval
+from megatron_ledom.evaluation.intervals import LEVEL, Values, crossed_interval, crossed_p_value
 
 METRICS = (
     "greedy",
@@ -112,7 +113,8 @@ class Reinforcement:
         values = {name: {m: _values(runs, m) for m in METRICS} for name, runs in found.items()}
         arms = {name: {m: _summary(rows[m], rows[m] - values[BASE][m]) for m in METRICS} for name, rows in values.items()}
         against = {m: values[REVERSE][m] - values[SHUFFLED][m] for m in METRICS}
-        one = self.settings
+        one, differences = self.settings, {m: _summary(rows, rows) for m, rows in against.items()}
+        mark_adjusted([arms[name][m] for name in arms if name != BASE for m in METRICS] + list(differences.values()))
         return {
             "seeds": seeds,
             "lambdas": [run["lambda"] for run in found[BASE]],
@@ -121,7 +123,7 @@ class Reinforcement:
             },
             "num_test": values[BASE]["right"].shape[1],
             "arms": arms,
-            "against_shuffled": {m: _summary(rows, rows) for m, rows in against.items()},
+            "against_shuffled": differences,
             "right_answers": _means_of_right(found[BASE]),
             "curves": {name: _curves(runs) for name, runs in found.items() if name != BASE},
         }
@@ -144,6 +146,7 @@ def _summary(values: Values, differences: Values) -> dict[str, Any]:
         "by_seed": values.mean(axis=1).tolist(),
         "difference": float(differences.mean()),
         "difference_interval": crossed_interval(differences, **options),
+        "p": crossed_p_value(differences, num_resamples=NUM_RESAMPLES, seed=0),
     }
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from families import side_of
 from grpo_rewards import BASE, REVERSE, RIGHT, SHUFFLED
 from reinforcement import INSTALL
 from sections import Results, Rows, Section, interval, percent
@@ -61,6 +62,7 @@ def _about(results: Results) -> str:
         " without information. Measured"
         f" on the {results['num_test']} test questions of part 2, with {settings['num_samples']} answers to each, sampled at"
         " temperature 1. Intervals are paired bootstraps over seeds and questions."
+        " Significant, and * after an interval: after Holm's correction over all measures of all arms."
     )
 
 
@@ -75,8 +77,7 @@ _SIGNS = (
 
 def _verdict(row: Results) -> str:
     """Return the direction of a difference: rose, fell, or not significant."""
-    low, high = row["difference_interval"]
-    return "significantly higher" if low > 0 else "significantly lower" if high < 0 else "not significantly different"
+    return {1: "significantly higher", -1: "significantly lower", 0: "not significantly different"}[side_of(row)]
 
 
 def _points(row: Results) -> str:
@@ -102,7 +103,7 @@ def _hacking(results: Results) -> Iterator[str]:
         f"Mean Reverse Reward of the answers, without training and trained on it: {before:.2f} and {reward['mean']:.2f} nats,"
         f" {_verdict(reward)}; right answers have {results['right_answers']['reward']:.2f}."
     )
-    if reward["difference_interval"][0] > 0 and right["difference_interval"][0] <= 0:
+    if side_of(reward) > 0 and side_of(right) <= 0:
         text += " The reward rose, but right answers not significantly: some of the gain may please the reward only."
     if reward["mean"] > results["right_answers"]["reward"]:
         text += " Its answers have a higher reward than the right ones."
@@ -113,10 +114,13 @@ def _hacking(results: Results) -> Iterator[str]:
     yield f"Signs that changed significantly with Reverse Reward: {changes or 'none'}."
 
 
+def _marked(row: Results) -> str:
+    return f"{interval(row['difference_interval'], 100, '+.1f')}{' *' * row['is_significant']}"
+
+
 def _moved(arm: Results, base: Results, key: str, label: str, form: str, scale: float) -> str:
     """Return the change of a sign, or nothing if it is not significant."""
-    low, high = arm[key]["difference_interval"]
-    if low <= 0 <= high:
+    if not side_of(arm[key]):
         return ""
     return f"{label}: {scale * base[key]['mean']:{form}} to {scale * arm[key]['mean']:{form}}"
 
@@ -130,7 +134,7 @@ def _score_rows(results: Results) -> Rows:
             cells.append(" ".join(map(percent, one["by_seed"])))
             is_base = name == BASE
             cells.append("none" if is_base else f"{100 * one['difference']:+.1f}")
-            rows.append([*cells, "none" if is_base else interval(one["difference_interval"], 100, "+.1f")])
+            rows.append([*cells, "none" if is_base else _marked(one)])
     return rows
 
 

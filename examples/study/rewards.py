@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from commands import tool
 from lines import read_lines, write_lines
 from losses import Twins
@@ -14,7 +15,7 @@ from steps import Step
 
 from megatron_ledom.evaluation.grading.answers import answers_by, is_right
 from megatron_ledom.evaluation.intervals import LEVEL
-from megatron_ledom.evaluation.selection_methods import Question, load_questions
+from megatron_ledom.evaluation.selection_methods import Question, load_questions, share_with_any
 from megatron_ledom.inference.reverse_reward.reward import RewardSettings
 from megatron_ledom.reports.method_comparison import MAIN, ReportSettings, compare, interval_of, num_candidates, outcomes_of
 
@@ -148,22 +149,22 @@ class Rewards:
         }
 
     def _tokens_by_num(self, num: int) -> list[float]:
-        """Return the tokens per question to write and score the first 1, 2 ... `num` candidates.
+        """Return the tokens per question to write and score 1, 2 ... `num` candidates, the means over all subsets.
 
         Equal answers are scored once.
         """
-        totals, num_questions = [0] * num, 0
-        for seed in self.seeds:
-            for record in read_lines(self.ranked("test", seed)):
-                scored, tokens = set[str](), 0
-                num_questions += 1
-                for number, (text, score) in enumerate(zip(record["candidates"], record["scores"], strict=True)):
-                    written = score["forward_tokens"] or 0
-                    tokens += written + (0 if text in scored else written + (score["reverse_tokens"] or 0))
-                    scored.add(text)
-                    if number < num:
-                        totals[number] += tokens
-        return [total / num_questions for total in totals]
+        totals, num_questions = np.zeros(num), 0
+        for record in (one for seed in self.seeds for one in read_lines(self.ranked("test", seed))):
+            num_questions += 1
+            texts, scores = np.array(record["candidates"]), record["scores"]
+            written = np.array([score["forward_tokens"] or 0 for score in scores])
+            for size in range(1, num + 1):
+                totals[size - 1] += size * written.mean()
+            for text in set(record["candidates"]):
+                place = record["candidates"].index(text)
+                tokens = written[place] + (scores[place]["reverse_tokens"] or 0)
+                totals += [tokens * share_with_any(texts == text, size) for size in range(1, num + 1)]
+        return [float(total) / num_questions for total in totals]
 
 
 def ranking_step(name: str, questions: Path, output: Path, models: Sequence[Path], options: Sequence[Any] = ()) -> Step:

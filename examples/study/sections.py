@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from families import side_of
 from losses import interval_over_seeds
 from rewards import WANTED
 
-from megatron_ledom.evaluation.selection_methods import METHODS
+from megatron_ledom.evaluation.selection_methods import METHODS, WITH_REVERSE
 from megatron_ledom.reports import pages
 from megatron_ledom.reports.method_comparison import sentences
 
@@ -31,6 +32,11 @@ class Section:
     plots: Sequence[str] = ()
 
 
+def not_run(title: str, part: str) -> Section:
+    """Return the section of a part that was not run."""
+    return Section(title=title, paragraphs=[f"Not run: this size runs it alone, with `--parts {part}`."])
+
+
 def percent(value: float) -> str:
     """Return a fraction as a number of percent."""
     return f"{100 * value:.1f}"
@@ -51,11 +57,8 @@ def claims(results: Results, of_abilities: Rows) -> Section:
 
 def _gap_claim(gaps: list[Results]) -> list[str]:
     found = f"{min(row['gap'] for row in gaps):+.2f} to {max(row['gap'] for row in gaps):+.2f} %"
-    above, below = (
-        sum(row["interval"] is not None and sign * row["interval"][side] > 0 for row in gaps)
-        for sign, side in ((1, 0), (-1, 1))
-    )
-    verdict = f"significantly higher in {above} of {len(gaps)} sets, significantly lower in {below}"
+    above, below = (sum(side_of(row, "gap") == sign for row in gaps) for sign in (1, -1))
+    verdict = f"significantly higher in {above} of {len(gaps)} sets, significantly lower in {below} (Holm)"
     return ["a reverse model has a higher final loss", PUBLISHED_GAP, found, verdict]
 
 
@@ -73,7 +76,7 @@ def _guard_claim(wrong: list[Results]) -> list[str]:
     found = "; ".join(f"{100 * row['difference']:+.1f} points" for row in wrong)
     blind = [row["name"] for row in wrong if row["right_way"][1][0] <= 0]
     verdict = "holds" if not blind else f"cannot decide for: {', '.join(blind)} (at chance in its own direction too)"
-    if any(row["difference_interval"][0] > 0 for row in wrong):
+    if any(side_of(row) > 0 for row in wrong):
         verdict = "FAILED: check this first"
     return ["models that read in the wrong direction choose at chance", "a control of ours", found, verdict]
 
@@ -81,11 +84,9 @@ def _guard_claim(wrong: list[Results]) -> list[str]:
 def not_reproduced(results: Results) -> list[str]:
     """Return a sentence for each claim of parts 1, 2 and 4 that this size does not reproduce, with the likely reason."""
     found = []
-    unsure = [row for row in results["gaps"] if row["interval"] is None or row["interval"][0] <= 0]
+    unsure = [row for row in results["gaps"] if side_of(row, "gap") <= 0]
     if unsure:
-        where = "; ".join(
-            f"{row['domain']}, {row['model']} model: {row['gap']:+.2f} %{_side(row['interval'])}" for row in unsure
-        )
+        where = "; ".join(f"{row['domain']}, {row['model']} model: {row['gap']:+.2f} %{_side(row)}" for row in unsure)
         found.append(
             f"The reverse loss is not significantly above the forward loss ({where}). Models of these sizes are far from converged, and"
             " intervals over few seeds are wide."
@@ -103,7 +104,7 @@ def not_reproduced(results: Results) -> list[str]:
         )
     found += _overdone(results)
     for row in results["wrong"]:
-        if row["difference_interval"][0] > 0:
+        if side_of(row) > 0:
             found.append(f"{row['name']} chooses better than chance ({100 * row['difference']:+.1f} points): check this first.")
     return found
 
@@ -135,11 +136,17 @@ def _reason(mistakes: Results) -> str:
     )
 
 
-def _side(found: list[float] | None) -> str:
-    """Return the meaning of an interval that is not above 0."""
-    if found is None:
+def _side(row: Results) -> str:
+    """Return the meaning of a gap that is not significantly above 0."""
+    if row["interval"] is None:
         return ", one seed"
-    return ", significantly below" if found[1] < 0 else ", the interval contains 0"
+    if row["is_significant"]:
+        return ", significantly below"
+    return (
+        ", the interval contains 0"
+        if row["interval"][0] <= 0 <= row["interval"][1]
+        else ", not significant after the correction"
+    )
 
 
 def loss(results: Results, plots: Sequence[str]) -> Section:
@@ -148,6 +155,7 @@ def loss(results: Results, plots: Sequence[str]) -> Section:
     about = (
         f"Twins differ only in the order of the ids. {num} seeds. The gap is the relative difference of the final losses on held-out"
         f" text, reverse against forward, with Student's t interval over seeds. Published: {PUBLISHED_GAP}."
+        " * after an interval: different from 0 after Holm's correction over all rows of the table, or all tenths of all corpora."
     )
     place = (
         "By position: reverse minus forward for the largest twins, in nats per token, in each tenth of a document, in text order for both."
@@ -182,7 +190,7 @@ def _gap_rows(found: list[Results]) -> Rows:
         means = [sum(row["losses"][d]) / len(row["by_seed"]) for d in ("forward", "reverse")]
         seeds = " ".join(f"{value:+.2f}" for value in row["by_seed"])
         cells = [f"{row['corpus']}, {row['model']}", row["domain"], *(f"{m:.4f}" for m in means), f"{row['gap']:+.2f}"]
-        rows.append([*cells, interval(row["interval"]), seeds])
+        rows.append([*cells, f"{interval(row['interval'])}{_mark(row)}", seeds])
     return rows
 
 
@@ -192,9 +200,18 @@ def _place_rows(places: dict[str, list[Results]]) -> Rows:
         cells = [f"{10 * tenth} to {10 * tenth + 10} %"]
         for found in places.values():
             row = next((one for one in found if one["tenth"] == tenth), None)
-            cells += ["none", "none"] if row is None else [f"{row['difference']:+.3f}", interval(row["interval"], form="+.3f")]
+            cells += (
+                ["none", "none"]
+                if row is None
+                else [f"{row['difference']:+.3f}", f"{interval(row['interval'], form='+.3f')}{_mark(row)}"]
+            )
         rows.append(cells)
     return rows
+
+
+def _mark(row: Results) -> str:
+    """Return the mark of a difference that is significant after the correction."""
+    return " *" * row["is_significant"]
 
 
 def _speed_rows(speeds: dict[str, list[float]]) -> Rows:
@@ -207,7 +224,7 @@ def reward(results: Results, plots: Sequence[str]) -> Section:
     report, level, beam = (results["rewards"][name] for name in ("report", "level", "beam"))
     about = f"{results['num_seeds']} seeds of both models, all reported. Lambda by seed, chosen on the development part alone: "
     about += ", ".join(f"{row[0]:.2f}" for row in report["held_out"]["lambdas"])
-    tables = [_method_rows(report), _equal_rows(report), _mistake_rows(results["mistakes"])]
+    tables = [_method_rows(report), _equal_rows(report, results["training_tokens"]), _mistake_rows(results["mistakes"])]
     paragraphs = [
         _about_level(level),
         about,
@@ -276,11 +293,15 @@ def _method_rows(report: Results) -> Rows:
     return rows
 
 
-def _equal_rows(report: Results) -> Rows:
-    rows = [["method at equal tokens", "candidates", "tokens per question", "right %", "95 % interval"]]
+def _equal_rows(report: Results, training_tokens: int) -> Rows:
+    """Return the table at equal tokens. training_tokens: of one model; a method with a reverse pass needs a second one."""
+    rows = [
+        ["method at equal tokens", "candidates", "tokens per question", "right %", "95 % interval", "tokens of the trainings"]
+    ]
     for row in report["equal_tokens"]:
         cells = [row["method"], str(row["num_candidates"]), f"{row['tokens']:.0f}", percent(row["accuracy"])]
-        rows.append([*cells, interval(row["interval"], 100, ".1f")])
+        trained = training_tokens * (2 if row["method"] in WITH_REVERSE else 1)
+        rows.append([*cells, interval(row["interval"], 100, ".1f"), f"{trained:,}"])
     return rows
 
 
@@ -288,7 +309,7 @@ def ablation(results: Results) -> list[Section]:
     """Return the sections of part 4: other scorers and rewards, and the control."""
     about = (
         "The same candidates with other scores. The scorers of pairs are trained from scratch for as many steps as the twins. Differences"
-        " are paired by question. The intervals are not corrected for multiple comparisons."
+        " are paired by question. * after an interval: different from 0 after Holm's correction over the rows."
     )
     guard = (
         "A control of the whole pipeline: copies of the twins whose config records the other direction. Their choice must be at chance, the"
@@ -314,5 +335,5 @@ def _ablation_rows(found: list[Results], other: str) -> Rows:
     for row in found:
         cells = [row["name"], percent(row["accuracy"]), interval(row["interval"], 100, ".1f")]
         cells += [" ".join(map(percent, row["by_seed"])), f"{100 * row['difference']:+.1f}"]
-        rows.append([*cells, interval(row["difference_interval"], 100, "+.1f")])
+        rows.append([*cells, f"{interval(row['difference_interval'], 100, '+.1f')}{_mark(row)}"])
     return rows

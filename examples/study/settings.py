@@ -13,6 +13,9 @@ from megatron_ledom.evaluation.synthetic.generators import GENERATORS
 
 HERE = Path(__file__).parent
 CORPORA = ("text", "maths", "gsm", "abilities")
+ALONE_PARTS = ("reinforcement", "contamination", "controls", "loss_gap")
+"""Parts that can run alone."""
+CONTROL_PARTS = ("labelled", "development", "test", "planted", "train")
 PROBLEM_PARTS = ("calibration", "development", "test", "valid", "train", "reinforcement")
 
 
@@ -79,6 +82,56 @@ class ContaminationSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ControlSettings:
+    """Settings of part 7: scorers of equal training, beside the reverse model."""
+
+    seeds: list[int]
+    """Seeds of the models and of their training problems. All are reported."""
+    model: str
+    """Name of the shape of every model."""
+    levels: list[Level]
+    """Levels of the problems. All are trained and tested, with equally many problems."""
+    num: dict[str, int]
+    """Problems per level by part: labelled (trains the verifier), development, test, planted, train (for each seed)."""
+    vocab_size: int
+    train_iters: int
+    """Iterations of every model; the verifier reads as many tokens."""
+    batch_size: int
+    """Samples of a step, of 256 tokens each."""
+    num_samples: int
+    """Answers to each question."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossGapSettings:
+    """Settings of part 8: the gap of the losses over contexts and sizes, with two controls."""
+
+    seeds: list[int]
+    """Seeds of the models, the same for both directions. All are reported."""
+    models: list[str]
+    """Names of the shapes, the smallest first."""
+    contexts: list[int]
+    """Tokens of a sample, the shortest first."""
+    corpora: list[str]
+    """Corpora of part 1, of text and gsm."""
+    tokens: int
+    """Tokens that each model reads, the same for all contexts and sizes."""
+    batch_tokens: int
+    """Tokens of a step, the same for all contexts."""
+    control_model: str
+    """Name of the shape of the models of both controls."""
+    control_context: int
+    """Tokens of a sample of both controls."""
+    control_tokens: int
+    """Tokens that each model of a control reads."""
+    num_lines: int
+    """Products of primes, and walks of the Markov chain, in the training part of each control."""
+    largest_prime: int
+    num_states: int
+    """States of the Markov chain."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """One size of the study."""
 
@@ -108,6 +161,10 @@ class Settings:
     abilities: AbilitySettings
     reinforcement: ReinforcementSettings
     contamination: ContaminationSettings
+    controls: ControlSettings
+    loss_gap: LossGapSettings
+    parts: list[str]
+    """Those of ALONE_PARTS that run unless `--parts` names others; the report says of the rest that they were not run."""
     beams: tuple[int, int]
     """Beams and expansions of the step-level search."""
     backward: tuple[int, int, int]
@@ -130,6 +187,14 @@ def load_settings(size: str, overrides: list[str], gsm8k: str | None = None) -> 
     return settings
 
 
+def named_parts(text: str) -> list[str]:
+    """Return the parts that a list with commas names. Raises UsageError for a name that is none of ALONE_PARTS."""
+    names = text.split(",")
+    if unknown := [name for name in names if name not in ALONE_PARTS]:
+        raise UsageError(f"--parts names {', '.join(map(repr, unknown))}; it can name {', '.join(ALONE_PARTS)}")
+    return names
+
+
 def _check(settings: Settings) -> None:
     for name, found, expected in (
         ("vocab_size", settings.vocab_size, CORPORA),
@@ -149,7 +214,7 @@ def _check(settings: Settings) -> None:
     if unknown := set(abilities.num) - set(GENERATORS):
         raise UsageError(f"abilities.num names {', '.join(sorted(unknown))}; the sets are {', '.join(GENERATORS)}")
     by_part = {"seeds": settings.seeds, "abilities.seeds": abilities.seeds, "reinforcement.seeds": settings.reinforcement.seeds}
-    by_part["contamination.seeds"] = settings.contamination.seeds
+    by_part |= {f"{name}.seeds": getattr(settings, name).seeds for name in ("contamination", "controls", "loss_gap")}
     for name, seeds in by_part.items():
         if not seeds or len(set(seeds)) != len(seeds):
             raise UsageError(f"{name} is {seeds}; it needs at least one seed, and each only once")
@@ -157,6 +222,7 @@ def _check(settings: Settings) -> None:
         raise UsageError(f"num_problems is {settings.num_problems}; each part needs at least 2 problems per level")
     _check_reinforcement(settings)
     _check_contamination(settings)
+    _check_controls(settings)
     low, high, num = settings.backward
     if not 0 <= low <= high or num < 1:
         raise UsageError(
@@ -183,3 +249,28 @@ def _check_contamination(settings: Settings) -> None:
         raise UsageError(f"contamination.model is {found.model}; it must be one of models: {', '.join(settings.models)}")
     if not found.reads or min(found.reads) < 1 or len(set(found.reads)) != len(found.reads):
         raise UsageError(f"contamination.reads is {found.reads}; it needs different numbers of 1 or more")
+
+
+def _check_controls(settings: Settings) -> None:
+    """Check the settings of parts 7 and 8, and the names of the parts."""
+    controls, gap = settings.controls, settings.loss_gap
+    if unknown := set(settings.parts) - set(ALONE_PARTS):
+        raise UsageError(f"parts names {', '.join(sorted(unknown))}; it can name {', '.join(ALONE_PARTS)}")
+    models = {"controls.model": [controls.model], "loss_gap.models": gap.models, "loss_gap.control_model": [gap.control_model]}
+    for name, found in models.items():
+        if not found or not set(found) <= set(settings.models):
+            raise UsageError(
+                f"{name} is {', '.join(found) or 'empty'}; it must name some of models: {', '.join(settings.models)}"
+            )
+    if set(controls.num) != set(CONTROL_PARTS) or min(controls.num.values()) < 2:
+        raise UsageError(f"controls.num is {controls.num}; it needs {', '.join(CONTROL_PARTS)}, with at least 2 problems each")
+    if not controls.levels or min(controls.num_samples, controls.train_iters, controls.batch_size) < 1:
+        raise UsageError("controls needs at least one level, and at least 1 as num_samples, train_iters and batch_size")
+    if not gap.corpora or not set(gap.corpora) <= {"text", "gsm"}:
+        raise UsageError(f"loss_gap.corpora is {gap.corpora}; it must name some of text, gsm")
+    if not gap.contexts or gap.contexts != sorted(set(gap.contexts)):
+        raise UsageError(f"loss_gap.contexts is {gap.contexts}; it needs different numbers, in order")
+    if wrong := [one for one in (*gap.contexts, gap.control_context) if one < 8 or gap.batch_tokens % one]:
+        raise UsageError(
+            f"loss_gap has the contexts {wrong}; each must be 8 or more and divide batch_tokens={gap.batch_tokens}"
+        )

@@ -23,7 +23,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gsm8k", metavar="FILE", help="also train on GSM8K's training part, JSON lines or Parquet")
     parser.add_argument("--output", type=Path, metavar="DIR", help="(default study/SIZE)")
     parser.add_argument(
-        "--only", choices=["reinforcement", "contamination"], help="run this part and what it needs, and write only its section"
+        "--parts",
+        "--only",
+        metavar="NAME[,NAME]",
+        help="run these parts and what they need, and write only their sections: reinforcement, contamination, controls, loss_gap",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the settings of the size")
     return parser.parse_args()
@@ -32,13 +35,16 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Run every part in order, then write the report."""
     arguments = parse()
-    from settings import load_settings
+    from settings import load_settings, named_parts
 
+    alone_parts = None if arguments.parts is None else named_parts(arguments.parts)
     settings = load_settings(arguments.size, arguments.overrides, arguments.gsm8k)
     from abilities import Abilities
     from ablations import Ablations
     from backward import Backward
     from contamination import Contamination
+    from controls import Controls
+    from loss_gap import LossGap
     from losses import Twins
     from reinforcement import Reinforcement, check_installed
     from rewards import Rewards
@@ -50,25 +56,27 @@ def main() -> None:
 
     check_plots()
     check_statistics()
-    if arguments.only == "reinforcement":
+    wanted = alone_parts or settings.parts
+    if "reinforcement" in (alone_parts or []):
         check_installed()
     output = arguments.output or Path("study") / arguments.size
     twins = Twins(output, settings)
     rewards = Rewards(twins)
     alone = {"reinforcement": Reinforcement(rewards), "contamination": Contamination(rewards)}
-    parts = (twins, rewards, Backward(rewards), Ablations(rewards), Abilities(twins), *alone.values())
+    alone |= {"controls": Controls(twins), "loss_gap": LossGap(twins)}
+    chosen = [part for name, part in alone.items() if name in wanted]
+    parts = (twins, rewards, Backward(rewards), Ablations(rewards), Abilities(twins), *chosen)
     runner = Runner(output, at_once=len(os.sched_getaffinity(0)))
     stages = [(part, steps) for part in parts for steps in part.stages()]
-    chosen = [steps for _, steps in stages]
-    if arguments.only is not None:
-        own = [step for part, steps in stages if part is alone[arguments.only] for step in steps]
-        chosen = steps_for(chosen, own)
-    for steps in chosen:
+    needed = [steps for _, steps in stages]
+    if alone_parts is not None:
+        needed = steps_for(needed, [step for part, steps in stages if part in chosen for step in steps])
+    for steps in needed:
         runner.run(steps)
-    if arguments.only is None:
+    if alone_parts is None:
         print(write_study(output, arguments.size, settings, runner.all_notes()))
-    else:
-        print(write_part(arguments.only, output, arguments.size, settings, runner.all_notes()))
+    for name in alone_parts or []:
+        print(write_part(name, output, arguments.size, settings, runner.all_notes()))
 
 
 if __name__ == "__main__":

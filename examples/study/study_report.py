@@ -4,7 +4,7 @@ import html
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -18,6 +18,13 @@ from backward import section as backward_section
 from contamination import Contamination
 from contamination_report import TITLE as CONTAMINATION
 from contamination_report import contamination_section
+from controls import Controls
+from controls_report import TITLE as CONTROLS
+from controls_report import controls_section, first_section
+from families import mark_over_seeds
+from loss_gap import LossGap
+from loss_gap_report import TITLE as LOSS_GAP
+from loss_gap_report import loss_gap_section
 from losses import Twins, gaps, gaps_by_place, speed_of
 from mistakes import mistakes
 from plots import loss_plots
@@ -27,7 +34,7 @@ from reinforcement_report import reinforcement_section
 from rewards import Rewards
 from sections import Section, ablation, claims, loss, not_reproduced, reward
 from settings import Settings
-from twins import DIRECTIONS
+from twins import DIRECTIONS, read_metrics
 
 from megatron_ledom.reports import pages
 from megatron_ledom.reports.method_comparison import plots_of
@@ -44,15 +51,20 @@ def write_study(folder: Path, size: str, settings: Settings, notes: dict[str, di
     backward, ablations = Backward(rewards), Ablations(rewards)
     results = {"size": size, "num_seeds": len(settings.seeds), "word_problems": twins.corpora.counts()}
     results |= {"gaps": gaps(twins), "places": gaps_by_place(twins), "speed": _speeds(twins), "rewards": rewards.results()}
+    mark_over_seeds(results["gaps"])
+    mark_over_seeds([row for rows in results["places"].values() for row in rows])
+    results["training_tokens"] = _training_tokens(twins)
     weights = [row[0] for row in results["rewards"]["report"]["held_out"]["lambdas"]]
     results["mistakes"] = mistakes(rewards, weights)
     results |= {"abilities": Abilities(twins).results(), "backward": backward.results()}
     results |= {"ablations": ablations.results(), "wrong": ablations.wrong_direction()}
-    results |= {name: read(rewards) for name, (_, read, _) in ALONE.items()}
+    results |= {name: read(rewards) if name in settings.parts else None for name, (_, read, _) in ALONE.items()}
     write_file(folder / "results.json", json.dumps(results, indent=1))
     failed = [*not_reproduced(results), *abilities_not_reproduced(results["abilities"])]
     failed = failed or ["Every tested effect has the published sign."]
+    alone = {name: section(results[name]) for name, (_, _, section) in ALONE.items()}
     sections = [
+        first_section(results["controls"], results["loss_gap"]),
         claims(results, abilities_claims(results["abilities"])),
         Section(title="Not reproduced", paragraphs=failed),
         loss(results, loss_plots(twins, results["places"])),
@@ -60,18 +72,20 @@ def write_study(folder: Path, size: str, settings: Settings, notes: dict[str, di
         abilities_section(results["abilities"]),
         backward_section(results["backward"]),
         *ablation(results),
-        *(section(results[name]) for name, (_, _, section) in ALONE.items()),
+        *alone.values(),
     ]
     title = f"The claims of LEDOM in miniature, size {size}"
     write_file(folder / "summary.md", _markdown(title, sections))
     return _write_page(folder / "report.html", title, sections, _commands(notes, settings))
 
 
-ALONE = {
+ALONE: dict[str, tuple[str, Callable[[Rewards], Any], Callable[[Any], Section]]] = {
     "reinforcement": (REINFORCEMENT, lambda rewards: Reinforcement(rewards).results(), reinforcement_section),
     "contamination": (CONTAMINATION, lambda rewards: Contamination(rewards).results(), contamination_section),
+    "controls": (CONTROLS, lambda rewards: Controls(rewards.twins).results(), controls_section),
+    "loss_gap": (LOSS_GAP, lambda rewards: LossGap(rewards.twins).results(), loss_gap_section),
 }
-"""Parts that `--only` runs alone: title, function of the results, and function of the section."""
+"""Parts that `--parts` runs alone: title, function of the results, and function of the section."""
 
 
 def write_part(name: str, folder: Path, size: str, settings: Settings, notes: dict[str, dict[str, Any]]) -> Path:
@@ -88,6 +102,12 @@ def _write_page(page: Path, title: str, sections: Sequence[Section], commands: l
     body = [line for section in sections for line in _as_html(section)]
     write_file(page, pages.page(title, [*body, "<h2>Commands and hashes</h2>", *commands], STYLE))
     return page
+
+
+def _training_tokens(twins: Twins) -> int:
+    """Return the tokens that a model of part 2 read in its training."""
+    run = twins.run_of("maths", twins.largest, twins.settings.seeds[0], "forward")
+    return int(read_metrics(run / "metrics.jsonl")[-1]["consumed_train_tokens"])
 
 
 def _speeds(twins: Twins) -> dict[str, list[float]]:

@@ -49,6 +49,12 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--python", metavar="PATH", help="Python of the ranks, such as a program that enters a container (default: this one)"
     )
+    parser.add_argument(
+        "--srun-options",
+        default="",
+        metavar="OPTIONS",
+        help="further options of the srun that starts the ranks, in one word, such as --srun-options='--container-image=FILE.sqsh'",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the result to a file")
     return parser
 

@@ -80,16 +80,44 @@ def crossed_interval(values: Values, *, level: float, num_resamples: int, seed: 
     75 of 100 cases. The variance that belongs neither to a seed nor to a question counts up to three times, which
     widens the interval.
     """
-    num_seeds, num_questions = values.shape
-    if num_seeds == 1:
+    if len(values) == 1:
         return bootstrap_interval(values[0], level=level, num_resamples=num_resamples, seed=seed)
     if np.ptp(values) == 0:
         return [float(values[0, 0])] * 2
-    rng = np.random.default_rng(seed)
-    step = max(1, 2**20 // num_questions)
-    parts = [_crossed_means(values, min(step, num_resamples - start), rng) for start in range(0, num_resamples, step)]
-    low, high = np.quantile(np.concatenate(parts), [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(_resampled(values, num_resamples, seed), [(1 - level) / 2, (1 + level) / 2])
     return [float(low), float(high)]
+
+
+def crossed_p_value(values: Values, *, num_resamples: int, seed: int) -> float:
+    """Return the two-sided p-value of the hypothesis that the mean of `values` [seeds, questions] is 0.
+
+    It is twice the share of the resamples of `crossed_interval` on the rarer side of 0, with its weakness. The smallest possible
+    value is 2 / (num_resamples + 1).
+    """
+    if np.ptp(values) == 0:
+        return 1.0 if values[0, 0] == 0 else 2 / (num_resamples + 1)
+    means = _resampled(values, num_resamples, seed)
+    rarer = min(int((means <= 0).sum()), int((means >= 0).sum()))
+    return min(1.0, 2 * (1 + rarer) / (num_resamples + 1))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return the p-values of a family of hypotheses, adjusted by Holm's method (1979), in the given order.
+
+    Those below 0.05 contain a false one in at most 5 of 100 families, however the hypotheses depend on each other.
+    """
+    order = np.argsort(p_values, kind="stable")
+    factors = np.arange(len(p_values), 0, -1)
+    raised = np.minimum(1.0, np.maximum.accumulate(factors * np.asarray(p_values, dtype=np.float64)[order]))
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = raised
+    return [float(one) for one in adjusted]
+
+
+def _resampled(values: Values, num: int, seed: int) -> Values:
+    """Return the means [num] of the resamples of `crossed_interval`."""
+    rng, step = np.random.default_rng(seed), max(1, 2**20 // values.shape[1])
+    return np.concatenate([_crossed_means(values, min(step, num - start), rng) for start in range(0, num, step)])
 
 
 def _crossed_means(values: Values, num: int, rng: np.random.Generator) -> Values:

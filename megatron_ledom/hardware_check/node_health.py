@@ -5,6 +5,7 @@ One process, in the batch script, starts a rank for each task of the job and rea
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,7 @@ from typing import Any
 from megatron_ledom.errors import UsageError
 from megatron_ledom.hardware_check.node_facts import run_for
 from megatron_ledom.hardware_check.node_rank import CONNECTED, MARK, NODE, STAGES, STARTED, node_name
-from megatron_ledom.hardware_check.nodes import nodes_of_job
-from megatron_ledom.platform.slurm import BY_SBATCH, read_step, tasks_of_job, tasks_of_nodes, text_of
+from megatron_ledom.platform.slurm import BY_SBATCH, nodes_of_job, read_step, tasks_of_job, tasks_of_nodes, text_of
 from megatron_ledom.storage.files import write_json
 from megatron_ledom.storage.locks import output_file_lock
 
@@ -44,6 +44,8 @@ class NodeRequest:
     max_skew_seconds: float = 5.0
     python: str = sys.executable
     """The program that runs the ranks, such as one that enters a container."""
+    srun_options: str = ""
+    """Further options of srun, as a shell would read them, such as those of a container."""
 
 
 @dataclass(slots=True)
@@ -106,12 +108,15 @@ def _run(request: NodeRequest) -> tuple[Lines, str]:
     """Return the ranks' lines, and a sentence if the ranks could not all be started."""
     options = asdict(request) | {"folders": list(request.folders)}
     command = [request.python, "-m", "megatron_ledom.hardware_check.node_rank", json.dumps(options)]
+    if request.srun_options and "SLURM_JOB_ID" not in os.environ:
+        raise UsageError("--srun-options is given, but this is no SLURM job, where the ranks run without srun; leave it out")
     if "SLURM_JOB_ID" in os.environ:
         if shutil.which("srun") is None:
             raise UsageError("there is no srun in this job; load SLURM's commands, or start the check outside the container")
         cpus = text_of(os.environ, "SLURM_CPUS_PER_TASK") or "1"
         ranks = tasks_of_job(os.environ)
-        command = ["srun", f"--ntasks={ranks}", f"--cpus-per-task={cpus}", "--kill-on-bad-exit=0", "--wait=0", *command]
+        srun = ["srun", f"--ntasks={ranks}", f"--cpus-per-task={cpus}", "--kill-on-bad-exit=0", "--wait=0"]
+        command = [*srun, *shlex.split(request.srun_options), *command]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
     assert process.stdout is not None
     os.set_blocking(process.stdout.fileno(), False)

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 
 from megatron_ledom.config.derived import next_multiple
 from megatron_ledom.hardware_check.check import Outcome, Setting, failed, passed, skipped
@@ -18,7 +17,7 @@ from megatron_ledom.hardware_check.training_runs import (
     TrainingRuns,
     own_layers,
 )
-from megatron_ledom.platform.slurm import BY_SBATCH, read_number, read_step
+from megatron_ledom.platform.slurm import BY_SBATCH, nodes_of_job, read_number, read_step
 from megatron_ledom.storage.records import METRICS, read_records
 
 ALL_NODES = "all_nodes"
@@ -47,12 +46,6 @@ def check_nodes(setting: Setting) -> Outcome:
     sentence = f"{num_ranks} ranks on {num_nodes} nodes against one process, {STEPS} steps: {difference.sentence(TOLERANCE)}"
     numbers = {"nodes": num_nodes, "ranks": num_ranks, **difference.numbers()}
     return failed(sentence, **numbers) if difference.exceeds(TOLERANCE) else passed(sentence, **numbers)
-
-
-def nodes_of_job(variables: Mapping[str, str]) -> int:
-    """Return the number of nodes of this SLURM job; 1 outside a job."""
-    name = "SLURM_JOB_NUM_NODES"
-    return read_number(variables, name, BY_SBATCH, least=1) if name in variables else 1
 
 
 def run_on_nodes(runs: TrainingRuns, command: list[str], num_nodes: int) -> None:

@@ -105,6 +105,12 @@ def read_step(variables: Variables) -> SlurmStep | None:
     )
 
 
+def nodes_of_job(variables: Variables) -> int:
+    """Return the number of nodes of this SLURM job; 1 outside a job."""
+    name = "SLURM_JOB_NUM_NODES"
+    return read_number(variables, name, BY_SBATCH, least=1) if name in variables else 1
+
+
 def tasks_of_job(variables: Variables) -> int:
     """Return the number of tasks of the job of a process that srun has not started; 1 outside SLURM.
 

@@ -23,6 +23,8 @@ RUN_BY_TESTS = {
     "make study SIZE=small": "tests/study/test_study.py",
     ".venv/bin/python examples/study/study.py --size small --only reinforcement": "tests/study/test_study.py",
     ".venv/bin/python examples/study/study.py --size small --only contamination": "tests/study/test_study.py",
+    ".venv/bin/python examples/study/study.py --size full --parts controls": "tests/study/test_study.py",
+    ".venv/bin/python examples/study/study.py --size full --parts loss_gap": "tests/study/test_study.py",
     "make test": "Makefile",
     "make check": "Makefile",
     "ledom --help": "tests/unit/cli/test_ledom.py",
@@ -31,6 +33,14 @@ RUN_BY_TESTS = {
     ".venv/bin/python examples/quickstart/run.py --keep": RUN_ON_QUICKSTART,
     "python examples/quickstart/real_forward.py --forward models/smollm2 --pairs gsm8k_train.jsonl --items gsm8k_test.jsonl": (
         "tests/quickstart/test_real_forward.py"
+    ),
+    **dict.fromkeys(
+        (
+            "bash examples/slurm/container_build.sh ledom.sif",
+            "bash examples/slurm/container_build.sh ledom.sqsh",
+            "bash examples/slurm/container.sh -m megatron_ledom.ops",
+        ),
+        "tests/unit/examples/test_containers.py",
     ),
     "bash examples/slurm/preprocess.sbatch": f"tests/unit/examples/test_slurm_scripts.py, {SLURM_JOBS}",
     "bash examples/slurm/pretrain.sbatch": "tests/slurm/test_slurm_training.py",

@@ -184,6 +184,7 @@ def test_variables_of_the_slurm_commands_are_read_by_the_scripts() -> None:
     for command in (command for _, command in ALL if "sbatch" in command):
         words = shlex.split(command)
         text = (ROOT / words[-1]).read_text(encoding="utf-8")
+        text += (ROOT / "examples/slurm/container.sh").read_text(encoding="utf-8")  # by which every script reads its variables
         for name in (word.partition("=")[0] for word in words if re.match(r"[A-Z_]+=", word)):
             assert f"${{{name}:-" in text
 
