@@ -21,8 +21,8 @@ from megatron_ledom.callbacks.validation import Results, add_results
 from megatron_ledom.config.derived import next_multiple
 from megatron_ledom.data.blends.sources import RUN_TOKENIZER
 from megatron_ledom.data.dataset.batch import Batch, context_part
-from megatron_ledom.direction import Direction
-from megatron_ledom.errors import DataError, NotFiniteError, UsageError
+from megatron_ledom.direction import Direction, Reading, Unit
+from megatron_ledom.errors import ConfigError, DataError, NotFiniteError, UsageError
 from megatron_ledom.evaluation.multiple_choice import distinct_pairs, score_requests
 from megatron_ledom.evaluation.task_evaluation import evaluate_task
 from megatron_ledom.evaluation.tasks.task import LoadedTask
@@ -51,7 +51,11 @@ class TrainingScorer:
     @property
     def direction(self) -> Direction:
         """Return the reading direction of the model."""
-        return self.state.config.data.direction
+        return self._reading.direction
+
+    @property
+    def _reading(self) -> Reading:
+        return self.state.provenance.readings[0]  # tasks are refused for a two-way model
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[SpanScore]:
         """Return, for each (preceding, following), the score of the part that the model reads last, given the other part."""
@@ -61,7 +65,9 @@ class TrainingScorer:
 
     def span(self, pair: tuple[str, str]) -> Span:
         """Return the ids of a pair. Raises DataError if they are longer than a sample of the run."""
-        tokens, num_given = span_tokens(self.tokenizer, self.direction, pair, [], [self.state.provenance.eod_id])
+        marker_id = self._reading.marker_id
+        leading = [] if marker_id is None else [marker_id]
+        tokens, num_given = span_tokens(self.tokenizer, self.direction, pair, leading, [self.state.provenance.eod_id])
         limit = self.state.config.data.seq_length
         if len(tokens) > limit:
             raise DataError(
@@ -215,6 +221,9 @@ def load_task_set(state: TrainState, known: TaskHashes) -> TaskSet:
 
     known: sha256 of the tasks' files when they were checked.
     """
+    unit = state.provenance.readings[0].unit
+    if unit is not Unit.TOKEN:
+        raise ConfigError(f"train.tasks are prompts in token order, but the shards are in {unit} order; remove train.tasks")
     tokenizer = JointTokenizer.from_pretrained(Path(os.path.join(state.config.run_dir, RUN_TOKENIZER)))
     tasks = load_tasks(state.config)
     check_files(hashes_of(tasks), known, str(state.config.train.task_data))

@@ -13,6 +13,7 @@ from megatron_ledom.checkpoint.stored_tensors import tensors_of
 from megatron_ledom.config.derived import data_parallel_size
 from megatron_ledom.config.schema import ParallelConfig
 from megatron_ledom.errors import DataError, LedomError, VerificationError
+from megatron_ledom.provenance import describe_readings
 from megatron_ledom.storage.hashes import content_problems, size_problems
 
 
@@ -85,6 +86,8 @@ def _rows(checkpoint: str, manifest: CheckpointManifest) -> Iterator[tuple[str, 
     yield "consumed", f"{manifest.consumed_train_samples:,} samples, {manifest.consumed_train_tokens:,} tokens"
     yield "written by", layout_of(manifest.run_config(checkpoint).parallel, manifest.world_size)
     yield "direction", str(provenance.direction)
+    if not provenance.is_plain:
+        yield "reads", describe_readings(provenance.readings)
     yield "tokenizer", f"{provenance.tokenizer_name} ({provenance.tokenizer_sha256[:12]}), {provenance.vocab_size:,} ids"
     yield "written at", f"{manifest.created_at} by version {manifest.package_version}"
     size = sum(sums["bytes"] for sums in manifest.files.values())

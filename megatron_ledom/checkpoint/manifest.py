@@ -23,6 +23,8 @@ from megatron_ledom.storage.jobs import differences
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
+WITH_READINGS = 3
+"""The format of a run with another unit than token or with markers, which earlier versions of this package refuse."""
 WITHOUT_CHECKSUMS = 1
 """The previous format, without `files`, `world_size` and the hash of the manifest. It can still be loaded."""
 MANIFEST = "manifest.json"
@@ -118,6 +120,7 @@ def save_manifest(manifest: CheckpointManifest, folder: str) -> None:
     """Write `manifest.json` into the checkpoint folder, with its own hash."""
     values = {**asdict(manifest), "provenance": None, **manifest.provenance.to_dict()}
     del values["provenance"]
+    values["format_version"] = FORMAT_VERSION if manifest.provenance.is_plain else WITH_READINGS
     if manifest.average is None:
         del values["average"]
     content = json.dumps({**values, OWN_HASH: _hash(values)}, indent=2, allow_nan=False)
@@ -131,8 +134,10 @@ def load_manifest(folder: str) -> CheckpointManifest:
     version = values.get("format_version")
     if version == WITHOUT_CHECKSUMS:
         values |= {"world_size": None, "files": {}}
-    elif version != FORMAT_VERSION:
-        raise DataError(f"{path} has format version {version}, but this package reads {FORMAT_VERSION}; update the package")
+    elif version not in (FORMAT_VERSION, WITH_READINGS):
+        raise DataError(
+            f"{path} has format version {version}, but this package reads up to {WITH_READINGS}; update the package"
+        )
     elif values.pop(OWN_HASH, None) != _hash(values):
         raise DataError(
             f"{path} was changed after it was written: its sha256 differs; the checkpoint is damaged, use an earlier one"

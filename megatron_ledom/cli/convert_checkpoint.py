@@ -47,11 +47,26 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         description="Write a run folder whose checkpoint contains the weights. Any layout can train it, with a new optimizer."
         + PARITY,
     )
+    _add_import(load)
+    for command in (export, load):
+        _add_files_and_check(command)
+    return parser
+
+
+def _add_import(load: argparse.ArgumentParser) -> None:
     load.add_argument("--load", required=True, metavar="DIR", help="Hugging Face folder with safetensors")
     load.add_argument(
         "--save", required=True, metavar="RUN", help="run folder to write; it appears only after the parity check"
     )
-    load.add_argument("--direction", choices=["reverse", "forward"], help="direction to train in; default: that of the folder")
+    load.add_argument(
+        "--direction", choices=["reverse", "forward", "both"], help="direction to train in; default: that of the folder"
+    )
+    for direction in ("forward", "reverse"):
+        load.add_argument(
+            f"--{direction}-marker",
+            metavar="T",
+            help=f"marker of the {direction} shards, as in `ledom preprocess-data --marker`; default: as the folder records",
+        )
     load.add_argument("--tokenizer", metavar="PATH", help="folder or file of the tokenizer; default: --load")
     load.add_argument(
         "--eod-token",
@@ -69,9 +84,6 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         choices=["bf16", "fp32"],
         help="type of the weights; default: bf16 if the folder has bf16, else fp32 (exact)",
     )
-    for command in (export, load):
-        _add_files_and_check(command)
-    return parser
 
 
 def _add_files_and_check(command: argparse.ArgumentParser) -> None:
@@ -116,6 +128,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         export_hf(arguments.load, arguments.save, **given, **both)
         return
     from megatron_ledom.convert.hf_import import import_hf
+    from megatron_ledom.direction import Direction
 
     names = ("direction", "tokenizer", "eod_token", "seq_length", "params_dtype")
-    import_hf(arguments.load, arguments.save, **{key: getattr(arguments, key) for key in names}, **both)
+    markers = {one: token for one in Direction if (token := getattr(arguments, f"{one}_marker")) is not None}
+    import_hf(arguments.load, arguments.save, markers=markers, **{key: getattr(arguments, key) for key in names}, **both)

@@ -36,13 +36,13 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     limits.add_argument(
         "--min-free-disk-gib",
-        type=float,
+        type=_gib,
         metavar="N",
         help="free disk space below which a run is not healthy (default: twice its newest checkpoint)",
     )
     page = parser.add_argument_group("web page")
     page.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s: this machine only)")
-    page.add_argument("--port", type=int, default=8010, help="port to listen on; 0 takes a free one (default %(default)s)")
+    page.add_argument("--port", type=_port, default=8010, help="port to listen on; 0 takes a free one (default %(default)s)")
     return parser
 
 
@@ -50,6 +50,20 @@ def _seconds(text: str) -> float:
     value = float(text)
     if not 0 < value < 1e9:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time above 0 s")
+    return value
+
+
+def _gib(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size in GiB")
+    return value
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**16:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
     return value
 
 

@@ -20,6 +20,7 @@ from megatron_ledom.config.derived import (
 from megatron_ledom.config.gpu_checks import GPU_RULES
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.config.tracker_checks import trackers
+from megatron_ledom.direction import BOTH
 from megatron_ledom.errors import ConfigError
 
 Problems = Iterator[str]
@@ -356,6 +357,15 @@ def profiled_ranks(config: RunConfig, world_size: int) -> Problems:
         yield f"logging.profile_ranks has {missing}, but {world_size} ranks are launched; it can contain 0 to {world_size - 1}"
 
 
+def two_way_tasks(config: RunConfig) -> Problems:
+    """Check that tasks during training have one direction in which to evaluate them."""
+    if config.data.direction == BOTH and config.train.tasks:
+        yield (
+            "train.tasks are evaluated in the direction of the model, but data.direction=both; remove train.tasks, and evaluate the exported"
+            " model with ledom evaluate --direction"
+        )
+
+
 RULES: tuple[Callable[[RunConfig], Problems], ...] = (
     heads,
     rotary_scaling,
@@ -376,6 +386,7 @@ RULES: tuple[Callable[[RunConfig], Problems], ...] = (
     held_out_sets,
     batch_schedule,
     tokens_to_draw,
+    two_way_tasks,
     *GPU_RULES,
 )
 WORLD_RULES: tuple[Callable[[RunConfig, int], Problems], ...] = (world, batch, profiled_ranks)

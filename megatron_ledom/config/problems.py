@@ -96,11 +96,16 @@ def _nearest(parts: list[str], known: list[str]) -> str | None:
     return None
 
 
+ONE_OF = "one of "
+
+
 def describe_type(hint: Any) -> str:
     """Return the type of a field in words, such as `a whole number above 0`."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         options = [describe_type(argument) for argument in arguments if argument is not type(None)]
+        if all(option.startswith(ONE_OF) for option in options):
+            return ONE_OF + ", ".join(option.removeprefix(ONE_OF) for option in options)
         return " or ".join([*options, "null"] if type(None) in arguments else options)
     if origin is Annotated:
         return _KINDS[arguments[0]] + _describe_range(arguments[1:])

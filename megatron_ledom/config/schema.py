@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from megatron_ledom.direction import Direction
+from megatron_ledom.direction import Direction, ModelDirection
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -105,8 +105,9 @@ class DataConfig:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    direction: Direction = Direction.REVERSE
-    """Reading direction of the model: reverse or forward. Shards of the other direction are refused."""
+    direction: ModelDirection = Direction.REVERSE
+    """Reading direction of the model: reverse, forward, or both for a two-way model, whose train_blend mixes shards of both
+    directions with different markers. Shards of another direction are refused."""
     tokenizer: str | None = None
     """Folder or file of the tokenizer, whose hash must equal that of the shards. The run folder keeps a copy for the
     export. Default: the path in the shards' manifest."""

@@ -13,8 +13,9 @@ from megatron_ledom.checkpoint.manifest import CheckpointManifest
 from megatron_ledom.config.batch_schedule import batch_phases
 from megatron_ledom.config.derived import padded_vocab_size
 from megatron_ledom.config.schema import RunConfig
-from megatron_ledom.direction import Direction
+from megatron_ledom.direction import BOTH, Direction
 from megatron_ledom.model.arithmetic import count_parameters
+from megatron_ledom.provenance import Provenance, describe_readings
 from megatron_ledom.storage.records import METRICS, has_iteration, read_records
 from megatron_ledom.tables import markdown_table
 
@@ -27,6 +28,8 @@ text, P(x) = prod_t P(x_t | x_(t+1..T)), as in {PAPER}. It generates the text th
 given its answer (Reverse Reward).""",
     Direction.FORWARD: f"""This is a forward language model, trained from left to right like any other. It is the twin of a reverse
 model, for comparisons as in {PAPER}.""",
+    BOTH: f"""This is a **two-way language model**: it was trained on forward and on reversed documents, which a marker or its absence tells
+apart. It writes and scores the text after a given text and the text before it (see {PAPER} for reverse models).""",
 }
 
 USE = {
@@ -76,6 +79,19 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=20, do_sample=False)[0
 ```
 
 Do not add BOS: the model was not trained with one.""",
+    BOTH: """## How to use it
+
+With `megatron_ledom`, which begins each sequence with the marker of its direction; all texts are in reading order:
+
+```python
+from megatron_ledom.inference import ForwardLM, ReverseLM
+
+forward, reverse = ForwardLM.from_pretrained(folder), ReverseLM.from_pretrained(folder)
+print(forward.generate_following("It begins with", max_new_tokens=20)[0].text)
+print(reverse.generate_preceding("and so it ends.", max_new_tokens=20)[0].text)
+```
+
+**Warning:** without the marker of its direction, or in the wrong order, the model raises no error but its output is nonsense.""",
 }
 
 STATES = {"weights": "the weights", "optimizer": "weights and optimizer state", "all": "all state and the position", "": ""}
@@ -98,11 +114,11 @@ def write_model_card(
     ema: bool = False,
 ) -> None:
     """Write README.md, the model card of the model `name`, into the `folder` of an export."""
-    config, direction = manifest.run_config(checkpoint), Direction(manifest.provenance.direction)
+    config, direction = manifest.run_config(checkpoint), manifest.provenance.direction
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["megatron-core", f"{direction}-language-model"],
+        tags=["megatron-core", f"{'two-way' if direction == BOTH else direction}-language-model"],
         model_name=name,
     )
     verified = (
@@ -115,7 +131,8 @@ def write_model_card(
         f"# {name}",
         ABOUT[direction],
         _facts(config, manifest, hf_config),
-        f"{USE[direction]}\n\n`folder` is the folder or repository of this file. Generation ends at the id {manifest.provenance.eod_id}.",
+        f"{USE[direction]}\n\n{_marker_sentence(manifest.provenance)}`folder` is the folder or repository of this file. Generation"
+        f" ends at the id {manifest.provenance.eod_id}.",
         _training(config, manifest, trained_parts(manifest.started_from, checkpoint, manifest), ema=ema),
         "" if ema else _losses(checkpoint, manifest.iteration),
         LIMITS,
@@ -124,6 +141,16 @@ def write_model_card(
     ModelCard("\n\n".join(part for part in parts if part) + "\n", ignore_metadata_errors=True).save(
         os.path.join(folder, "README.md")
     )
+
+
+def _marker_sentence(provenance: Provenance) -> str:
+    if provenance.is_plain:
+        return ""
+    starts = [
+        f"a {reading.direction} sequence begins with {'no marker' if reading.marker_id is None else f'the id {reading.marker_id}'}"
+        for reading in provenance.readings
+    ]
+    return f"In model order {', and '.join(starts)}; with transformers alone, add it yourself. "
 
 
 def _table(rows: dict[str, Any], title: str = "") -> str:
@@ -142,6 +169,7 @@ def _facts(config: RunConfig, manifest: CheckpointManifest, hf_config: PreTraine
             "context": f"{config.data.seq_length:,} tokens",
             "tokenizer": f"{provenance.tokenizer_name}, {provenance.vocab_size:,} ids, sha256 {provenance.tokenizer_sha256[:12]}",
             "ends a text": f"id {provenance.eod_id}",
+            **({} if provenance.is_plain else {"reads": describe_readings(provenance.readings)}),
         }
     )
 

@@ -20,7 +20,7 @@ import megatron_ledom
 from megatron_ledom.config.derived import head_dim, query_groups
 from megatron_ledom.config.schema import ModelConfig, RunConfig
 from megatron_ledom.errors import DataError, MismatchError, UsageError
-from megatron_ledom.provenance import Provenance
+from megatron_ledom.provenance import Provenance, readings_to
 from megatron_ledom.tokenizers.json_objects import read_object
 
 
@@ -145,6 +145,7 @@ def build_hf_config(config: RunConfig, provenance: Provenance, architecture: str
         tokenizer_name=provenance.tokenizer_name,
         tokenizer_sha256=provenance.tokenizer_sha256,
         megatron_ledom_version=megatron_ledom.__version__,
+        **({} if provenance.is_plain else {"readings": readings_to(provenance.readings)}),
         **dict(chosen.fixed),
     )
 

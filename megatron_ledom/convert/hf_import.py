@@ -5,8 +5,10 @@ The checkpoint is iteration 0: a run of any layout starts from its weights with 
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,9 +36,10 @@ from megatron_ledom.convert.hf_folder import (
 )
 from megatron_ledom.convert.rules import Sizes, Weight, weights_of
 from megatron_ledom.convert.verify import Conversion, ParityCheck, VerifyMode, run_parity_check
-from megatron_ledom.direction import Direction
+from megatron_ledom.direction import BOTH, Direction, ModelDirection, Reading
 from megatron_ledom.errors import MismatchError, UsageError
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
+from megatron_ledom.provenance import Provenance, readings_from
 from megatron_ledom.storage.files import PART_SUFFIX
 from megatron_ledom.storage.folders import new_folder
 from megatron_ledom.storage.hashed_file import one_thread
@@ -46,6 +49,7 @@ from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
 log = logging.getLogger(__name__)
 
 CARD, MODEL_YAML = "import.json", "model.yaml"
+NO_MARKERS: Mapping[Direction, str] = MappingProxyType({})
 IGNORED = (".rotary_emb.inv_freq",)
 """Endings of the names of unused tensors in old folders."""
 
@@ -54,7 +58,8 @@ def import_hf(
     load: str,
     save: str,
     *,
-    direction: Direction | None = None,
+    direction: ModelDirection | None = None,
+    markers: Mapping[Direction, str] = NO_MARKERS,
     tokenizer: str | None = None,
     eod_token: str | None = None,
     seq_length: int | None = None,
@@ -64,7 +69,8 @@ def import_hf(
 ) -> ParityCheck | None:
     """Import the Hugging Face folder `load` as the new run folder `save`, to be trained in `direction`.
 
-    `direction`: may be None if the folder records it. `tokenizer`: its folder or file; None: `load`. `eod_token`: None: the eos
+    `direction`: may be None if the folder records it. `markers`: the marker of the documents of a direction; default: as the
+    folder records. `tokenizer`: its folder or file; None: `load`. `eod_token`: None: the eos
     of the tokenizer. `seq_length`: length of the training samples; None: all positions of the model. `params_dtype`: bf16 or
     fp32; None: bf16 if all weights are bf16, else fp32, which is exact. Files have at most `max_shard_size` bytes. `verify`
     None skips the parity check. Returns the results of the check.
@@ -77,6 +83,7 @@ def import_hf(
     model, positions = read_model(hf_config, os.path.join(load, CONFIG), seq_length)
     model |= {"vocab_size": loaded.vocab_size, "params_dtype": params_dtype or _dtype_of(reader)}
     config = _run_config(model, positions, os.path.join(load, CONFIG), save, aim)
+    provenance = _provenance(hf_config, aim, markers, loaded)
     sizes = Sizes(config.model, loaded.vocab_size)
     weights = _check_weights(reader, sizes)
     checkpoints = os.path.relpath(checkpoint_folder(config), save)
@@ -85,7 +92,7 @@ def import_hf(
         sources = {name: hashing.submit(checksum, os.path.join(load, name)) for name in [CONFIG, *reader.files()]}
         checkpoint = os.path.join(part, checkpoints, checkpoint_name(0))
         os.makedirs(checkpoint)
-        manifest = _write_checkpoint(checkpoint, config, loaded, reader, weights, max_shard_size)
+        manifest = _write_checkpoint(checkpoint, config, provenance, reader, weights, max_shard_size)
         check = run_parity_check(Conversion(checkpoint, manifest, load, hf_config, reader.exact_dtype()), verify)
         loaded.save(os.path.join(part, TOKENIZER))
         Path(part, MODEL_YAML).write_text(model_yaml(config, loaded, "imported"), encoding="utf-8")
@@ -98,19 +105,42 @@ def import_hf(
     return check
 
 
-def _direction(hf_config: PreTrainedConfig, given: Direction | None, folder: str) -> Direction:
+def _direction(hf_config: PreTrainedConfig, given: ModelDirection | None, folder: str) -> ModelDirection:
     """Return the direction of training. Raises UsageError if neither the folder nor the user gives one."""
     recorded = getattr(hf_config, "direction", None)
     if given is None and recorded is None:
         raise UsageError(
             f"{folder} does not record the direction of its model (public models are forward); choose the direction of this run"
-            " with --direction reverse or --direction forward"
+            " with --direction reverse, forward or both"
         )
     if given is not None and recorded is not None and given != recorded:
         log.warning(
             "%s is a %s model, and it will be trained in the %s direction, starting from its weights", folder, recorded, given
         )
-    return Direction(str(given if given is not None else recorded))
+    chosen = str(given if given is not None else recorded)
+    return BOTH if chosen == BOTH else Direction(chosen)
+
+
+def _provenance(
+    hf_config: PreTrainedConfig, aim: ModelDirection, markers: Mapping[Direction, str], tokenizer: Tokenizer
+) -> Provenance:
+    """Return the provenance of the training, with the markers that the user gives, else those that the folder records."""
+    aims = list(Direction) if aim == BOTH else [Direction(aim)]
+    if unused := [direction for direction in markers if direction not in aims]:
+        raise UsageError(f"--{unused[0]}-marker has no effect with --direction {aim}; omit it, or choose --direction both")
+    known = {reading.direction: reading for reading in readings_from(getattr(hf_config, "readings", None) or [])}
+    readings = [
+        Reading(direction=direction, marker_id=tokenizer.token_id(markers[direction]))
+        if direction in markers
+        else known.get(direction, Reading(direction=direction))
+        for direction in aims
+    ]
+    if len({reading.marker_id for reading in readings}) < len(readings):
+        raise UsageError(
+            "--direction both needs documents of the two directions with different markers; name those of the shards by"
+            " --forward-marker and --reverse-marker"
+        )
+    return tokenizer.provenance(aims[0]).of_readings(*readings)
 
 
 def _dtype_of(reader: WeightsReader) -> str:
@@ -118,12 +148,12 @@ def _dtype_of(reader: WeightsReader) -> str:
     return "bf16" if set(reader.dtypes.values()) == {DTYPE_NAMES[torch.bfloat16]} else "fp32"
 
 
-def _run_config(model: dict[str, Any], positions: int, where: str, save: str, direction: Direction) -> RunConfig:
+def _run_config(model: dict[str, Any], positions: int, where: str, save: str, direction: ModelDirection) -> RunConfig:
     """Return the config that the checkpoint records: architecture, direction and sequence length. The run sets the rest."""
     values = {
         "run_dir": save,
         "model": model,
-        "data": {"direction": str(Direction(direction)), "tokenizer": os.path.join(save, TOKENIZER), "seq_length": positions},
+        "data": {"direction": str(direction), "tokenizer": os.path.join(save, TOKENIZER), "seq_length": positions},
         "optimizer": {"lr_warmup_iters": 0},
         "train": {"train_iters": 1, "global_batch_size": 1},
     }
@@ -176,7 +206,7 @@ def _rows_fit(name: str, rows: int, expected: int) -> bool:
 
 
 def _write_checkpoint(
-    folder: str, config: RunConfig, tokenizer: Tokenizer, reader: WeightsReader, weights: list[Weight], max_file_size: int
+    folder: str, config: RunConfig, provenance: Provenance, reader: WeightsReader, weights: list[Weight], max_file_size: int
 ) -> CheckpointManifest:
     dtype = PARAMS_DTYPES[config.model.params_dtype]
     by_piece = {(weight.core, weight.layer): weight for weight in weights}
@@ -187,7 +217,7 @@ def _write_checkpoint(
 
     manifest = CheckpointManifest.describe(
         config,
-        tokenizer.provenance(config.data.direction),
+        provenance,
         [],
         1,
         iteration=0,
@@ -211,10 +241,12 @@ def model_yaml(config: RunConfig, tokenizer: Tokenizer, kind: str) -> str:
             "seq_length": config.data.seq_length,
         },
     }
+    direction = config.data.direction
+    shards = "forward and --direction reverse, with markers" if direction == BOTH else str(direction)
     head = (
         f"# The architecture of the {kind} weights. Add data.train_blend and the section train (train_iters, global_batch_size)\n"
         f"# on the command line, or in a file with `base:` this one. Shards need --tokenizer {config.data.tokenizer}"
-        f" --eod-token '{tokenizer.eod_token}'\n# --direction {config.data.direction}.\n"
+        f" --eod-token '{tokenizer.eod_token}'\n# --direction {shards}.\n"
     )
     return head + yaml.safe_dump(values, sort_keys=False)
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_ledom.direction import Direction
+from megatron_ledom.direction import BOTH, Direction
+from megatron_ledom.errors import UsageError
 from megatron_ledom.inference.language_model import ForwardLM, ReverseLM
 from megatron_ledom.inference.model_folder import OptionNames, read_model_config
 from megatron_ledom.inference.scoring import SpanScore, check_batch_size
@@ -62,9 +63,15 @@ class LanguageTaskModel:
 def direction_of(folder: Path, requested: str | None, option_names: OptionNames) -> Direction:
     """Return the requested direction, else the recorded one; without either, forward, with a message.
 
+    Raises UsageError without a request for a model that reads both.
+
     option_names: the option or argument that the message names.
     """
     recorded = read_model_config(folder).get("direction")
+    if recorded == BOTH and requested is None:
+        raise UsageError(
+            f"the model of {folder} reads both directions; choose one with {option_names.reverse} or {option_names.forward}"
+        )
     if requested is None and recorded is None:
         print(
             f"{folder} records no direction and is evaluated as a forward model; for a reverse model give {option_names.reverse}",

@@ -15,6 +15,7 @@ from megatron_ledom.direction import Direction, to_model_order
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.inference.language_model import LanguageModel
 from megatron_ledom.inference.model_folder import SMALL_FILES
+from megatron_ledom.provenance import readings_to
 from megatron_ledom.storage.folders import new_folder
 from megatron_ledom.tokenizers.reader import read_tokenizer
 
@@ -42,6 +43,8 @@ class DocumentCollator:
     direction: Direction
     eod_id: int
     max_length: int | None = None
+    marker_id: int | None = None
+    """First id of each document, if the model has a marker."""
 
     def __post_init__(self) -> None:
         """Raise UsageError for a length below 2, which has nothing to predict."""
@@ -51,7 +54,9 @@ class DocumentCollator:
     @classmethod
     def of(cls, lm: LanguageModel, max_length: int | None = None) -> "DocumentCollator":
         """Return the collator of a model; max_length is the number of its positions if it is not given."""
-        return cls(direction=lm.direction, eod_id=lm.stop_ids[0], max_length=max_length or lm.num_positions)
+        marker_id = None if lm.reading is None else lm.reading.marker_id
+        length = max_length or lm.num_positions
+        return cls(direction=lm.direction, eod_id=lm.stop_ids[0], max_length=length, marker_id=marker_id)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Return input_ids, attention_mask and labels [B, S] for documents with `input_ids` in text order."""
@@ -73,7 +78,8 @@ class DocumentCollator:
         if not text_ids or self.eod_id in text_ids:
             found = f"the eod {self.eod_id}, which closes documents" if text_ids else "no tokens"
             raise DataError(f"a document contains {found}; remove it, and do not add special tokens when you encode texts")
-        row = [*to_model_order(text_ids, self.direction), self.eod_id]
+        marker = [] if self.marker_id is None else [self.marker_id]
+        row = [*marker, *to_model_order(text_ids, self.direction), self.eod_id]
         return row if self.max_length is None else row[: self.max_length]
 
 
@@ -94,6 +100,8 @@ def save_finetuned(lm: LanguageModel, model: Any, source: str | Path, output: st
     }
     for name, value in recorded.items():
         setattr(merged.config, name, value)
+    if getattr(merged.config, "readings", None) is not None:  # a two-way model becomes one of the direction it was trained in
+        merged.config.readings = None if lm.reading is None or lm.reading.is_plain else readings_to([lm.reading])
     merged.generation_config.eos_token_id = eod_id
     with new_folder(str(output), option="--output") as part:
         merged.save_pretrained(part)

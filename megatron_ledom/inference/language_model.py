@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self, overload
 import torch
 from transformers import GenerationConfig
 
-from megatron_ledom.direction import Direction
+from megatron_ledom.direction import Direction, Reading
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.inference.generation import Generation, Sampling, Writer
 from megatron_ledom.inference.joint_tokenizer import JointTokenizer
@@ -20,9 +20,11 @@ from megatron_ledom.inference.model_folder import (
     PYTHON_OPTIONS,
     OptionNames,
     check_model_type,
+    leading_ids_of,
     load_stock_model,
     load_tokenizer,
     read_model_config,
+    recorded_reading,
 )
 from megatron_ledom.inference.scoring import (
     Span,
@@ -41,14 +43,23 @@ from megatron_ledom.inference.scoring import (
 class LanguageModel:
     """A causal Hugging Face model with its direction. Texts and `text_ids` are always in text order.
 
-    stop_ids: the ids that end generation; the first is eod. leading_ids: the ids before every sequence in model order: none
-    for a model of this package, BOS for a stock model whose tokenizer adds one.
+    stop_ids: the ids that end generation; the first is eod. leading_ids: the ids before every sequence in model order: none for
+    a model of this package without a marker, else its marker; BOS for a stock model whose tokenizer adds one. reading: how the
+    model reads in this direction; None for a folder that records no direction.
     """
 
     direction: ClassVar[Direction]
 
-    def __init__(self, model: Any, tokenizer: JointTokenizer, stop_ids: list[int], leading_ids: list[int]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: JointTokenizer,
+        stop_ids: list[int],
+        leading_ids: list[int],
+        reading: Reading | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.stop_ids, self.leading_ids = model, tokenizer, stop_ids, leading_ids
+        self.reading = reading
         self.writer = Writer(model, tokenizer, self.direction, stop_ids)
 
     @classmethod
@@ -71,19 +82,17 @@ class LanguageModel:
         config = read_model_config(folder)
         check_model_type(folder, config)
         cls._check_direction(folder, config.get("direction"), direction, option_names)
+        reading = recorded_reading(folder, config, cls.direction)
         tokenizer, stop_ids = load_tokenizer(folder, cls.direction, eod_id, option_names)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         chosen = dtype or (torch.float32 if device.type == "cpu" else "auto")
         model = load_stock_model(folder, dtype=chosen).to(device).eval()
         model.generation_config = GenerationConfig()  # the folder's own sampling defaults must not mix with the caller's
-        adds_bos = (
-            config.get("direction") is None and cls.direction is Direction.FORWARD
-        )  # a reverse model must not begin with BOS
-        return cls(model, tokenizer, stop_ids, tokenizer.leading_ids if adds_bos else [])
+        return cls(model, tokenizer, stop_ids, leading_ids_of(reading, cls.direction, tokenizer), reading)
 
     @classmethod
     def _check_direction(cls, folder: Path, recorded: str | None, passed: str | None, option_names: OptionNames) -> None:
-        """Refuse a model of the other direction. A folder that records none is forward, unless the caller passes a direction."""
+        """Refuse a direction that is not this one. A folder that records none is forward, unless the caller passes a direction."""
         mine = str(cls.direction)
         other = "ForwardLM" if cls.direction is Direction.REVERSE else "ReverseLM"
         if passed is not None and passed != mine:
@@ -92,11 +101,6 @@ class LanguageModel:
             raise MismatchError(
                 f"{folder}/config.json records no direction, so the model counts as a forward one, expected 'reverse'; pass a folder"
                 f" that ledom convert-checkpoint wrote, or pass {option_names.reverse} if you know that this is a reverse model"
-            )
-        if recorded is not None and recorded != mine:
-            raise MismatchError(
-                f"{folder}/config.json records the direction {recorded}, {cls.__name__} needs a {mine} model; load it with"
-                f" {other}, or pass the folder of a {mine} model (in the wrong order, a model gives nonsense without an error)"
             )
 
     def span_scores(
@@ -163,9 +167,8 @@ class LanguageModel:
 
     def _check_given(self, texts: list[str]) -> None:
         """Raise UsageError for an empty text if the model needs one to start from."""
-        is_reverse = self.direction is Direction.REVERSE
-        if not all(texts) and (is_reverse or not self.leading_ids):
-            part = "following" if is_reverse else "preceding"
+        if not all(texts) and not self.leading_ids:
+            part = "following" if self.direction is Direction.REVERSE else "preceding"
             raise UsageError(f"an empty {part} text gives the model nothing to start from; pass at least one character")
 
 
@@ -232,7 +235,8 @@ class ReverseLM(LanguageModel):
         """Return log P_R(preceding | following), the sum over the tokens of `preceding` in natural logs; lists give a list.
 
         Both are encoded once as one text; a token that crosses the boundary belongs to `following`. An empty `preceding`
-        scores 0. An empty `following` raises UsageError, because nothing would condition the first token.
+        scores 0. An empty `following` raises UsageError unless the model has a marker, because nothing would condition the first
+        token.
         include_beginning adds log P(eod | the whole text), the log-probability that the text begins where `preceding` does.
         """
         return self._log_likelihood(preceding, following, include_beginning, batch_size)
@@ -299,7 +303,8 @@ class ForwardLM(LanguageModel):
         """Return log P_F(following | preceding), the sum over the tokens of `following` in natural logs; lists give a list.
 
         Both are encoded once as one text; a token that crosses the boundary belongs to `following`. An empty `preceding`
-        raises UsageError unless the tokenizer adds a BOS. If `preceding` has no token of its own, nothing conditions the first
-        token of the text, so it is not scored; `num_tokens` does not count it. include_end adds log P(eod | the whole text).
+        raises UsageError unless the tokenizer adds a BOS or the model has a marker. If `preceding` has no token of its own, nothing
+        conditions the first token of the text, so it is not scored; `num_tokens` does not count it. include_end adds log P(eod | the
+        whole text).
         """
         return self._log_likelihood(preceding, following, include_end, batch_size)

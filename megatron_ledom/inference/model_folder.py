@@ -8,7 +8,7 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,9 +21,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from megatron_ledom.direction import Direction
+from megatron_ledom.direction import BOTH, Direction, Reading, Unit
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.inference.joint_tokenizer import JointTokenizer
+from megatron_ledom.provenance import check_readings, readings_from
 from megatron_ledom.storage.hashes import sha256_of
 from megatron_ledom.tokenizers.reader import TokenizerFiles, other_ends, read_tokenizer
 
@@ -57,6 +58,11 @@ class OptionNames:
     eod: str
     reverse: str
 
+    @property
+    def forward(self) -> str:
+        """The same for the other direction."""
+        return self.reverse.replace("reverse", "forward")
+
 
 PYTHON_OPTIONS = OptionNames("eod_id=ID", "direction='reverse'")
 COMMAND_OPTIONS = OptionNames("--eod-id ID", "--direction reverse")
@@ -71,6 +77,45 @@ def read_model_config(folder: Path) -> dict[str, Any]:
             f"{folder} is not a model folder (it has no config.json); pass one that ledom convert-checkpoint wrote"
         )
     return _read_json(folder / "config.json")
+
+
+def recorded_reading(folder: Path, config: Mapping[str, Any], direction: Direction) -> Reading | None:
+    """Return how the model of a folder reads in a direction; None if its config.json records no direction.
+
+    Raises MismatchError if the model was not trained in this direction, or on another unit than the token there.
+    """
+    recorded = config.get("direction")
+    if recorded is None:
+        return None
+    mine, other = ("ReverseLM", "ForwardLM") if direction is Direction.REVERSE else ("ForwardLM", "ReverseLM")
+    if recorded not in (str(direction), BOTH):
+        raise MismatchError(
+            f"{folder}/config.json records the direction {recorded}, {mine} needs a {direction} model; load it with"
+            f" {other}, or pass the folder of a {direction} model (in the wrong order, a model gives nonsense without an error)"
+        )
+    try:
+        readings = readings_from(config.get("readings") or ([] if recorded == BOTH else [_plain(direction)]))
+        check_readings(BOTH if recorded == BOTH else direction, readings)
+    except DataError as error:
+        raise DataError(f"{folder}/config.json: {error}; write the folder again") from error
+    reading = next(reading for reading in readings if reading.direction is direction)
+    if reading.unit is not Unit.TOKEN:
+        raise MismatchError(
+            f"the model of {folder} was trained on {direction} documents in {reading.unit} order; {mine} reads and writes token by token:"
+            f" load it with {other} if it reads the other direction too, or train on shards of --unit token"
+        )
+    return reading
+
+
+def _plain(direction: Direction) -> dict[str, Any]:
+    return {"direction": str(direction), "unit": str(Unit.TOKEN)}
+
+
+def leading_ids_of(reading: Reading | None, direction: Direction, tokenizer: JointTokenizer) -> list[int]:
+    """Return the ids before every sequence: the marker of a model that has one, or the BOS of a stock forward model."""
+    if reading is not None:
+        return [] if reading.marker_id is None else [reading.marker_id]
+    return tokenizer.leading_ids if direction is Direction.FORWARD else []  # a reverse model must not begin with BOS
 
 
 def load_tokenizer(

@@ -26,6 +26,8 @@ LAST_WRITE_SECONDS = 10.0
 """Longest wait for the last heartbeat of a launch."""
 MOST_REASON = 2000
 """Longest reason that is written, in characters."""
+MOST_BYTES = 1 << 16
+"""Most characters that are read; the rest of a longer file makes it damaged."""
 LARGEST = 2.0**53
 """Numbers of a whole heartbeat are smaller."""
 RUNNING, COMPLETE, STOPPED, FAILED = "running", "complete", "stopped", "failed"
@@ -85,7 +87,7 @@ def read_heartbeat(run_dir: str) -> Heartbeat | None:
     path = os.path.join(run_dir, HEARTBEAT)
     try:
         with open(path, encoding="utf-8") as file:
-            values = json.load(file)
+            values = json.loads(file.read(MOST_BYTES))
         return _checked(values)
     except FileNotFoundError:
         return None

@@ -17,15 +17,23 @@ class LaunchReport:
         self._is_over = False
 
     def hung(self, reason: str) -> None:
-        """Report that the watchdog ends this process."""
-        self._end(FAILED, reason)
+        """Report that the watchdog ends this process. Without the stacks, which are in the log."""
+        self._end(FAILED, " ".join(line for line in reason.splitlines() if not line.startswith(" ")))
 
     def ended(self, iteration: int, reason: str) -> None:
-        """Report the end of training: the run is complete, or it was saved and can be resumed."""
+        """Report the end of training: the run is complete, or it was saved and can be resumed.
+
+        reason: the cause of a stop, as far as this rank knows it; empty if it does not.
+        """
+        interval = self._config.train.exit_interval
         if iteration >= self._config.train.train_iters:
             self._end(COMPLETE, "", iteration)
-        else:
+        elif reason:
             self._end(STOPPED, reason, iteration)
+        elif interval is not None and iteration % interval == 0:
+            self._end(STOPPED, f"train.exit_interval={interval}", iteration)
+        else:
+            self._end(STOPPED, "another rank had to stop", iteration)
 
     def failed(self, error: BaseException) -> None:
         """Report the error that ends the launch."""

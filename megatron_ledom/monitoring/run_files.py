@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 
 import yaml
 
-from megatron_ledom.checkpoint.folder import finished_checkpoints, latest_checkpoint
+from megatron_ledom.checkpoint.folder import checkpoint_name, latest_checkpoint
 from megatron_ledom.errors import LedomError
 from megatron_ledom.monitoring.fields import GIB, Limits, RunStatus
 from megatron_ledom.monitoring.heartbeat import HEARTBEAT, RUNNING, Heartbeat, read_heartbeat
 from megatron_ledom.monitoring.problems import ProblemKind
-from megatron_ledom.monitoring.state import Evidence
+from megatron_ledom.monitoring.state import CLOCK_SECONDS, Evidence
 from megatron_ledom.storage.records import BAD_STEPS, LAUNCHES, METRICS, SAVES, STEPS, Record, numbers_only
 from megatron_ledom.storage.tail import count_lines, last_records, spread_records
 
@@ -33,8 +33,6 @@ MOST_BAD_BYTES = 1 << 22
 """Most bytes that are read of the bad steps, whose lines name every sample."""
 CURVE_POINTS = 160
 NAMED_RANKS = 3
-CLOCK_SECONDS = 30.0
-"""Smallest difference of two clocks that is reported; a heartbeat is on disk within a second or two."""
 MOST_WORDS = 200
 Result = TypeVar("Result")
 NOTHING: tuple[list[Record], int] = ([], 0)
@@ -43,8 +41,8 @@ NOTHING: tuple[list[Record], int] = ([], 0)
 def read_files(run_dir: str, limits: Limits, now: float) -> tuple[RunStatus, Evidence | None]:
     """Return the status of a run folder without its state, and the facts for `judge`; None if there is no such folder."""
     status = RunStatus(run_dir, read_at=now)
-    if not os.path.isdir(run_dir):
-        status.reason = "the folder does not exist (or its disk is not mounted)"
+    status.reason = _reason_against(run_dir)
+    if status.reason:
         return status, None
     read = _Reader(status)
     settings = read(lambda: _read_settings(run_dir)) or {}
@@ -58,6 +56,17 @@ def read_files(run_dir: str, limits: Limits, now: float) -> tuple[RunStatus, Evi
     if heartbeat is not None:
         _take_heartbeat(status, run_dir, heartbeat, now, from_iteration)
     return status, _evidence(status, run_dir, heartbeat, settings, limits)
+
+
+def _reason_against(run_dir: str) -> str:
+    """Return the reason why a folder cannot be read; empty if it can."""
+    try:
+        os.listdir(run_dir)
+    except FileNotFoundError:
+        return "the folder does not exist (or its disk is not mounted)"
+    except OSError as error:
+        return f"the folder cannot be read ({error.strerror})"
+    return ""
 
 
 class _Reader:
@@ -207,7 +216,7 @@ def _read_bad_steps(status: RunStatus, run_dir: str) -> None:
         last = status.last_bad_step
         status.add(
             ProblemKind.SPIKE,
-            f"{many}{status.recent_bad_steps} bad steps in the last {RECENT_STEPS} iterations; the last one: iteration"
+            f"bad steps in the last {RECENT_STEPS} iterations: {many}{status.recent_bad_steps}; the last one: iteration"
             f" {last['iteration']}, {last['reason']} ({last['action']})",
         )
 
@@ -250,17 +259,21 @@ def _read_disk(status: RunStatus, run_dir: str, settings: Mapping[str, Any], lim
     least = limits.min_free_disk_gib
     if least is None:
         least = setting(settings, "alerts", "min_free_disk_gib")
-    status.disk_needed_bytes = read(lambda: needed_disk_bytes(run_dir)) if least is None else int(least * GIB)
+    if least is not None:
+        status.disk_needed_bytes = int(least * GIB)
+    elif status.checkpoint_iteration is not None:
+        newest = os.path.join(run_dir, "checkpoints", checkpoint_name(status.checkpoint_iteration))
+        size = read(lambda: _folder_bytes(newest))
+        status.disk_needed_bytes = None if size is None else 2 * size
 
 
-def needed_disk_bytes(run_dir: str) -> int | None:
-    """Return twice the size of the newest checkpoint; None without one. Raise OSError."""
-    folder = os.path.join(run_dir, "checkpoints")
-    newest = next(reversed(finished_checkpoints(folder).values()), None)
-    if newest is None:
+def _folder_bytes(folder: str) -> int | None:
+    """Return the bytes of the files of a folder; None if it has just been deleted. Raise OSError."""
+    try:
+        with os.scandir(folder) as entries:
+            return sum(entry.stat().st_size for entry in entries if entry.is_file())
+    except FileNotFoundError:
         return None
-    with os.scandir(os.path.join(folder, newest)) as entries:
-        return 2 * sum(entry.stat().st_size for entry in entries if entry.is_file())
 
 
 def _age_of_records(run_dir: str, now: float) -> float | None:
@@ -308,11 +321,13 @@ def _evidence(
 ) -> Evidence:
     """Return the facts for `judge`, but for SLURM's."""
     stall = limits.stall_seconds
+    beat_age, record_age = status.heartbeat_age_seconds, status.record_age_seconds
     files = ("config.yaml", HEARTBEAT, METRICS, STEPS, LAUNCHES)
     return Evidence(
         heartbeat=heartbeat,
-        heartbeat_age=status.heartbeat_age_seconds,
-        record_age=status.record_age_seconds,
+        heartbeat_age=beat_age,
+        record_age=record_age,
+        record_lead=None if beat_age is None or record_age is None else beat_age - record_age,
         step_seconds=status.seconds_per_iteration or 0.0,
         ended_with=limits.ended_with,
         is_complete=bool(status.train_iters and status.checkpoint_iteration == status.train_iters),

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_ledom.errors import UsageError
 from megatron_ledom.monitoring.fields import Limits, RunStatus
+from megatron_ledom.monitoring.heartbeat import COMPLETE
 from megatron_ledom.monitoring.run_files import read_files
 from megatron_ledom.monitoring.run_status import conclude
 from megatron_ledom.monitoring.state import Evidence, State
@@ -67,7 +68,7 @@ class RunReader:
             raise UsageError(f"{len(folders)} runs were found, and at most {MOST_RUNS} can be shown; name fewer folders")
         found = self._in_time(folders, self._read_one)
         known = [found.get(folder) or (self._silent(folder), None) for folder in folders]
-        jobs = self._jobs({status.slurm_job_id for status, _ in known if status.slurm_job_id is not None})
+        jobs = self._jobs({status.slurm_job_id for status, facts in known if status.slurm_job_id and _needs_job(facts)})
         for status, _ in known:
             status.slurm_state = jobs.get(status.slurm_job_id or "")
         return [conclude(status, facts) for status, facts in known]
@@ -116,6 +117,11 @@ class RunReader:
     def _silent(self, folder: str) -> RunStatus:
         reason = f"its files did not answer within {self._seconds:.0f} s: check its disk"
         return RunStatus(folder, self._stages.get(folder, ""), reason=reason, read_at=time.time())
+
+
+def _needs_job(facts: Evidence | None) -> bool:
+    """Return False for a complete run, whose job says nothing more."""
+    return facts is not None and (facts.heartbeat is None or facts.heartbeat.state != COMPLETE)
 
 
 def run_folders(given: str) -> list[str]:

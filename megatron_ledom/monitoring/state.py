@@ -18,6 +18,8 @@ STALL_SECONDS = 120.0
 """Default time without progress, for a run whose watchdog is off."""
 LATER_SECONDS = 60.0
 """Records that are newer than the heartbeat by this time were not written by its launch."""
+CLOCK_SECONDS = 30.0
+"""Largest difference of two clocks that is not reported: a heartbeat is on disk within a second or two."""
 
 
 class State(StrEnum):
@@ -65,6 +67,8 @@ class Evidence:
     """None also if the clocks differ so much that the age would be a guess."""
     record_age: float | None = None
     """Age of the newest file of records."""
+    record_lead: float | None = None
+    """Seconds by which that file is newer than the file of the heartbeat."""
     step_seconds: float = 0.0
     slurm_state: str | None = None
     ended_with: int | None = None
@@ -110,13 +114,13 @@ def _is_fresh(facts: Evidence) -> bool:
 
 def _has_later_records(facts: Evidence) -> bool:
     """Return True if records were written after the heartbeat: by a launch that writes none, or cannot write it."""
-    ages = facts.heartbeat_age, facts.record_age
-    return ages[0] is not None and ages[1] is not None and ages[0] - ages[1] > LATER_SECONDS
+    return facts.record_lead is not None and facts.record_lead > LATER_SECONDS
 
 
 def _writes_records(facts: Evidence) -> bool:
     """Return True if the newest record is as new as that of a running launch."""
-    return facts.record_age is not None and 0 <= facts.record_age <= facts.stale_seconds + SILENT_STEPS * facts.step_seconds
+    longest = facts.stale_seconds + SILENT_STEPS * facts.step_seconds
+    return facts.record_age is not None and -CLOCK_SECONDS <= facts.record_age <= longest
 
 
 def _by_age(facts: Evidence, beat: Heartbeat) -> StateOfRun:
@@ -132,9 +136,7 @@ def _by_age(facts: Evidence, beat: Heartbeat) -> StateOfRun:
     if age is not None and _is_dead(beat):
         return StateOfRun(State.LOST, f"its process has ended without a report: killed, or out of memory; {last}")
     if _has_later_records(facts) and _writes_records(facts):
-        return StateOfRun(
-            State.RUNNING, f"records are being written, but heartbeat.json is {age:.0f} s old: see the log of rank 0"
-        )
+        return StateOfRun(State.RUNNING, "records are being written, but heartbeat.json is old: see the log of rank 0")
     if age is None:
         return StateOfRun(State.UNKNOWN, f"the age of heartbeat.json is unknown, because clocks differ; {last}")
     if age > facts.stale_seconds:
@@ -174,5 +176,7 @@ def _by_records(facts: Evidence) -> StateOfRun:
         return StateOfRun(State.NEW)
     if _writes_records(facts):
         return StateOfRun(State.RUNNING, f"{why}; records are being written")
+    if facts.record_age < 0:
+        return StateOfRun(State.UNKNOWN, f"{why}, and the age of the newest record is unknown, because clocks differ")
     job = f", its SLURM job is {facts.slurm_state}" if facts.slurm_state else ""
     return StateOfRun(State.UNKNOWN, f"{why}, the newest record is {facts.record_age:.0f} s old{job}: ended, or very slow")

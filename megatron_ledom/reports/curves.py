@@ -18,11 +18,19 @@ DIFFERENCE = "loss_difference"
 EXACT = ("lr",)
 """Keys without noise, which are not smoothed."""
 COLOURS = {
-    "light": {"reverse": ["#c1440e", "#8a2be2", "#b8860b"], "forward": ["#1f5fa8", "#1b7f5c", "#5b6470"]},
-    "dark": {"reverse": ["#ff8a5b", "#c9a2ff", "#ffd166"], "forward": ["#7db8ff", "#6fe0b4", "#b7c0cc"]},
+    "light": {
+        "reverse": ["#c1440e", "#8a2be2", "#b8860b"],
+        "forward": ["#1f5fa8", "#1b7f5c", "#5b6470"],
+        "both": ["#8a2be2", "#5b6470", "#c1440e"],
+    },
+    "dark": {
+        "reverse": ["#ff8a5b", "#c9a2ff", "#ffd166"],
+        "forward": ["#7db8ff", "#6fe0b4", "#b7c0cc"],
+        "both": ["#c9a2ff", "#b7c0cc", "#ff8a5b"],
+    },
 }
 """For each page and direction; the second run of a direction has the second colour."""
-STYLES = {"reverse": "-", "forward": (0, (5, 2))}
+STYLES = {"reverse": "-", "forward": (0, (5, 2)), "both": (0, (1, 1))}
 """Line styles for each direction, so that both of two overlapping curves are visible."""
 CUT = 0.03
 """First part of the longest run, as a fraction, that does not set the scale, because its losses fall steeply."""

@@ -36,7 +36,7 @@ class RunData:
 
     @property
     def direction(self) -> str:
-        """`reverse` or `forward`."""
+        """`reverse`, `forward` or `both`."""
         return str(self.config.data.direction)
 
     def last_tokens(self) -> float:

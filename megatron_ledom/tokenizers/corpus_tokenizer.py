@@ -14,6 +14,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +148,9 @@ class Tokenizer:
         """Return the text of ids [length] in text order, without specials."""
         return self._reference.decode(ids.tolist() if isinstance(ids, np.ndarray) else ids)
 
+    @cached_property
     def word_pieces(self) -> WordPieces | None:
-        """Return where words begin among the ids; None if the pieces do not show it."""
+        """Ids with which words begin; None if the pieces do not show it."""
         surfaces = surfaces_of(orjson.loads(self._files[JSON]), self._vocab)
         return None if surfaces is None else word_pieces(surfaces, self.vocab_size)
 

@@ -24,6 +24,7 @@ from megatron_ledom.checkpoint.manifest import (
     load_manifest,
 )
 from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.direction import BOTH
 from megatron_ledom.errors import ConfigError, DataError, MismatchError
 from megatron_ledom.provenance import Provenance
 from megatron_ledom.storage.files import write_json
@@ -130,10 +131,10 @@ def check_follows(before: RunConfig, config: RunConfig, where: str, *, is_traine
     """
     kept = [key for key in ARCHITECTURE_KEYS if key not in ROTARY_KEYS]
     check_architecture(before, config, where, kept, OTHERWISE)
-    if before.data.direction is not config.data.direction:
+    if before.data.direction != config.data.direction:
+        kind = "two-way" if before.data.direction == BOTH else before.data.direction
         raise MismatchError(
-            f"{where} is a {before.data.direction} model, but data.direction={config.data.direction}; use data of its direction, or"
-            f" {OTHERWISE}"
+            f"{where} is a {kind} model, but data.direction={config.data.direction}; use data of its direction, or {OTHERWISE}"
         )
     if config.init_state != "weights":
         check_optimizer_kind(before, config, where, f"{OTHERWISE}, or set init_state=weights")

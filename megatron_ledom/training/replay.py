@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
@@ -29,13 +30,17 @@ from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.blends.sources import RUN_TOKENIZER, Sources, load_sources
 from megatron_ledom.data.dataset.blend_samples import index_cache, sample_origins
 from megatron_ledom.data.dataset.sample_index import index_spec, prepare_indices
-from megatron_ledom.direction import to_text_order
-from megatron_ledom.errors import UsageError
+from megatron_ledom.data.shards.model_order import unit_order
+from megatron_ledom.data.shards.shard import ShardManifest
+from megatron_ledom.data.shards.shard import load_manifest as load_shard_manifest
+from megatron_ledom.direction import Unit
+from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.model.layer_specs import choose_layers
 from megatron_ledom.parallel.collectives import on_every_rank
 from megatron_ledom.parallel.groups import start_distributed, stop_distributed
 from megatron_ledom.platform.device import prepare_platform
 from megatron_ledom.platform.launch import Launch, read_launch
+from megatron_ledom.reversal_units import UnitOrder
 from megatron_ledom.storage.records import LAUNCHES, Record
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.training.history import load_skipped_iterations, read_bad_steps, read_launches, read_steps
@@ -284,16 +289,29 @@ def _sample_lines(state: TrainState, show: int) -> Iterator[str]:
     for origin in sample_origins(state.train_dataset, samples[:show]):
         yield f"\nsample {origin['sample']} of {origin['source']}, documents {origin['documents']}"
         ids = [int(number) for number in state.train_dataset[origin["sample"]]["tokens"]]
-        yield from (f"  {text}" for text in _texts(ids, tokenizer, state))
+        yield from (f"  {text}" for text in _texts(ids, tokenizer, state, load_shard_manifest(origin["source"])))
 
 
-def _texts(ids: list[int], tokenizer: Tokenizer | None, state: TrainState) -> Iterator[str]:
-    """Yield the parts of documents in a sample, each in text order."""
-    part_ids: list[Any] = []
+def _texts(ids: list[int], tokenizer: Tokenizer | None, state: TrainState, manifest: ShardManifest) -> Iterator[str]:
+    """Yield the parts of documents in a sample, each in text order; all have the model order of its shard."""
+    needs_words = manifest.model_order.unit in (Unit.WORD, Unit.ENTITY)
+    order = None if needs_words and tokenizer is None else unit_order(manifest.model_order, tokenizer)
+    part_ids: list[int] = []
     for number in [*ids, state.provenance.eod_id]:
         if number != state.provenance.eod_id:
             part_ids.append(number)
         elif part_ids:
-            text_ids = to_text_order(part_ids, state.config.data.direction)
+            text_ids = _in_text_order(part_ids, order)
             yield repr(tokenizer.decode(text_ids)) if tokenizer is not None else str(text_ids)
             part_ids = []
+
+
+def _in_text_order(ids: list[int], order: UnitOrder | None) -> list[int]:
+    """Return a part of a document in text order, without its marker. A part that is cut within an entity stays as it is."""
+    if order is None:
+        return ids
+    kept = ids[1:] if ids[0] == order.reading.marker_id else ids
+    try:
+        return [int(id_) for id_ in order.text_ids(np.array(kept, np.int64))]
+    except DataError:
+        return kept

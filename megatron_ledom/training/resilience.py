@@ -61,12 +61,12 @@ class StopRequest:
         return None if self.received is None else self.received.name
 
     def reason(self) -> str:
-        """Return the reason for which a run stops before its last iteration, as far as this rank knows it."""
+        """Return the reason for which this rank has asked all ranks to stop; empty if it has not."""
         if self.received is not None:
             return f"got {self.received.name}"
         if self.has_reached_deadline and self.deadline is not None:
             return self.deadline.describe()
-        return "another rank had to stop, or train.exit_interval"
+        return ""
 
     def agreed(self, device: "torch.device", seconds_to_save: float) -> bool:
         """Return True if any rank has to stop; the same on every rank. Call on every rank at every step boundary.

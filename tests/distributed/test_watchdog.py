@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ledom.monitoring.heartbeat import read_heartbeat
 from megatron_ledom.training.watchdog import EXIT_CODE
 from tests.support.injected_errors import inject
 from tests.support.tiny_runs import TinyData, as_srun_starts_it, read_metrics, run_on_ranks, start_ranks
@@ -36,6 +37,10 @@ def test_a_rank_that_hangs_is_named_with_its_stack(data: TinyData, tmp_path: Pat
     assert " hangs: iteration 4, " in output
     assert output.count("hangs:") == 1
     assert "_sleep_here" in output
+    beat = read_heartbeat(str(run_dir))
+    assert beat is not None
+    assert (beat.state, f"rank {hanging} (" in beat.reason, "hangs:" in beat.reason) == ("failed", True, True)
+    assert "_sleep_here" not in beat.reason
     for rank in range(num_ranks):
         assert ("_sleep_here" in (run_dir / f"stacks/rank_{rank}.txt").read_text()) == (rank == hanging)
 

@@ -1,7 +1,8 @@
 """The scripts of examples/slurm in a container under a real SLURM: bubblewrap, which needs neither an image nor privileges.
 
 The image is the root of this machine, read-only except for mounts. Folders under names that only exist in the container show that the
-commands run there. Apptainer and pyxis are not installable here; tests/unit/examples/test_containers.py records their words.
+commands run there. Apptainer and pyxis are not installable here; tests/unit/examples/test_containers.py records their words, and the
+slow test below gives the real srun those of pyxis without the options that it does not know.
 """
 
 import re
@@ -23,6 +24,17 @@ from tests.support.tiny_runs import TinyData, run_on_ranks
 INSIDE = "/ledom_test_runs"
 """A folder of the container that this machine does not have."""
 ITERATIONS = 60
+
+PYXIS = """#!/bin/bash
+# a SLURM with pyxis: srun knows its options; the real srun then starts the tasks without them
+[[ "$1" == --help ]] && exec echo "--container-image=[USER@][REGISTRY#]IMAGE[:TAG]|PATH"
+words=()
+while [[ "$1" == --* ]]; do
+    [[ "$1" == --*container-* ]] && echo "$1" >> {record} || words+=("$1")
+    shift
+done
+exec {srun} "${{words[@]}}" "$@"
+"""
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 
@@ -61,6 +73,32 @@ def test_signal_in_a_container_saves_and_the_job_resumes_in_it(training: Trainin
     assert "got SIGUSR1: saving and exiting" in training.logged()
     assert len(re.findall(r"in the container / \(bwrap\)", training.logged())) == 2
     assert not Path(INSIDE).exists()
+
+
+@pytest.mark.slow
+def test_steps_of_pyxis_check_train_save_and_resume(
+    cluster: Cluster, data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check before the submission is a job of its own; the ranks and the progress are steps of the job."""
+    monkeypatch.setattr(tiny_runs, "SECONDS", 600)
+    srun, record = tmp_path / "srun", tmp_path / "words"
+    srun.write_text(PYXIS.format(record=record, srun=shutil.which("srun")))
+    srun.chmod(0o755)
+    variables = {"CONTAINER": "nvcr.io#nvidia/cuda:13", "CONTAINER_SRUN_OPTIONS": "--mem=1000M", "PYTHONPATH": str(ROOT)}
+    for name, value in variables.items() | {("PATH", f"{tmp_path}:{cluster.environment['PATH']}")}:
+        monkeypatch.setitem(cluster.environment, name, value)
+    training = Training(cluster, tmp_path / "run", tmp_path / "job.log", data.config)
+    few_saves, whole = settings(ITERATIONS, save_interval=ITERATIONS), tmp_path / "whole"
+    run_on_ranks(data.config, whole, *few_saves, num_ranks=2)
+    training.submit(*few_saves, iterations=ITERATIONS)
+    training.wait_for_iteration(3)
+    cluster.run("scancel", "--batch", "--signal=USR1", training.job)
+    training.wait_for_line("saved; queued again at iteration")
+    training.start_again()
+    training.check_ends_as(whole, restarts=1)
+    steps = record.read_text().split("--container-image=nvcr.io#nvidia/cuda:13")
+    assert len(steps) - 1 == 5, "the check, two starts of the ranks, and the progress after each"
+    assert all("--container-readonly" in step for step in steps[1:])
 
 
 def test_nodes_are_checked_from_outside_and_their_ranks_run_in_the_container(container: Cluster, tmp_path: Path) -> None:

@@ -39,15 +39,15 @@ planning.verdicts: checkpoint config errors
 data: config contamination direction errors lazy parallel platform provenance reversal_units storage tables tokenizers
 checkpoint: config errors parallel platform provenance storage
 monitoring: checkpoint config errors platform storage
-training: checkpoint config data direction errors lazy model monitoring ops parallel platform provenance storage tokenizers
+training: checkpoint config data direction errors lazy model monitoring ops parallel platform provenance reversal_units storage tokenizers
 mirror: checkpoint config data errors platform storage
 callbacks: checkpoint config data direction errors evaluation inference mirror model parallel platform storage training
 pretrain: callbacks checkpoint config data errors mirror model ops parallel planning platform tokenizers training
-inference: direction errors lazy storage tokenizers
+inference: direction errors lazy provenance storage tokenizers
 convert: checkpoint config direction errors inference lazy tables model parallel platform provenance storage tokenizers
 serving: direction errors inference monitoring tokenizers
 rewards: direction errors inference lazy storage
-finetune: data direction errors inference lazy storage tokenizers
+finetune: data direction errors inference lazy provenance storage tokenizers
 evaluation: contamination direction errors inference lazy storage tables tokenizers
 reports: checkpoint config direction errors evaluation inference tables planning storage training
 hardware_check: checkpoint config convert data direction errors inference model ops parallel planning platform pretrain\

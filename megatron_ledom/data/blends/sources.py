@@ -20,7 +20,7 @@ from megatron_ledom.data.shards.index_file import map_index
 from megatron_ledom.data.shards.shard import ShardManifest, check_shard
 from megatron_ledom.data.shards.shard_files import ShardFiles
 from megatron_ledom.data.shards.targets import counted_bytes_per_token
-from megatron_ledom.direction import Direction
+from megatron_ledom.direction import BOTH, Direction, ModelDirection
 from megatron_ledom.errors import ConfigError, MismatchError
 from megatron_ledom.provenance import Provenance
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
@@ -152,17 +152,20 @@ def _open(prefixes: Iterable[str]) -> tuple[dict[str, ShardManifest], dict[str, 
 
 
 def check_manifests(config: RunConfig, manifests: Mapping[str, ShardManifest]) -> Provenance:
-    """Return the common provenance of one or more shards. Raises a LedomError that names the first shard that does not fit."""
+    """Return the common provenance of one or more shards: for a two-way run that of both directions.
+
+    Raises a LedomError that names the first shard that does not fit.
+    """
     prefix, first = next(iter(manifests.items()))
-    provenance = first.provenance
-    _check_direction(prefix, first, config.data.direction)
-    if not provenance.is_plain:
-        raise MismatchError(
-            f"the shard {prefix} is {first.model_order.describe()}, and this version trains on the unit token without a marker only; convert"
-            " it with ledom reverse-shards"
-        )
+    firsts: dict[Direction, tuple[str, Provenance]] = {}
     for other, manifest in manifests.items():
-        manifest.provenance.check_same(provenance, f"the shard {other}", f"the shard {prefix}")
+        _check_direction(other, manifest, config.data.direction)
+        manifest.provenance.check_same_tokenizer(first.provenance, f"the shard {other}", f"the shard {prefix}")
+        same_way, known = firsts.setdefault(manifest.direction, (other, manifest.provenance))
+        manifest.provenance.check_same(known, f"the shard {other}", f"the shard {same_way}")
+    if config.data.direction == BOTH:
+        _check_both_ways(config, manifests)
+    provenance = first.provenance.of_readings(*(known.readings[0] for _, known in firsts.values()))
     check_pairs(config, manifests)
     stated = config.model.vocab_size
     if stated is not None and stated != provenance.vocab_size:
@@ -173,12 +176,34 @@ def check_manifests(config: RunConfig, manifests: Mapping[str, ShardManifest]) -
     return provenance
 
 
-def _check_direction(prefix: str, manifest: ShardManifest, direction: Direction) -> None:
-    found = manifest.provenance.direction
-    if found is not direction:
+def _check_direction(prefix: str, manifest: ShardManifest, direction: ModelDirection) -> None:
+    found = manifest.direction
+    if direction not in (BOTH, found):
         raise MismatchError(
             f"the shard {prefix} is {found}, the run has data.direction={direction}: a {direction} model that gets {found} ids"
-            f" learns nonsense without an error; preprocess with --direction {direction}, or set data.direction={found}"
+            f" learns nonsense without an error; preprocess with --direction {direction}, or set data.direction={found}, or both for"
+            " a two-way model"
+        )
+
+
+def _check_both_ways(config: RunConfig, manifests: Mapping[str, ShardManifest]) -> None:
+    """Raise MismatchError unless the training blend of a two-way run has both directions, with different markers."""
+    prefixes = [prefix for _, prefix in config.data.train_blend]
+    known = [prefix for prefix in prefixes if prefix in manifests]  # a dry run may have only some of the shards
+    trained = {manifests[prefix].direction: (prefix, manifests[prefix].model_order) for prefix in known}
+    if len(trained) < 2 and len(known) < len(prefixes):
+        return
+    if len(trained) == 1:
+        found = next(iter(trained))
+        raise MismatchError(
+            f"data.direction=both, but all shards of data.train_blend are {found}; add {found.other} ones, or set data.direction={found}"
+        )
+    markers = {reading.marker_id for _, reading in trained.values()}
+    if len(markers) == 1:
+        named = " and ".join(f"{prefix} ({direction})" for direction, (prefix, _) in trained.items())
+        raise MismatchError(
+            f"data.direction=both, but documents of {named} begin with the same marker ({markers.pop()}), so the model could not tell them"
+            " apart; give the shards of one direction, or of both, a --marker with ledom reverse-shards"
         )
 
 
@@ -325,7 +350,14 @@ def describe_blend(config: RunConfig, sources: Sources) -> str:
     sizes = {source.prefix: source.documents.num_tokens for source in sources.train.sources}
     weights = [weight for weight, _ in config.data.train_blend]
     tokens = sources.train.num_samples * config.data.seq_length
-    return describe_sources(planned_sources(sizes, weights, tokens, config.data.seq_length), tokens)
+    table = describe_sources(planned_sources(sizes, weights, tokens, config.data.seq_length), tokens)
+    if config.data.direction != BOTH:
+        return table
+    shares = dict.fromkeys(sources.provenance.readings, 0.0)
+    for source in sources.train.sources:
+        shares[source.manifest.model_order] += source.weight
+    parts = [f"{share:.2%} of the samples {reading.describe()}" for reading, share in shares.items()]
+    return f"{table}\n{', '.join(parts)}"
 
 
 def load_run_tokenizer(config: RunConfig, sources: Sources) -> Tokenizer | None:
@@ -340,5 +372,6 @@ def load_run_tokenizer(config: RunConfig, sources: Sources) -> Tokenizer | None:
         )
         return None
     tokenizer = load_tokenizer(path, manifest.eod_token or None)
-    tokenizer.provenance(config.data.direction).check_same(sources.provenance, f"the tokenizer {path}", "the data of this run")
+    own = tokenizer.provenance(sources.train.sources[0].manifest.direction)
+    own.check_same_tokenizer(sources.provenance, f"the tokenizer {path}", "the data of this run")
     return tokenizer

@@ -101,7 +101,7 @@ def unit_order(reading: Reading, tokenizer: Tokenizer | None, segments: SegmentS
 
 def word_pieces_of(tokenizer: Tokenizer, unit: Unit) -> WordPieces:
     """Return where the words of a tokenizer's ids begin. Raises UsageError if its pieces do not show it."""
-    pieces = tokenizer.word_pieces()
+    pieces = tokenizer.word_pieces
     if pieces is None or not pieces.begins.any():
         raise UsageError(
             f"--unit {unit} needs a tokenizer whose pieces begin with the space before a word (byte-level BPE or SentencePiece), and"

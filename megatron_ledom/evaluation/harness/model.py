@@ -201,12 +201,23 @@ class LedomLM(LM):  # type: ignore[misc]
             logger.warning(
                 "skipped %d tokens at the beginning of a context: the model has %d positions", excess, self.max_length
             )
-        return Span(tokens[excess:], num_context - excess)
+        return Span(self._without(tokens, excess), num_context - excess)
 
     def _rolling_spans(self, text: str) -> list[Span]:
-        tokens = self._with_leading(to_model_order(self._lm.tokenizer.encode(text), self._lm.direction))
+        ids = to_model_order(self._lm.tokenizer.encode(text), self._lm.direction)
+        tokens = ids if self._marker else self._with_leading(ids)  # the marker is the start of the first window already
         windows = get_rolling_token_windows(tokens, self._start, self.max_length, 1)
         return [Span([*given, *predicted], len(given)) for given, predicted in map(make_disjoint_window, windows)]
+
+    @property
+    def _marker(self) -> list[int]:
+        """The marker of a model that has one, else nothing."""
+        return self._lm.leading_ids if self._lm.reading is not None else []
+
+    def _without(self, tokens: list[int], excess: int) -> list[int]:
+        """Return tokens without the first ones of a text that is too long; a marker stays."""
+        kept = self._marker if excess else []
+        return [*kept, *tokens[excess + len(kept) :]]
 
     def _with_leading(self, tokens: list[int]) -> list[int]:
         """Return the tokens after a stock model's BOS, which is added unless the text begins with it."""
@@ -235,7 +246,8 @@ class LedomLM(LM):  # type: ignore[misc]
         room = self.max_length - sampling.max_new_tokens
         if num_cut := sum(len(tokens) > room for tokens in encoded):
             logger.warning("skipped the beginnings of %d prompts: %d tokens fit with those to write", num_cut, room)
-        opened = [(context, HealedPrompt(tokens[-room:], b"")) for context, tokens in zip(contexts, encoded, strict=True)]
+        cut = [self._without(tokens, max(0, len(tokens) - room)) for tokens in encoded]
+        opened = [(context, HealedPrompt(tokens, b"")) for context, tokens in zip(contexts, cut, strict=True)]
         written = self._lm.writer.write_healed(opened, [], sampling, self.batch_size)
         return [_before_any(sampling.stop_strings, self._lm.tokenizer.decode(one.text_ids)) for one in written]
 
@@ -278,7 +290,7 @@ def _start_id(folder: Path, language_model: ForwardLM | ReverseLM) -> int:
         found = files.special_id("eos") if files.special_id("bos") is None else files.special_id("bos")
         if found is not None:
             return found
-    return language_model.stop_ids[0]
+    return (*language_model.leading_ids, *language_model.stop_ids)[0]
 
 
 def _before_any(terms: Sequence[str], text: str) -> str:

@@ -7,11 +7,18 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from megatron_ledom.direction import Direction
+from megatron_ledom.direction import BOTH, Direction
 from megatron_ledom.errors import MismatchError, UsageError
 from megatron_ledom.inference.engines.engine import Engine, PartialAnswer, StepDelimiter
 from megatron_ledom.inference.generation import Sampling, TextJoiner
-from megatron_ledom.inference.model_folder import PYTHON_OPTIONS, OptionNames, load_tokenizer, read_model_config
+from megatron_ledom.inference.model_folder import (
+    PYTHON_OPTIONS,
+    OptionNames,
+    leading_ids_of,
+    load_tokenizer,
+    read_model_config,
+    recorded_reading,
+)
 from megatron_ledom.inference.scoring import (
     Span,
     SpanScore,
@@ -50,12 +57,12 @@ class RemoteEngine(Engine):
         config = read_model_config(folder)
         recorded = config.get("direction")
         is_recorded = recorded is not None or direction is Direction.FORWARD or unrecorded.is_reverse
-        if recorded not in (None, str(direction)) or not is_recorded:
+        if recorded not in (None, str(direction), BOTH) or not is_recorded:
             raise MismatchError(f"{folder}/config.json records the direction {recorded!r}, expected {str(direction)!r}")
+        reading = recorded_reading(folder, config, direction)
         super().__init__(direction)
         self.tokenizer, self.stop_ids = load_tokenizer(folder, direction, unrecorded.eod_id, unrecorded.option_names)
-        adds_bos = recorded is None and direction is Direction.FORWARD
-        self.leading_ids = self.tokenizer.leading_ids if adds_bos else []
+        self.leading_ids = leading_ids_of(reading, direction, self.tokenizer)
         self.num_positions: int | None = config.get("max_position_embeddings")
         self.vocab_size: int = config["vocab_size"]
         self._kept_span = lru_cache(KEPT_SPANS)(self._encoded)

@@ -35,6 +35,7 @@ export function curveOf({ curve }) {
   const chart = element("svg", { class: "curve", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img", "aria-label": words });
   chart.append(element("line", { x1: 0, x2: WIDTH, y1: HEIGHT, y2: HEIGHT }), element("line", { x1: 0, x2: WIDTH, y1: 0, y2: 0 }));
   chart.append(element("path", { d: `M${points.join("L")}` }));
-  const ends = [`${high.toFixed(3)} top, ${low.toFixed(3)} bottom`, `loss, ${first.toLocaleString("en")} to ${last.toLocaleString("en")}`];
+  const above = curve.some(([, loss]) => loss > high) ? " and above" : "";
+  const ends = [`${high.toFixed(3)}${above} top, ${low.toFixed(3)} bottom`, `loss, ${first.toLocaleString("en")} to ${last.toLocaleString("en")}`];
   return make("figure", { class: "chart" }, chart, make("figcaption", { class: "range hint" }, ...ends.map((text) => make("span", {}, text))));
 }

@@ -32,9 +32,9 @@ function facts(run) {
   const slowest = run.slowest_ranks.map(([rank]) => rank).join(", ");
   const sets = Object.entries(run.validation);
   const validation = sets.map(([name, loss]) => (sets.length > 1 ? `${name} ${loss.toFixed(4)}` : loss.toFixed(4))).join(", ");
-  const saved = run.checkpoint_iteration === null ? "none yet" : `${whole(run.checkpoint_iteration)}, ${ago(run.checkpoint_age_seconds)}`;
+  const saved = run.checkpoint_iteration === null ? "–" : `${whole(run.checkpoint_iteration)}, ${ago(run.checkpoint_age_seconds)}`;
   const found = {
-    "loss, mean of the last": fixed(run.lm_loss, 4),
+    "loss, mean of 20": fixed(run.lm_loss, 4),
     "validation loss": validation ? `${validation} at ${whole(run.validation_iteration)}` : "–",
     "tokens/s": whole(run.tokens_per_second),
     "s/iteration": fixed(run.seconds_per_iteration, 3),
@@ -43,7 +43,8 @@ function facts(run) {
     "last checkpoint": saved,
     "slowest rank": slowest ? `${slowest}${slow}` : "–",
     heartbeat: ago(run.heartbeat_age_seconds),
-    job: run.slurm_job_id === null ? run.host || "–" : `${run.slurm_job_id} ${run.slurm_state ?? ""}`,
+    "SLURM job": run.slurm_job_id === null ? "–" : `${run.slurm_job_id} ${run.slurm_state ?? "(state unknown)"}`,
+    host: run.host || "–",
     ranks: whole(run.world_size),
     "free disk": run.disk_free_bytes === null ? "–" : `${whole(run.disk_free_bytes / GIB)} GiB`,
   };

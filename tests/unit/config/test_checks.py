@@ -51,6 +51,11 @@ GATHER = "parallel.overlap_param_gather=True"
 
 REFUSED: list[tuple[list[str], int, str]] = [
     (
+        ["data.direction='both'", "train.tasks=['boolq']", "train.task_data='tasks'"],
+        1,
+        "train.tasks are evaluated in the direction of the model, but data.direction=both; remove train.tasks",
+    ),
+    (
         ["checkpoint.mirror_keep_interval=2000", "checkpoint.mirror_keep_last=None"],
         1,
         "checkpoint.mirror_keep_interval=2000 without checkpoint.mirror_keep_last has no effect",

@@ -95,7 +95,7 @@ def test_later_override_wins_and_leaves_neighbours(tmp_path: Path) -> None:
         ("optimizer.lr='1e-4'", "optimizer.lr='1e-4' is text; expected a number above 0"),
         ("optimizer.lr=.nan", "optimizer.lr=nan is not possible; expected a number above 0"),
         ("data.eod_mask_loss=1", "data.eod_mask_loss=1 is a whole number; expected true or false"),
-        ("data.direction=backward", "data.direction='backward' is not possible; expected one of reverse, forward"),
+        ("data.direction=backward", "data.direction='backward' is not possible; expected one of reverse, forward, both"),
         ("model.params_dtype=fp16", "model.params_dtype='fp16' is not possible; expected one of bf16, fp32"),
         ("data.tokenizer=12", 'data.tokenizer=12 is a whole number; expected text or null; quote it: data.tokenizer="12"'),
         ("train=3", "train=3 is a whole number; expected a section with keys below it"),

@@ -89,6 +89,12 @@ def test_one_process_outside_slurm_checks_this_machine(
     assert "GiB free, below 1e+09 GiB" in capsys.readouterr().err
 
 
+def test_options_of_srun_outside_a_job_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(UsageError, match="--srun-options is given, but this is no SLURM job"):
+        check_node_health(NodeRequest(gpus=0, srun_options="--container-image=x"))
+
+
 def test_inside_srun_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     step = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "1"}
     for name, value in {**step, "SLURM_NTASKS": "1", "SLURM_TASKS_PER_NODE": "1"}.items():

@@ -69,7 +69,17 @@ def test_every_state_and_exit_code_is_described() -> None:
     assert re.findall(r"^\| (\d) \|", PAGE, re.MULTILINE) == ["0", "1", "2"]
 
 
-@pytest.mark.parametrize("arguments", [[], ["run", "--json", "--serve"], ["run", "--watch", "0"], ["run", "--watch", "nan"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["run", "--json", "--serve"],
+        ["run", "--watch", "0"],
+        ["run", "--watch", "nan"],
+        ["run", "--port", "65536"],
+        ["run", "--min-free-disk-gib", "inf"],
+    ],
+)
 def test_wrong_usage_is_refused(arguments: list[str]) -> None:
     from megatron_ledom.cli.status import main
 

@@ -175,7 +175,7 @@ def test_a_dry_run_refuses_shards_of_the_other_direction(tmp_path: Path, monkeyp
     write_manifest(tmp_path / "a", 614_400)
     write_manifest(tmp_path / "b", 614_400, direction=Direction.FORWARD)
     settings = ["data.train_blend=[[1,a]]", "data.valid_blend=[]", where]
-    with pytest.raises(MismatchError, match=r"the shard b is forward, the shard a is reverse"):
+    with pytest.raises(MismatchError, match=r"the shard b is forward, the run has data.direction=reverse"):
         plan("quickstart_reverse", 1, *settings)
     with pytest.raises(MismatchError, match=r"the shard b is forward, the run has data.direction=reverse"):
         plan("quickstart_reverse", 1, "data.train_blend=[[1,b]]", "data.valid_blend=[]")

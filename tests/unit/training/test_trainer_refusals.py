@@ -92,7 +92,7 @@ CASES: dict[str, tuple[Prepare, int, list[str]]] = {
     "missing .bin": (missing_bin, 1, ["reverse_train.bin is missing", "make it again"]),
     "truncated .bin": (truncated_bin, 1, ["reverse_train.bin is truncated", "copy the shard again"]),
     "forward shard": (forward_shard, 1, ["is forward, the run has data.direction=reverse", "set data.direction=forward"]),
-    "forward validation": (forward_validation, 1, ["forward_valid is forward", "use a reverse one"]),
+    "forward validation": (forward_validation, 1, ["forward_valid is forward", "preprocess with --direction reverse"]),
     "validation without bytes": (validation_without_bytes, 2, ["lacks the number of text bytes", "--text-bytes"]),
     "empty shard": (empty_shard, 2, ["empty has no documents", "remove it from the blend"]),
     "two tokenizers": (other_tokenizer, 1, ["was made with tokenizer other", "use the same tokenizer for both"]),
