@@ -18,7 +18,8 @@ SPREAD = 1.5
 def products(num_lines: int, largest: int, seed: int) -> tuple[list[str], list[str]]:
     """Return the lines `p * q = n` of the training and of the held-out part, with random primes in random order.
 
-    A pair of primes is in one part only, in both orders.
+    A pair of primes is in one part only, in both orders. The product is written from its last digit, as in the paper that has this
+    example: a forward model can then multiply digit by digit.
     """
     random_ = Random(seed)
     primes = [n for n in range(SMALLEST_PRIME, largest + 1) if all(n % d for d in range(2, int(n**0.5) + 1))]
@@ -28,9 +29,18 @@ def products(num_lines: int, largest: int, seed: int) -> tuple[list[str], list[s
 
     def _line(pair: tuple[int, int]) -> str:
         first, second = random_.sample(pair, 2)
-        return f"{first} * {second} = {first * second}"
+        return f"{first} * {second} = {from_last_digit(first * second)}"
 
     return [_line(random_.choice(pairs[size:])) for _ in range(num_lines)], [_line(pair) for pair in pairs[:size]]
+
+
+def from_last_digit(number: int) -> str:
+    """Return the digits of a positive number, the last one first."""
+    digits = ""
+    while number:
+        number, digit = divmod(number, 10)
+        digits += str(digit)
+    return digits
 
 
 def walks(num_lines: int, num_states: int, seed: int) -> tuple[list[str], list[str]]:

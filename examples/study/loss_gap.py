@@ -22,7 +22,9 @@ PUBLISHED = (2.1, 2.4)
 NEGLIGIBLE = 0.2
 """Bound in percent of the gap of the negative control."""
 CONTROLS = (PRIMES, CHAIN)
-HELD_OUT = "held_out"
+HELD_OUT, SEEN = "held_out", "seen"
+"""Held-out sets of the controls: unseen lines; and lines of primes that were trained on, of the positive control only."""
+NUM_SEEN = 1000
 Names = tuple[str, str, int, int]
 """Corpus, model, context and seed of a pair of twins."""
 
@@ -66,21 +68,23 @@ class LossGap:
         make, size = (products, one.largest_prime) if control == PRIMES else (walks, one.num_states)
 
         def _write() -> None:
-            for part, texts in zip(("train", HELD_OUT), make(one.num_lines, size, seed), strict=True):
+            train, held_out = make(one.num_lines, size, seed)
+            for part, texts in {"train": train, HELD_OUT: held_out, SEEN: train[:NUM_SEEN]}.items():
                 write_lines(self._file(control, part), [{"text": text} for text in texts])
 
-        outputs = [self._file(control, part) for part in ("train", HELD_OUT)]
+        outputs = [self._file(control, part) for part in ("train", HELD_OUT, SEEN)]
         return Step(name=f"gap_{control}", outputs=outputs, work=_write, settings=[one.num_lines, size, seed])
 
     def _shards(self, control: str, direction: str) -> Step:
-        files = {part: self._file(control, part) for part in ("train", HELD_OUT)}
+        files = {part: self._file(control, part) for part in ("train", *self.domains(control))}
         corpus = self._corpus(control)
         output = self.twins.corpora.shards(corpus, direction)
         return self.twins.corpora.shards_step(f"{corpus}_{direction}", files, corpus, direction, output)
 
     def domains(self, corpus: str) -> tuple[str, ...]:
         """Return the held-out sets of a corpus."""
-        return (HELD_OUT,) if corpus in CONTROLS else self.twins.corpora.domains[corpus]
+        controls = {PRIMES: (HELD_OUT, SEEN), CHAIN: (HELD_OUT,)}
+        return controls[corpus] if corpus in controls else self.twins.corpora.domains[corpus]
 
     def _train(self, names: Names, direction: str) -> Step:
         """Return the step that trains a twin. Only the lines of a control are trained without attention to each other."""
@@ -109,12 +113,13 @@ class LossGap:
             for domain in self.domains(corpus)
         }
         controls = {c: self._gaps(c, HELD_OUT, one.control_model, one.control_context) for c in CONTROLS}
+        controls[SEEN] = self._gaps(PRIMES, SEEN, one.control_model, one.control_context)
         return {
             "seeds": one.seeds,
             "settings": json.loads(json.dumps({name: getattr(one, name) for name in one.__slots__})),
             "cells": t_family(cells, PUBLISHED[0]),
             "controls": {name: t_family({name: values}, NEGLIGIBLE)[name] for name, values in controls.items()},
-            "losses": {name: self._losses(name) for name in CONTROLS},
+            "losses": {name: self._losses(name, HELD_OUT) for name in CONTROLS} | {SEEN: self._losses(PRIMES, SEEN)},
             "growth": t_family(self._growth(cells)),
             "speed": self._speeds(),
         }
@@ -129,11 +134,11 @@ class LossGap:
             found.append(100 * (reverse / forward - 1))
         return found
 
-    def _losses(self, control: str) -> dict[str, float]:
+    def _losses(self, control: str, domain: str) -> dict[str, float]:
         """Return by direction the mean final loss of a control, in nats per token."""
         one = self.settings
         names = [(control, one.control_model, one.control_context, seed) for seed in one.seeds]
-        return {d: float(np.mean([final_losses(self.run_of(n, d))[HELD_OUT] for n in names])) for d in DIRECTIONS}
+        return {d: float(np.mean([final_losses(self.run_of(n, d))[domain] for n in names])) for d in DIRECTIONS}
 
     def _growth(self, cells: dict[str, list[float]]) -> dict[str, list[float]]:
         """Return by seed the gap at the longest context minus that at the shortest, and of the largest model minus the smallest."""
