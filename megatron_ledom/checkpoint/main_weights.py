@@ -5,6 +5,7 @@ a buffer of all weights. A checkpoint has whole tensors under the names of the w
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,11 +35,26 @@ def weight_pairs(part: Any) -> Iterator[Pair]:
             yield from zip(one, other, strict=True)
 
 
+def single_optimizers(optimizer: Any) -> Iterator[tuple[Any, bool]]:
+    """Yield each optimizer of a chain, and True for those of megatron-core's layer-wise optimizer.
+
+    There a data-parallel rank has whole main weights, but not of every weight.
+    """
+    for part in optimizer.chained_optimizers:
+        inner = getattr(part, "chained_optimizers", None)
+        yield from [(part, False)] if inner is None else ((one, True) for one in inner)
+
+
 class MainWeights:
     """The main weights of a rank, and the layout that other tensors share with them."""
 
     def __init__(self, optimizer: Any) -> None:
-        self._parts = [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
+        found = [
+            (part, is_own) for part, is_own in single_optimizers(optimizer) if not getattr(part, "is_stub_optimizer", False)
+        ]
+        self._parts = [part for part, _ in found]
+        self._owned = {id(weight) for part, is_own in found if is_own for weight, _ in weight_pairs(part)}
+        """Weights whose main weight no other data-parallel rank has."""
         self._pairs = [pair for part in self._parts for pair in weight_pairs(part)]
 
     @property
@@ -53,9 +69,15 @@ class MainWeights:
         """
         weights = {id(one.data): one for one in nested_values(extract_sharded_tensors_and_factories(model_state)[0])}
         return {
-            str(index): make_sharded_optimizer_tensor(weights[id(weight)], whole, prefix)
+            str(index): make_sharded_optimizer_tensor(self._to_write(weights[id(weight)], weight), whole, prefix)
             for index, (weight, whole) in enumerate(self._whole(values))
         }
+
+    def _to_write(self, weight_state: Any, weight: torch.nn.Parameter) -> Any:
+        """Return the sharded state of a weight, written by its owner if only one data-parallel rank has its main weight."""
+        if id(weight) not in self._owned:
+            return weight_state
+        return replace(weight_state, replica_id=(*weight_state.replica_id[:2], 0))
 
     def to_model(self, model: list[Any]) -> None:
         """Copy the main weights into the model, with its gathering over the data-parallel ranks, as after an update."""

@@ -193,10 +193,11 @@ def muon(config: RunConfig) -> Problems:
             f" model.num_query_groups={groups} for parallel.tensor_model_parallel_size={tensor}: megatron-core would"
             f" orthogonalize the joint matrix there; set optimizer.muon_split_qkv=false, or lower the tensor-parallel size to {groups}"
         )
-    if parallel.use_distributed_optimizer:
+    if parallel.use_distributed_optimizer and config.model.params_dtype != "bf16":
         yield (
-            "parallel.use_distributed_optimizer=true splits matrices over ranks, but optimizer.optimizer=muon needs whole ones; set"
-            " parallel.use_distributed_optimizer=false: every data-parallel rank then has all of the optimizer state"
+            "parallel.use_distributed_optimizer=true with optimizer.optimizer=muon needs model.params_dtype=bf16, found"
+            f" {config.model.params_dtype}: megatron-core's layer-wise optimizer, which gives each matrix to one rank, keeps main weights only for"
+            " bf16; set that, or parallel.use_distributed_optimizer=false: every data-parallel rank then has all of the optimizer state"
         )
 
 

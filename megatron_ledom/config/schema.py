@@ -173,7 +173,8 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Split norms and dropout along the sequence over the tensor-parallel ranks. Needs tensor_model_parallel_size above 1."""
     use_distributed_optimizer: bool = False
-    """Split the optimizer state over the data-parallel ranks, instead of a full copy on each."""
+    """Split the optimizer state over the data-parallel ranks, instead of a full copy on each. With Muon, which needs bf16 for it, each
+    matrix is whole on one rank."""
     overlap_grad_reduce: bool = False
     """Reduce gradients over the data-parallel ranks while the backward pass is still running."""
     overlap_param_gather: bool = False

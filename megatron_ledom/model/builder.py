@@ -30,6 +30,9 @@ from megatron_ledom.ops.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ledom.parallel.groups import ParallelGroups
 from megatron_ledom.platform.core_versions import frees_sent_outputs
 
+SMALLEST_BUCKET, BUCKET_OF_A_RANK = 40_000_000, 1_000_000
+"""megatron-core's default of `bucket_size`: at least the first, and at least the second for each data-parallel rank."""
+
 
 class LanguageModel(GPTModel):  # type: ignore[misc]
     """GPTModel whose loss counts only the tokenizer's ids and can return log Z for the z-loss."""
@@ -102,8 +105,12 @@ def build_model_chunks(
 
 
 def wrap_for_training(config: RunConfig, chunks: list[LanguageModel]) -> list[DistributedDataParallel]:
-    """Wrap the model chunks for mixed precision and data parallelism; gradients are summed in fp32."""
+    """Wrap the model chunks for mixed precision and data parallelism; gradients are summed in fp32.
+
+    With Muon, the distributed optimizer gives each matrix of the layers to one rank, and cuts only the other weights.
+    """
     parallel = config.parallel
+    is_layer_wise = parallel.use_distributed_optimizer and config.optimizer.optimizer == "muon"
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
@@ -116,8 +123,22 @@ def wrap_for_training(config: RunConfig, chunks: list[LanguageModel]) -> list[Di
     for index, chunk in enumerate(chunks):
         module = Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk
         # later chunks need their gradients last, so separate buckets would not help overlap
-        wrapped.append(DistributedDataParallel(chunk.config, ddp_config, module, disable_bucketing=index > 0))
+        is_bucketed = index == 0 and parallel.overlap_grad_reduce and chunk.pre_process
+        layout = {"full_param_layout": _whole_matrices(chunk, ddp_config, is_bucketed=is_bucketed)} if is_layer_wise else {}
+        wrapped.append(DistributedDataParallel(chunk.config, ddp_config, module, disable_bucketing=index > 0, **layout))
     return wrapped
+
+
+def _whole_matrices(chunk: LanguageModel, ddp_config: DistributedDataParallelConfig, *, is_bucketed: bool) -> Any:
+    """Return megatron-core's layout of buffers in which each matrix of the layers is in the part of one data-parallel rank."""
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer, tag_params_for_buffer_routing
+
+    tag_params_for_buffer_routing([chunk])
+    ranks = chunk.pg_collection.dp_cp.size()
+    default = max(SMALLEST_BUCKET, BUCKET_OF_A_RANK * chunk.pg_collection.dp.size())
+    bucket_size = (ddp_config.bucket_size or default) if is_bucketed else None
+    params = [param for param in chunk.parameters() if param.requires_grad]
+    return LayerWiseDistributedOptimizer.compute_full_param_layout(params, bucket_size, ranks, ddp_config)
 
 
 def build_core_config(config: RunConfig) -> TransformerConfig:

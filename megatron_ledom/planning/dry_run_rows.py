@@ -24,6 +24,7 @@ from megatron_ledom.planning.memory import GIB, muon_parameters, stage_parameter
 from megatron_ledom.planning.plan import bytes_of_checkpoint
 from megatron_ledom.planning.plan_text import Row, shortened
 from megatron_ledom.planning.shapes import architecture_of, layout_of
+from megatron_ledom.planning.step_time import muon_flops
 from megatron_ledom.tables import aligned_lines
 
 MOST_LINES = 12
@@ -224,6 +225,13 @@ def compute_rows(config: RunConfig, model: ModelConfig) -> Iterator[Row]:
     largest = " of the largest batch" if has_batch_schedule(config) else ""
     yield "FLOPs an iteration", f"{each * largest_batch(config) * config.data.seq_length:.4g}{largest}"
     yield "FLOPs of the run", f"{each * total_tokens(config):.4g}"
+    if config.optimizer.optimizer == "muon":
+        shared = ", shared by the data-parallel ranks" if config.parallel.use_distributed_optimizer else " on each rank"
+        layout = layout_of(config, expected_world_size(config))
+        yield (
+            "FLOPs of Muon",
+            f"{muon_flops(architecture_of(model), layout):.4g} a step for the layers of a pipeline stage{shared}",
+        )
 
 
 def operation_rows(config: RunConfig) -> Iterator[Row]:

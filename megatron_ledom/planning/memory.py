@@ -5,6 +5,7 @@ tensors that torch saves for this package's layers on a CPU. `cuda`: the same wi
 have them on GPUs.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -245,7 +246,21 @@ def state_bytes(model: Architecture, layout: Layout, parameters: int, in_muon: i
         parameters * (12 if model.element_bytes == 2 else 8) - 4 * in_muon + (EMA_BYTES * parameters if layout.ema else 0)
     )
     copies = layout.data * layout.context if layout.distributed_optimizer else 1
-    return parameters * model.element_bytes, parameters * 4, -(-optimizer // copies)
+    share = -(-optimizer // copies)
+    if in_muon and copies > 1:  # each matrix is whole on one rank
+        share = max(share, (8 if model.element_bytes == 2 else 4) * max(map(math.prod, matrices_of_rank(model, layout))))
+    return parameters * model.element_bytes, parameters * 4, share
+
+
+def matrices_of_rank(model: Architecture, layout: Layout) -> list[tuple[int, int]]:
+    """Return [out, in] of the matrices of a layer on a rank: queries with keys and values, output of attention, feed-forward."""
+    hidden, keys, inner = model.hidden_size, model.head_dim * model.num_query_groups, model.ffn_hidden_size
+    return [
+        ((model.query_width + 2 * keys) // layout.tensor, hidden),
+        (hidden, model.query_width // layout.tensor),
+        ((model.gates - 1) * inner // layout.tensor, hidden),
+        (hidden, inner // layout.tensor),
+    ]
 
 
 def working_bytes(model: Architecture, layout: Layout, counting: Counting) -> int:

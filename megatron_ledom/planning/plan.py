@@ -17,7 +17,7 @@ from megatron_ledom.planning.memory import (
     muon_parameters,
     stage_parameters,
 )
-from megatron_ledom.planning.shapes import Architecture, Layout, architecture_of, layout_of
+from megatron_ledom.planning.shapes import Architecture, Layout, Muon, architecture_of, layout_of
 from megatron_ledom.planning.step_time import Software, StepTime, step_time
 
 CHECKPOINT_BYTES = {2: 14, 4: 12}
@@ -104,7 +104,7 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> int:
         """Size of one checkpoint, in bytes."""
-        return _checkpoint_bytes(self.model, self.parameters, is_muon=self.layout.muon, ema=self.layout.ema)
+        return _checkpoint_bytes(self.model, self.parameters, is_muon=self.layout.muon is not None, ema=self.layout.ema)
 
     @property
     def checkpoint_seconds(self) -> float:
@@ -146,7 +146,7 @@ def bytes_of_checkpoint(model: ModelConfig, optimizer: OptimizerSettings) -> int
 
 def _checkpoint_bytes(model: Architecture, parameters: int, *, is_muon: bool, ema: bool) -> int:
     """Return the bytes of one checkpoint: Muon has one momentum of the matrices of the layers instead of two moments."""
-    whole = Layout(seq_length=1, micro_batch_size=1, num_microbatches=1, muon=is_muon)
+    whole = Layout(seq_length=1, micro_batch_size=1, num_microbatches=1, muon=Muon() if is_muon else None)
     each = CHECKPOINT_BYTES[model.element_bytes] + (EMA_BYTES if ema else 0)
     return parameters * each - 4 * muon_parameters(whole, stage_parameters(model, whole, 0))
 

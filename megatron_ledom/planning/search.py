@@ -129,7 +129,8 @@ def shapes(config: RunConfig, num_devices: int, hardware: Hardware) -> Iterator[
             for context in divisors(num_devices // (tensor * pipeline)):
                 data = num_devices // (tensor * pipeline * context)
                 spreads = data * context > 1
-                splits = spreads and config.optimizer.optimizer != "muon"  # it needs whole matrices
+                # of Muon's matrices megatron-core can give each to one rank in bf16 only
+                splits = spreads and (config.optimizer.optimizer != "muon" or config.model.params_dtype == "bf16")
                 parallel = replace(
                     config.parallel,
                     world_size=num_devices,

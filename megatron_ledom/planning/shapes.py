@@ -8,7 +8,7 @@ from typing import Literal
 
 from megatron_ledom.config.batch_schedule import largest_batch
 from megatron_ledom.config.derived import data_parallel_size, head_dim, num_microbatches, padded_vocab_size, query_groups
-from megatron_ledom.config.schema import ModelConfig, RunConfig
+from megatron_ledom.config.schema import ModelConfig, OptimizerSettings, RunConfig
 from megatron_ledom.errors import ConfigError
 
 Granularity = Literal["selective", "full"]
@@ -59,6 +59,16 @@ class Architecture:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Muon:
+    """Newton-Schulz iterations of Muon, as in the keys `muon_` of the optimizer."""
+
+    steps: int = 5
+    split_qkv: bool = True
+    tp_mode: str = "duplicated"
+    precision: str = "medium"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """Sizes of the parallel groups of a run, its micro-batches and its recompute."""
 
@@ -73,8 +83,8 @@ class Layout:
     data: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
-    muon: bool = False
-    """True if Muon updates the matrices of the layers: it keeps one momentum of them instead of two moments."""
+    muon: Muon | None = None
+    """Set if Muon updates the matrices of the layers: it keeps one momentum of them instead of two moments."""
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     recompute: Granularity | None = None
@@ -136,6 +146,18 @@ def layers_of(model: ModelConfig) -> Layers:
     return "fused" if whole else "fused_activation"
 
 
+def muon_of(settings: OptimizerSettings) -> Muon | None:
+    """Return the settings of Muon; None for AdamW."""
+    if settings.optimizer != "muon":
+        return None
+    return Muon(
+        steps=settings.muon_num_ns_steps,
+        split_qkv=settings.muon_split_qkv,
+        tp_mode=settings.muon_tp_mode,
+        precision=settings.muon_fp32_matmul_prec,
+    )
+
+
 def layout_of(config: RunConfig, world_size: int) -> Layout:
     """Return the layout of a checked config on `world_size` ranks, in iterations of its largest global batch."""
     parallel = config.parallel
@@ -150,7 +172,7 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
         data=data_parallel_size(parallel, world_size),
         sequence_parallel=parallel.sequence_parallel,
         distributed_optimizer=parallel.use_distributed_optimizer,
-        muon=config.optimizer.optimizer == "muon",
+        muon=muon_of(config.optimizer),
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         recompute=parallel.recompute_granularity,

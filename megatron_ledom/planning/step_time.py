@@ -294,20 +294,61 @@ def optimizer_seconds(model: Architecture, layout: Layout, hardware: Hardware) -
     return moved + (muon_seconds(model, layout, hardware) if layout.muon else 0.0)
 
 
-def muon_seconds(model: Architecture, layout: Layout, hardware: Hardware) -> float:
-    """Return the seconds of five Newton-Schulz iterations in bf16 on the whole matrices of a stage.
+SLOWER = {"medium": 1, "high": 2, "highest": 16}
+"""optimizer.muon_fp32_matmul_prec -> time of a product on a GPU, relative to bf16: TF32 has half its rate, and fp32 without tensor
+cores about a sixteenth (19.5 of 312 TFLOP/s on an A100, 67 of 989 on an H100; NVIDIA's data sheets)."""
+Product = tuple[int, int, int]
+"""Rows, columns and depth of a product of matrices."""
 
-    Every tensor-parallel and data-parallel rank computes them (`optimizer.muon_tp_mode=duplicated`). An iteration of a matrix
-    [m, n] with m <= n has products of 2 m m n, 2 m m m and 2 m m n operations.
+
+def muon_products(model: Architecture, layout: Layout) -> list[list[Product]]:
+    """Return the products of one Newton-Schulz iteration for each matrix of a layer, on each tensor-parallel rank.
+
+    For a matrix of m rows and n columns, m <= n, these are X X^T, A A and B X: 2 m m n, 2 m m m and 2 m m n operations. `duplicated`
+    takes the whole matrix on every rank, `blockwise` the rank's part alone, and `distributed` the rank's part of X with the length of
+    the whole other side.
     """
+    assert layout.muon is not None
     hidden, keys = model.hidden_size, model.head_dim * model.num_query_groups
-    shapes = [(model.query_width, hidden), (keys, hidden), (keys, hidden), (hidden, model.query_width)]
-    shapes += [((model.gates - 1) * model.ffn_hidden_size, hidden), (hidden, model.ffn_hidden_size)]
-    layers, total = model.num_layers // layout.pipeline, 0.0
-    for short, long in (sorted(shape) for shape in shapes):
-        gram = matmul_seconds(hardware, short, short, long)
-        total += 5 * (gram + matmul_seconds(hardware, short, short, short) + matmul_seconds(hardware, short, long, short))
-    return layers * total
+    joint = [model.query_width, keys, keys] if layout.muon.split_qkv else [model.query_width + 2 * keys]
+    by_rows = [(rows, hidden) for rows in (*joint, (model.gates - 1) * model.ffn_hidden_size)]
+    by_columns = [(hidden, columns) for columns in (model.query_width, model.ffn_hidden_size)]
+    tensor = 1 if layout.muon.tp_mode == "duplicated" else layout.tensor
+    parts = [(rows // tensor, columns, columns) for rows, columns in by_rows]
+    parts += [(columns // tensor, rows, rows) for rows, columns in by_columns]
+    found = []
+    for part, other, side in parts:
+        short, long = (side, part) if layout.muon.tp_mode == "distributed" else sorted((part, other))
+        found.append([(short, short, long), (short, short, short), (short, long, short)])
+    return found
+
+
+def muon_flops(model: Architecture, layout: Layout) -> int:
+    """Return the operations of the products of Muon's iterations for all matrices of a pipeline stage, on one tensor-parallel rank.
+
+    With the layer-wise optimizer the data-parallel ranks share them; otherwise each has all.
+    """
+    assert layout.muon is not None
+    layers = model.num_layers // layout.pipeline
+    once = sum(2 * math.prod(product) for products in muon_products(model, layout) for product in products)
+    return layers * layout.muon.steps * once
+
+
+def muon_seconds(model: Architecture, layout: Layout, hardware: Hardware) -> float:
+    """Return the seconds of the Newton-Schulz iterations on the rank with most of them.
+
+    The layer-wise optimizer gives whole matrices to the data-parallel ranks: one rank has at least the largest.
+    """
+    assert layout.muon is not None
+    slower = 1 if hardware.is_cpu else SLOWER[layout.muon.precision]
+    each = [
+        sum(matmul_seconds(hardware, rows, columns, depth) for rows, columns, depth in products)
+        for products in muon_products(model, layout)
+    ]
+    total = model.num_layers // layout.pipeline * sum(each)
+    if layout.distributed_optimizer:
+        total = max(total / (layout.data * layout.context), max(each))
+    return slower * layout.muon.steps * total
 
 
 @dataclass(frozen=True, slots=True)

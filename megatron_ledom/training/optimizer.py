@@ -24,10 +24,16 @@ MUON_KEYS = tuple(field.name for field in dataclasses.fields(OptimizerSettings) 
 def build_optimizer(config: RunConfig, model: list[Any], groups: ParallelGroups) -> Any:
     """Build AdamW or Muon over fp32 main weights, and connect the model's gradient reduction. Norms and biases have no weight decay.
 
-    Muon has the matrices of the layers, AdamW all other weights: two optimizers that megatron-core chains.
+    Muon has the matrices of the layers, AdamW all other weights: two optimizers that megatron-core chains. With the distributed optimizer
+    each data-parallel rank updates some of the matrices (layer-wise), and its part of the other weights.
     """
-    settings = config.optimizer
+    settings, parallel = config.optimizer, config.parallel
     is_muon = settings.optimizer == "muon"
+    of_muon: dict[str, Any] = {}  # 0.16 has not all of them
+    if is_muon:
+        of_muon = {key: getattr(settings, key) for key in MUON_KEYS}
+        of_muon["use_layer_wise_distributed_optimizer"] = parallel.use_distributed_optimizer
+        of_muon["overlap_param_gather"] = parallel.overlap_param_gather
     adam = use_fused_adam(next(model[0].parameters()).device.type)
     log.info("optimizer: %s%s", "Muon for the matrices of the layers, " if is_muon else "", adam)
     optimizer_config = OptimizerConfig(
@@ -41,8 +47,8 @@ def build_optimizer(config: RunConfig, model: list[Any], groups: ParallelGroups)
         clip_grad=settings.clip_grad,
         bf16=config.model.params_dtype == "bf16",
         params_dtype=PARAMS_DTYPES[config.model.params_dtype],
-        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-        **({key: getattr(settings, key) for key in MUON_KEYS} if is_muon else {}),  # 0.16 has not all of them
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        **of_muon,
     )
     optimizer = get_megatron_optimizer(optimizer_config, model, use_gloo_process_groups=False, pg_collection=groups.collection)
     _connect_gradient_reduction(config, model, optimizer)

@@ -20,7 +20,7 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.module import param_is_not_shared
 
 from megatron_ledom.checkpoint.folder import finished_checkpoints
-from megatron_ledom.checkpoint.main_weights import weight_pairs
+from megatron_ledom.checkpoint.main_weights import single_optimizers, weight_pairs
 from megatron_ledom.checkpoint.manifest import load_manifest
 from megatron_ledom.checkpoint.store import unwrapped
 from megatron_ledom.config.checks import check_config
@@ -62,13 +62,13 @@ def squared_norms(model: list[Any], optimizer: Any) -> dict[str, float]:
     """
     names = {id(param): name for chunk in model for name, param in _named_parameters(unwrapped(chunk))}
     total: dict[str, float] = defaultdict(float)
-    for part in optimizer.chained_optimizers:
+    for part, is_layer_wise in single_optimizers(optimizer):
         mine: dict[str, float] = defaultdict(float)
-        for param, main in [] if part.is_stub_optimizer else weight_pairs(part):
+        for param, main in [] if getattr(part, "is_stub_optimizer", False) else weight_pairs(part):
             duplicate = not tensor_parallel.param_is_not_tensor_parallel_duplicate(main, getattr(part, "tp_group", None))
             if main.grad is not None and param_is_not_shared(main) and not duplicate:
                 mine[names[id(param)]] += float(main.grad.double().square().sum())
-        group = part.get_grad_stats_parallel_group()
+        group = None if is_layer_wise else part.get_grad_stats_parallel_group()  # None: all ranks, as megatron-core does
         everyone: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(everyone, dict(mine), group)
         for name, square in (pair for found in everyone for pair in found.items()):

@@ -3,6 +3,7 @@
 The Newton-Schulz iterations are in fp32 here. In bf16, their default, layouts agree to its rounding only.
 """
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,64 @@ def test_two_halves_with_muon_equal_the_whole_run_bit_for_bit(data: TinyData, tm
     assert any("momentum_buffer" in key for key in wanted)
     assert any("exp_avg_sq.embedding" in key for key in wanted)
     assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
+
+
+LAYER_WISE = [*BF16[:1], "parallel.use_distributed_optimizer=true"]
+OVERLAP = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true", "parallel.bucket_size=20000"]
+
+
+def test_the_layer_wise_optimizer_trains_as_the_ordinary_one_and_resumes(data: TinyData, tmp_path: Path) -> None:
+    """In bf16 losses of DP2 are equal to the last bit; sums of squares for the gradient norm have another order.
+
+    The first half is resumed bit for bit by the same ranks, and also by one rank. The moving average has whole matrices too.
+    """
+    common, half = [*MUON, *LAYER_WISE, "optimizer.ema_decay=0.9"], f"train.exit_interval={HALF}"
+    runs = {
+        "ordinary": [*MUON, *BF16[:1], "optimizer.ema_decay=0.9"],
+        "whole": common,
+        "halves": [*common, half],
+        "overlap": [*common, *OVERLAP],
+    }
+    run_each_on_ranks(data.config, {tmp_path / name: words for name, words in runs.items()}, num_ranks=2)
+    shutil.copytree(tmp_path / "halves", tmp_path / "fewer")
+    run_each_on_ranks(data.config, {tmp_path / "halves": common}, num_ranks=2)
+    run_each_on_ranks(data.config, {tmp_path / "fewer": common}, num_ranks=1)
+    ordinary, whole = (read_metrics(tmp_path / name) for name in ("ordinary", "whole"))
+    assert [record["lm_loss"] for record in whole] == [record["lm_loss"] for record in ordinary]
+    assert [norm for _, norm in curve(whole)] == pytest.approx([norm for _, norm in curve(ordinary)], rel=TOLERANCE)
+    assert curve(read_metrics(tmp_path / "halves")) == curve(whole)
+    for name in ("overlap", "fewer"):
+        for one, other in zip(curve(read_metrics(tmp_path / name)), curve(whole), strict=True):
+            assert one == pytest.approx(other, rel=1e-5), name
+    found, wanted, plain = (read_tensors(tmp_path / name) for name in ("halves", "whole", "ordinary"))
+    assert found.keys() == wanted.keys()
+    assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
+    momenta = [key for key in wanted if "momentum_buffer" in key]
+    averages = [key for key in wanted if key.startswith("ema.")]
+    assert momenta
+    assert len(averages) == len([key for key in plain if key.startswith("ema.")])
+    for key in [*momenta, *averages]:
+        torch.testing.assert_close(wanted[key], plain[key], rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param([f"{TP}=2"], id="TP2 DP2"),
+        pytest.param([f"{PP}=2"], id="PP2 DP2"),
+        pytest.param(["parallel.context_parallel_size=2"], id="CP2 DP2"),
+        pytest.param([], id="DP4"),
+    ],
+)
+def test_the_layer_wise_optimizer_in_more_layouts(data: TinyData, tmp_path: Path, layout: list[str]) -> None:
+    """With DP4 of one layer each rank has one matrix."""
+    few = [*MUON, "train.train_iters=6", *([] if layout else ["model.num_layers=1"])]
+    runs = {"ordinary": [*few, *BF16[:1], *layout], "layer_wise": [*few, *LAYER_WISE, *layout]}
+    run_each_on_ranks(data.config, {tmp_path / name: words for name, words in runs.items()}, num_ranks=4)
+    ordinary, found = (curve(read_metrics(tmp_path / name)) for name in runs)
+    for one, other in zip(found, ordinary, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
 
 
 def test_a_resume_with_another_optimizer_is_refused(data: TinyData, tmp_path: Path, whole: Path) -> None:

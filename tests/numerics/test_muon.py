@@ -6,13 +6,16 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import OptimizerSettings
 from megatron_ledom.model.builder import build_model_chunks, wrap_for_training
 from megatron_ledom.model.layer_specs import LayerChoice
+from megatron_ledom.planning.hardware import load_hardware
 from megatron_ledom.planning.memory import muon_parameters, stage_parameters, state_bytes
 from megatron_ledom.planning.shapes import architecture_of, layout_of
+from megatron_ledom.planning.step_time import muon_flops, muon_seconds
 from megatron_ledom.training.optimizer import MUON_KEYS, build_optimizer, build_scheduler
 from megatron_ledom.training.replay import squared_norms
 from megatron_ledom.training.step_policy import Action, StepResult, Verdict
@@ -111,6 +114,59 @@ def test_muon_has_the_matrices_of_the_layers_and_one_momentum(data: TinyData, tm
     counts = stage_parameters(shape, layout, 0)
     planned = state_bytes(shape, layout, sum(counts.values()), muon_parameters(layout, counts))[2]
     assert sum(tensor.nbytes for part in (muon, adam) for tensor in state_tensors(part)) == planned
+
+
+def test_the_norms_of_a_replay_add_up_with_the_layer_wise_optimizer(data: TinyData, tmp_path: Path, groups: Any) -> None:
+    layer_wise = ("model.params_dtype=bf16", "parallel.use_distributed_optimizer=true")
+    config = load_config(str(data.config), [f"run_dir={tmp_path}", *MUON, *layer_wise])
+    model = wrap_for_training(config, build_model_chunks(config, VOCAB, groups, LayerChoice("torch", "test")))
+    optimizer = build_optimizer(config, model, groups)
+    assert [type(part).__name__ for part in optimizer.chained_optimizers] == [
+        "LayerWiseDistributedOptimizer",
+        "DistributedOptimizer",
+    ]
+
+    def skip(lm_loss: float, grad_norm: float) -> Verdict:
+        return Verdict(Action.SKIP, "test")
+
+    found = train_step(config, model, optimizer, [iter(micro_batches(0))], groups, skip, global_batch_size=4)
+    norms = squared_norms(model, optimizer)
+    assert len(norms) == len(list(model[0].parameters()))
+    assert sum(norms.values()) ** 0.5 == pytest.approx(found.grad_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("optimizer.muon_split_qkv=false", "optimizer.muon_num_ns_steps=3"),
+        ("optimizer.muon_tp_mode=distributed", "model.ffn_hidden_size=48"),
+        ("optimizer.muon_tp_mode=blockwise", "model.num_query_groups=1"),
+    ],
+)
+def test_the_planner_counts_the_operations_of_the_iterations(
+    data: TinyData, tmp_path: Path, groups: Any, settings: tuple[str, ...]
+) -> None:
+    config = load_config(str(data.config), [f"run_dir={tmp_path}", *MUON, f"model.vocab_size={VOCAB}", *settings])
+    model = wrap_for_training(config, build_model_chunks(config, VOCAB, groups, LayerChoice("torch", "test")))
+    optimizer = build_optimizer(config, model, groups)
+    train_step(config, model, optimizer, [iter(micro_batches(0))], groups, always_update, global_batch_size=4)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.chained_optimizers[0].optimizer.step()
+    assert counter.get_total_flops() == muon_flops(architecture_of(config.model), layout_of(config, 1)) > 0
+
+
+def test_the_planned_time_follows_the_settings(data: TinyData) -> None:
+    """More iterations and fp32 products take longer; the layer-wise optimizer shares the matrices."""
+
+    def seconds(ranks: int, *settings: str) -> float:
+        config = load_config(str(data.config), [*MUON[:1], "model.params_dtype=bf16", f"model.vocab_size={VOCAB}", *settings])
+        return muon_seconds(architecture_of(config.model), layout_of(config, ranks), load_hardware("h100-sxm"))
+
+    assert seconds(1, "optimizer.muon_num_ns_steps=10") == pytest.approx(2 * seconds(1))
+    assert seconds(1, "optimizer.muon_fp32_matmul_prec=highest") == pytest.approx(16 * seconds(1))
+    assert seconds(2) == seconds(1)
+    assert seconds(2, "parallel.use_distributed_optimizer=true") == pytest.approx(seconds(1) / 2)
 
 
 def state_tensors(part: Any) -> list[torch.Tensor]:

@@ -76,9 +76,9 @@ REFUSED: list[tuple[list[str], int, str]] = [
     (["train.watchdog_seconds=600"], 1, "is above 0.9 x parallel.distributed_timeout_minutes=10"),
     (["optimizer.muon_nesterov=True"], 1, "optimizer.muon_nesterov=True needs optimizer.optimizer=muon, found adam"),
     (
-        ["optimizer.optimizer='muon'", "parallel.use_distributed_optimizer=True"],
+        ["optimizer.optimizer='muon'", "parallel.use_distributed_optimizer=True", "model.params_dtype='fp32'"],
         2,
-        "parallel.use_distributed_optimizer=true splits matrices over ranks, but optimizer.optimizer=muon needs whole ones",
+        "parallel.use_distributed_optimizer=true with optimizer.optimizer=muon needs model.params_dtype=bf16, found fp32",
     ),
     (
         ["optimizer.optimizer='muon'", "model.num_query_groups=1", f"{TP}=2", "model.vocab_size=256"],
