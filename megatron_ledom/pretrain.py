@@ -188,6 +188,7 @@ def run(
     on every rank.
     """
     from megatron_ledom.data.blends.sources import load_run_tokenizer, load_sources
+    from megatron_ledom.monitoring.launch_report import report_complete
     from megatron_ledom.training.origin import find_origin
     from megatron_ledom.training.preflight import check_environment, is_complete
 
@@ -201,6 +202,7 @@ def run(
     origin = find_origin(config, sources.provenance, checkpoint)
     if is_complete(config, sources, checkpoint):
         log.info("run_dir=%s is complete at iteration %d: %s", config.run_dir, config.train.train_iters, COMPLETE)
+        report_complete(config, launch)
         copy_the_rest(config, launch)
         return True
     return train_run(

@@ -14,6 +14,18 @@ container_refuse() {
     exit 2
 }
 
+# Return if a file or folder exists. In a job it is looked for again for two minutes: a file system that is away for a moment must not
+# end a run that SLURM has started again.
+container_exists() {
+    local attempt
+    for attempt in 1 2 3 4 5 6; do
+        [[ ! -e "$1" ]] || return 0
+        [[ -n "${SLURM_JOB_ID:-}" ]] || return 1
+        ((attempt == 6)) || sleep "${RETRY_SECONDS:-20}"
+    done
+    return 1
+}
+
 # Print the runtime that reads this image.
 container_runtime() {
     case "$CONTAINER" in
@@ -34,7 +46,7 @@ container_runtime() {
 container_check() {
     case "$CONTAINER_RUNTIME" in
     apptainer)
-        [[ -e "$CONTAINER" ]] || container_refuse "CONTAINER=$CONTAINER does not exist on $HOSTNAME; build it: docs/how_to/containers.md"
+        container_exists "$CONTAINER" || container_refuse "CONTAINER=$CONTAINER does not exist on $HOSTNAME; build it: docs/how_to/containers.md"
         command -v apptainer >/dev/null || container_refuse "there is no apptainer on $HOSTNAME; load its module, or submit with sbatch" \
             "where only the compute nodes have it"
         [[ -z "${APPTAINER_CLEANENV:-}${SINGULARITY_CLEANENV:-}" ]] ||
@@ -42,13 +54,13 @@ container_check() {
         ;;
     pyxis)
         [[ "$CONTAINER" != *.sif ]] || container_refuse "CONTAINER=$CONTAINER is not for CONTAINER_RUNTIME=pyxis, which reads FILE.sqsh"
-        [[ "$CONTAINER" != [./]* && "$CONTAINER" != *.sqsh && "$CONTAINER" != *.squashfs || -f "$CONTAINER" ]] ||
+        [[ "$CONTAINER" != [./]* && "$CONTAINER" != *.sqsh && "$CONTAINER" != *.squashfs ]] || container_exists "$CONTAINER" ||
             container_refuse "CONTAINER=$CONTAINER does not exist on $HOSTNAME; build it: docs/how_to/containers.md"
         [[ "$(srun --help 2>/dev/null)" == *--container-image* ]] ||
             container_refuse "srun on $HOSTNAME has no --container-image: SLURM has no pyxis there; set CONTAINER_RUNTIME to another"
         ;;
     bwrap)
-        [[ -d "$CONTAINER/usr" ]] || container_refuse "CONTAINER=$CONTAINER is no folder with the root of a system (it has no usr)"
+        container_exists "$CONTAINER/usr" || container_refuse "CONTAINER=$CONTAINER is no folder with the root of a system (it has no usr)"
         command -v bwrap >/dev/null || container_refuse "there is no bwrap on $HOSTNAME; install bubblewrap"
         ;;
     *) container_refuse "CONTAINER_RUNTIME=$CONTAINER_RUNTIME is not one of apptainer, pyxis and bwrap" ;;
@@ -65,7 +77,7 @@ container_read_mounts() {
         [[ "$source" == /* ]] || source="$PWD/$source"
         [[ "${target:=$source}" == /* && "${flag:=rw}" =~ ^(rw|ro)$ && -z "$more" ]] ||
             container_refuse "CONTAINER_MOUNTS=$CONTAINER_MOUNTS is not a list SOURCE[:/TARGET[:ro]],..."
-        [[ -e "$source" ]] || container_refuse "CONTAINER_MOUNTS names $source, which does not exist on $HOSTNAME"
+        container_exists "$source" || container_refuse "CONTAINER_MOUNTS names $source, which does not exist on $HOSTNAME"
         container_mounts+=("$source:$target:$flag")
     done
 }
@@ -155,7 +167,8 @@ container_check_nodes() {
     "$HOST_PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || container_refuse "HOST_PYTHON=$HOST_PYTHON is no Python from 3.11"
     container_node_check=(env PYTHONSAFEPATH= "$HOST_PYTHON" -c 'from megatron_ledom.cli.main import run_tool; run_tool("check-nodes")')
     if [[ "$CONTAINER_RUNTIME" == pyxis ]]; then
-        container_node_check+=(--python "$PYTHON" "--srun-options=$(printf '%q ' "${container_srun[@]}")")
+        # the limit includes the time in which each node unpacks the image
+        container_node_check+=(--python "$PYTHON" --seconds 600 "--srun-options=$(printf '%q ' "${container_srun[@]}")")
     else
         container_node_check+=(--python examples/slurm/container.sh)
     fi

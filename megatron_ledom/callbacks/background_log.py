@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+from urllib.parse import unquote
 
 from megatron_ledom.data.readers.remote import without_secrets
 from megatron_ledom.storage.records import Record
@@ -65,6 +66,7 @@ class BackgroundLog(GuardedLog):
         self._sending: list[TimedRecord] = []
         self._changed = threading.Condition()
         self._is_closing = self._is_complete = self._is_away = False
+        self._has_dropped = self._has_refused = False
         self._pause = FIRST_PAUSE_SECONDS
         self._thread = threading.Thread(target=self._run, name=f"records for {where}", daemon=True)
         self._thread.start()
@@ -76,8 +78,13 @@ class BackgroundLog(GuardedLog):
             if len(self._waiting) == MOST_WAITING:
                 self._waiting.popleft()
                 self.lost += 1
+                is_first, self._has_dropped = not self._has_dropped, True
+            else:
+                is_first = False
             self._waiting.append(TimedRecord(record, time.time_ns()))
             self._changed.notify_all()
+        if is_first:
+            log.warning("%s: %s records wait; the oldest are dropped from now on", self.where, f"{MOST_WAITING:,}")
 
     def close(self, is_complete: bool = False) -> None:
         """Send what is waiting, for CLOSE_SECONDS at most, and log how many records were lost."""
@@ -97,9 +104,7 @@ class BackgroundLog(GuardedLog):
             if not self._may_try_again():
                 return
         while self._take():
-            if self._try(lambda: self._connected().send(self._sending)):
-                self._sending = []
-            elif not self._may_try_again():
+            if not self._try(self._send) and not self._may_try_again():
                 return
         self._try(lambda: self._connected().close(self._is_complete))
 
@@ -117,16 +122,33 @@ class BackgroundLog(GuardedLog):
                 self._sending.append(self._waiting.popleft())
             return bool(self._sending)
 
+    def _send(self) -> None:
+        """Send the records of `_sending`. If they are refused, they are sent one by one, so that only refused ones are lost."""
+        size = len(self._sending)
+        while self._sending:
+            try:
+                self._connected().send(self._sending[:size])
+            except RejectedError as error:
+                if size > 1:
+                    size = 1
+                    continue
+                self._count_refused(error)
+            with self._changed:
+                del self._sending[:size]
+
+    def _count_refused(self, error: RejectedError) -> None:
+        with self._changed:
+            self.lost += 1
+        if not self._has_refused:
+            log.warning("%s refuses a record: %s; training continues without such records", self.where, _reason(error))
+        self._has_refused = True
+
     def _try(self, work: Callable[[], object]) -> bool:
-        """Call `work`; returns False if the server is away. Records that it has refused are counted as lost."""
+        """Call `work`; returns False if the server is away. The next try connects again."""
         try:
             work()
-        except RejectedError as error:
-            with self._changed:
-                self.lost += len(self._sending)
-            log.warning("%s refuses records: %s; training continues without them", self.where, _reason(error))
-            return True
         except Exception as error:
+            self._tracker = None
             if not self._is_away:
                 log.warning(
                     "%s does not take the records (%s): training continues, and the last %s are kept and sent later",
@@ -155,11 +177,12 @@ def _reason(error: Exception) -> str:
     """Return the first line of an error, without secrets."""
     lines = str(error).strip().splitlines()
     text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    for name in SECRET_VARIABLES:
-        for part in os.environ.get(name, "").split(","):
-            value = part.partition("=")[2] if name.endswith("HEADERS") else part
-            for secret in (value.strip(), value.strip().rpartition("%20")[2], value.strip().rpartition(" ")[2]):
-                text = text.replace(secret, "***") if len(secret) >= SHORTEST_SECRET else text
+    for name in filter(os.environ.get, SECRET_VARIABLES):
+        for part in os.environ[name].split(","):
+            given = part.partition("=")[2] if name.endswith("HEADERS") else os.environ[name]
+            for value in (given.strip(), unquote(given.strip())):
+                for secret in (value, value.rpartition("%20")[2], value.rpartition(" ")[2], repr(value)[1:-1]):
+                    text = text.replace(secret, "***") if len(secret) >= SHORTEST_SECRET else text
     return without_secrets(text)[:300]
 
 

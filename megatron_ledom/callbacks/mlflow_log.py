@@ -93,7 +93,10 @@ class MlflowLog:
 
     def close(self, is_complete: bool) -> None:
         """Set the status: finished, or scheduled for a run that can be resumed."""
-        self._client.update_run(self._run_id, status="FINISHED" if is_complete else "SCHEDULED")
+        if is_complete:
+            self._client.set_terminated(self._run_id, "FINISHED")  # with the time of the end
+        else:
+            self._client.update_run(self._run_id, status="SCHEDULED")
 
 
 def metric_name(name: str) -> str:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megatron_ledom.callbacks.background_log import TimedRecord
+from megatron_ledom.callbacks.background_log import RejectedError, TimedRecord
 from megatron_ledom.callbacks.run_ids import TRACKING_ID, kept_id, run_name
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.storage.records import Record
@@ -30,6 +30,10 @@ UNITS = {
 }
 """End of a name -> unit of UCUM."""
 EXPORTER_LOGGER = "opentelemetry.exporter"
+HEADER_LOGGER = "opentelemetry.util.re"
+"""Logger that prints a header it cannot read, with its token."""
+NOT_FOR_EVER = (401, 403, 404, 408, 429)
+"""Refusals of a server that a change there, or time, can end."""
 Value = tuple[str, dict[str, str], float]
 
 
@@ -47,6 +51,8 @@ class OtlpLog:
         from opentelemetry.sdk.resources import Resource
 
         self._messages = _LastMessage()
+        headers = logging.getLogger(HEADER_LOGGER)
+        headers.filters = [_hide_header]
         endpoint = str(config.logging.otlp_endpoint).rstrip("/")
         self._exporter = OTLPMetricExporter(endpoint=endpoint.removesuffix(PATH) + PATH)
         run_id = kept_id(config.run_dir, TRACKING_ID)
@@ -56,7 +62,10 @@ class OtlpLog:
         self._resource = Resource.create(names)
 
     def send(self, records: Sequence[TimedRecord]) -> None:
-        """Export records. Raises ConnectionError with the exporter's message if the collector does not take them."""
+        """Export records. Raises ConnectionError with the exporter's message if the collector does not take them.
+
+        Raises RejectedError if it will never take them.
+        """
         from opentelemetry.sdk.metrics.export import (
             Gauge,
             Metric,
@@ -77,7 +86,9 @@ class OtlpLog:
         self._messages.text = ""
         result = self._exporter.export(MetricsData([ResourceMetrics(self._resource, [scope], "")]))
         if result is not MetricExportResult.SUCCESS:
-            raise ConnectionError(self._messages.text or "the export failed")
+            text = self._messages.text or "the export failed"
+            code = re.search(r"code: (4\d\d)\b", text)
+            raise RejectedError(text) if code and int(code[1]) not in NOT_FOR_EVER else ConnectionError(text)
 
     def close(self, is_complete: bool) -> None:
         """Close the connection."""
@@ -99,6 +110,12 @@ def values_of(record: Record) -> Iterator[Value]:
                     yield _name(name, inner), {}, found
         elif _is_number(value):
             yield _name(name), {}, value
+
+
+def _hide_header(record: logging.LogRecord) -> bool:
+    """Replace a message that contains a header, which may be a token."""
+    record.msg, record.args = "a header in OTEL_EXPORTER_OTLP_HEADERS is not NAME=VALUE and is not sent", ()
+    return True
 
 
 def unit_of(name: str) -> str:

@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from megatron_ledom.config.schema import RunConfig
-from megatron_ledom.monitoring.heartbeat import COMPLETE, FAILED, STOPPED, HeartbeatWriter, Progress
+from megatron_ledom.errors import DataError
+from megatron_ledom.monitoring.heartbeat import COMPLETE, FAILED, STOPPED, HeartbeatWriter, Progress, read_heartbeat
+from megatron_ledom.platform.launch import Launch
 from megatron_ledom.platform.slurm import job_id
 
 
@@ -44,6 +46,22 @@ class LaunchReport:
             return
         self._is_over = True
         self._writer.end(state, reason, iteration)
+
+
+def report_complete(config: RunConfig, launch: Launch) -> None:
+    """Correct the heartbeat of a run whose last launch saved the last iteration, but then failed. Writes nothing on other ranks."""
+    if launch.rank != 0:
+        return
+    try:
+        found = read_heartbeat(config.run_dir)
+    except (OSError, DataError):
+        return
+    if found is None or found.state == COMPLETE:
+        return
+    done = Progress(
+        iteration=config.train.train_iters, activity="complete", idle_seconds=0.0, limit_seconds=0.0, is_patient=False
+    )
+    HeartbeatWriter(config.run_dir, lambda: done, launch.world_size, job_id(os.environ)).end(COMPLETE)
 
 
 @contextmanager

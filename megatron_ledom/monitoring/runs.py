@@ -11,7 +11,7 @@ from megatron_ledom.monitoring.fields import Limits, RunStatus
 from megatron_ledom.monitoring.heartbeat import COMPLETE
 from megatron_ledom.monitoring.run_files import read_files
 from megatron_ledom.monitoring.run_status import conclude
-from megatron_ledom.monitoring.state import Evidence, State
+from megatron_ledom.monitoring.state import MISSED_BEATS, Evidence, State
 from megatron_ledom.platform.slurm import job_states
 
 ANSWER_SECONDS = 20.0
@@ -57,7 +57,7 @@ class RunReader:
         self._given, self._limits = list(given), limits
         self._stages, self._jobs, self._seconds = dict(stages or {}), jobs or JobStates(), seconds
         self._pending: dict[str, threading.Thread] = {}
-        self._beats: dict[str, tuple[float, float | None]] = {}
+        self._beats: dict[str, tuple[float, float, float | None]] = {}
 
     def read(self) -> list[RunStatus]:
         """Return the status of each run, in the order of the arguments. Raise UsageError for more than MOST_RUNS runs."""
@@ -107,10 +107,10 @@ class RunReader:
         if facts is None or facts.heartbeat is None:
             return
         now, at = time.monotonic(), facts.heartbeat.at
-        before, changed = self._beats.get(status.run, (at, None))
-        if before != at:
-            changed = now
-        self._beats[status.run] = at, changed
+        read, before, changed = self._beats.get(status.run, (now, at, None))
+        if before != at:  # at some time since the last reading
+            changed = now if now - read <= MISSED_BEATS * facts.heartbeat.interval_seconds else None
+        self._beats[status.run] = now, at, changed
         if changed is not None:
             facts.heartbeat_age = status.heartbeat_age_seconds = now - changed
 

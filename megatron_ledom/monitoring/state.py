@@ -8,14 +8,20 @@ from enum import StrEnum
 from megatron_ledom.monitoring.heartbeat import COMPLETE, FAILED, RUNNING, STOPPED, Heartbeat
 from megatron_ledom.monitoring.problems import ProblemKind
 
-WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SUSPENDED", "RESIZING", "SPECIAL_EXIT")
+WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "SUSPENDED", "RESIZING")
 """States of a SLURM job that starts or continues by itself."""
+HELD = ("REQUEUE_HOLD", "SPECIAL_EXIT")
+"""States of a SLURM job that waits for `scontrol release`."""
+BROKEN = ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "LAUNCH_FAILED", "RECONFIG_FAIL")
+"""States of a SLURM job that has ended with an error."""
 GOING = ("RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "STOPPED")
 SILENT_STEPS = 5
 MISSED_BEATS = 2
 """Number of missed heartbeats from which the process and the job are asked."""
 STALL_SECONDS = 120.0
 """Default time without progress, for a run whose watchdog is off."""
+ENDING_SECONDS, STARTING_SECONDS = 120.0, 900.0
+"""Longest times for a job to end after its last heartbeat, and for a launch to start until its first one."""
 LATER_SECONDS = 60.0
 """Records that are newer than the heartbeat by this time were not written by its launch."""
 CLOCK_SECONDS = 30.0
@@ -88,18 +94,34 @@ def judge(facts: Evidence) -> StateOfRun:
         return StateOfRun(State.UNREADABLE, "the folder has no config.yaml and no records; give the run_dir of a run")
     if beat is None or (beat.state != RUNNING and _has_later_records(facts)):
         return _by_records(facts)
-    if beat.state == COMPLETE:
-        return StateOfRun(State.COMPLETE, beat.reason)
+    if beat.state == COMPLETE or (facts.is_complete and facts.slurm_state == "COMPLETED"):
+        return StateOfRun(State.COMPLETE, beat.reason if beat.state == COMPLETE else "")
+    if facts.slurm_state in HELD and not _is_fresh(facts):
+        job = f"SLURM's job {beat.slurm_job_id}"
+        return StateOfRun(State.STALLED, f"{job} is held and waits for `scontrol release {beat.slurm_job_id}`")
     if facts.slurm_state in WAITING and not _is_fresh(facts):
         return StateOfRun(State.QUEUED, _and(f"SLURM's job {beat.slurm_job_id} is {facts.slurm_state}", beat.reason))
     if beat.state == RUNNING:
         return _by_age(facts, beat)
+    if beat.state in (FAILED, STOPPED):
+        return _after_end(facts, beat)
+    return StateOfRun(State.UNKNOWN, f"heartbeat.json has the state {beat.state!r:.60}, which this version does not know")
+
+
+def _after_end(facts: Evidence, beat: Heartbeat) -> StateOfRun:
+    """Return the state of a run whose last launch has reported its end. A later start may have failed, or last too long, before
+    its first heartbeat."""
+    age = facts.heartbeat_age
+    job = f"SLURM's job {beat.slurm_job_id} is {facts.slurm_state}" if facts.slurm_state else ""
+    if facts.slurm_state == "RUNNING" and age is not None and age > ENDING_SECONDS:
+        if age <= STARTING_SECONDS:
+            return StateOfRun(State.RUNNING, f"{job}: a launch starts")
+        return StateOfRun(State.STALLED, f"{job}, but there is no heartbeat since the launch that ended {age:.0f} s ago")
     if beat.state == FAILED:
         return StateOfRun(State.FAILED, beat.reason)
-    if beat.state == STOPPED:
-        job = f"SLURM's job {beat.slurm_job_id} is {facts.slurm_state}" if facts.slurm_state else ""
-        return StateOfRun(State.PREEMPTED if facts.slurm_state == "PREEMPTED" else State.STOPPED, _and(beat.reason, job))
-    return StateOfRun(State.UNKNOWN, f"heartbeat.json has the state {beat.state!r:.60}, which this version does not know")
+    if facts.slurm_state in BROKEN:
+        return StateOfRun(State.FAILED, _and(f"{job}: see its log", f"the last launch had stopped: {beat.reason}"))
+    return StateOfRun(State.PREEMPTED if facts.slurm_state == "PREEMPTED" else State.STOPPED, _and(beat.reason, job))
 
 
 def _and(first: str, second: str) -> str:

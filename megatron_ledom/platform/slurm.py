@@ -236,21 +236,22 @@ def seconds_until_job_end() -> float | None:
 
 
 def job_states(jobs: Iterable[str], seconds: float = ANSWER_SECONDS) -> dict[str, str]:
-    """Return job -> state, such as `PENDING` or `NODE_FAIL`, from squeue and, for older jobs, sacct.
+    """Return job -> state, such as `PENDING` or `NODE_FAIL`, from squeue and, for older jobs, sacct. A held job is `REQUEUE_HOLD`.
 
     A job that neither knows is missing, and so are all if SLURM is not installed or each answer takes longer than `seconds`.
     """
     numbers = sorted({job for job in jobs if re.fullmatch("[0-9]{1,18}", job)}, key=int)
     states: dict[str, str] = {}
-    squeue = ("squeue", "--noheader", "--states=all", "--format=%A|%T")
+    squeue = ("squeue", "--noheader", "--states=all", "--format=%A|%T|%r")
     sacct = ("sacct", "--noheader", "--allocations", "--parsable2", "--format=JobIDRaw,State")
     for command in (squeue, sacct):
         left = [number for number in numbers if number not in states]
         answer = _answer(*command, f"--jobs={','.join(left)}", seconds=seconds) if left else None
         for line in (answer or "").splitlines():
-            job, _, state = (part.strip() for part in line.partition("|"))
+            job, state, reason = (part.strip() for part in (*line.split("|", 2), "", "")[:3])
             if job in left and state:
-                states[job] = state.split()[0]  # sacct: CANCELLED by 1000
+                is_held = state == "PENDING" and "held" in reason.lower()  # JobHeldUser, launch failed requeued held
+                states[job] = "REQUEUE_HOLD" if is_held else state.split()[0]  # sacct: CANCELLED by 1000
     return states
 
 

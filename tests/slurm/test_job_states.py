@@ -21,7 +21,7 @@ def test_states_of_jobs_are_those_of_slurm(cluster: Cluster, tmp_path: Path, mon
     cluster.run("scancel", ended)
     cluster.wait_until(lambda: cluster.states(running) + cluster.states(ended) == ["RUNNING", "CANCELLED"])
     unknown = str(int(ended) + 1000)
-    expected = {running: "RUNNING", held: "PENDING", ended: "CANCELLED"}
+    expected = {running: "RUNNING", held: "REQUEUE_HOLD", ended: "CANCELLED"}
     assert job_states([running, held, ended, unknown, "7; rm -rf /", ""]) == expected
     assert job_states([unknown]) == {}
     cluster.run("scancel", running, held)

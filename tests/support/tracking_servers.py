@@ -22,6 +22,8 @@ class Collector:
     paths: list[str] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     requests: list[ExportMetricsServiceRequest] = field(default_factory=list)
+    refused: float | None = None
+    """If given, a request with a point of this value gets `status`, and others are taken."""
     pause: threading.Event | None = None
     """If given, answers wait for it."""
 
@@ -59,6 +61,12 @@ def _value(point: Any) -> float:
     return float(point.as_int if point.WhichOneof("value") == "as_int" else point.as_double)
 
 
+def has_value(request: ExportMetricsServiceRequest, value: float) -> bool:
+    """Return True if a point of a request has this value."""
+    scopes = [scope for metrics in request.resource_metrics for scope in metrics.scope_metrics]
+    return any(_value(point) == value for scope in scopes for metric in scope.metrics for point in metric.gauge.data_points)
+
+
 @contextmanager
 def collecting(port: int = 0, **settings: Any) -> Iterator[Collector]:
     """Run a collector on a port; 0 takes a free one."""
@@ -71,9 +79,11 @@ def collecting(port: int = 0, **settings: Any) -> Iterator[Collector]:
                 collector.pause.wait(60)
             collector.paths.append(self.path)
             collector.headers.append(dict(self.headers.items()))
-            if collector.status == 200:
-                collector.requests.append(ExportMetricsServiceRequest.FromString(body))
-            self.send_response(collector.status)
+            request = ExportMetricsServiceRequest.FromString(body)
+            is_taken = collector.status == 200 or (collector.refused is not None and not has_value(request, collector.refused))
+            if is_taken:
+                collector.requests.append(request)
+            self.send_response(200 if is_taken else collector.status)
             self.send_header("Content-Length", str(len(collector.answer)))
             self.end_headers()
             self.wfile.write(collector.answer)

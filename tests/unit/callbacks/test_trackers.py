@@ -184,6 +184,34 @@ def test_a_secret_that_a_server_repeats_is_not_logged(
     assert "hidden" not in caplog.text
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_record_that_is_refused_takes_no_other_along(
+    data: TinyData, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with collecting(status=400, answer=b"out of bounds", refused=666.0) as collector:
+        sender = otlp_log(data, tmp_path, collector.address)
+        for iteration in range(1, 9):
+            sender.write({"iteration": iteration, "lm_loss": 666.0 if iteration in (3, 4) else float(iteration)})
+        until(lambda: collector.values("ledom.lm_loss")[-1:] == [8.0])
+        sender.close()
+    assert collector.values("ledom.lm_loss") == [1.0, 2.0, 5.0, 6.0, 7.0, 8.0]
+    assert caplog.text.count("refuses a record") == 1
+    assert "the collector lacks 2 records" in caplog.text
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_header_that_cannot_be_read_is_not_printed(
+    data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", f"Authorization: Bearer {SECRET}")
+    with collecting() as collector:
+        sender = otlp_log(data, tmp_path, collector.address)
+        sender.write({"iteration": 1})
+        sender.close()
+    assert "a header in OTEL_EXPORTER_OTLP_HEADERS is not NAME=VALUE" in caplog.text
+    assert SECRET not in caplog.text
+
+
 def test_a_run_trains_to_its_end_while_both_servers_are_away(data: TinyData, tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
     away = f"http://127.0.0.1:{free_port()}"

@@ -10,17 +10,21 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_ledom.config.load import load_config
 from megatron_ledom.monitoring import runs as runs_module
 from megatron_ledom.monitoring.heartbeat import HEARTBEAT, read_heartbeat
+from megatron_ledom.monitoring.launch_report import report_complete
 from megatron_ledom.monitoring.run_status import Limits, RunStatus, read_status
 from megatron_ledom.monitoring.runs import JobStates, RunReader, run_folders
 from megatron_ledom.monitoring.table import as_table, duration
+from megatron_ledom.platform.launch import read_launch
 from tests.support.injected_errors import inject
 from tests.support.tiny_runs import TinyData, start_ranks
 
@@ -136,6 +140,36 @@ def test_slurm_knows_more_than_a_heartbeat_that_is_missing(run: Path) -> None:
     assert status_of(run).slurm_state is None
 
 
+@pytest.mark.parametrize("state", ["stopped", "failed"])
+def test_a_start_that_fails_or_hangs_before_its_first_heartbeat_is_reported(run: Path, state: str) -> None:
+    change_heartbeat(run, state=state, at=time.time(), slurm_job_id="7", host="elsewhere", reason="the time limit", iteration=4)
+    shutil.rmtree(run / "checkpoints")
+    for name in ("metrics.jsonl", "steps.jsonl", "launches.jsonl"):
+        os.utime(run / name, (1.0, 1.0))
+    for slurm in ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"):
+        assert status_of(run, {"7": slurm}).state == "failed"
+    assert status_of(run, {"7": "RUNNING"}, later=30).state == state  # it is ending
+    assert status_of(run, {"7": "RUNNING"}, later=300).state == "running"
+    found = status_of(run, {"7": "RUNNING"}, later=2000)
+    assert (found.state, found.is_healthy) == ("stalled", False)
+    assert "no heartbeat since the launch that ended" in found.reason
+    held = status_of(run, {"7": "REQUEUE_HOLD"})
+    assert (held.state, held.is_healthy) == ("stalled", False)
+    assert "scontrol release 7" in held.reason
+
+
+def test_a_run_that_failed_after_its_last_checkpoint_is_complete_once_its_job_is(run: Path) -> None:
+    for state in ("failed", "running"):
+        change_heartbeat(run, state=state, at=time.time() - 500, slurm_job_id="7", host="elsewhere")
+        assert status_of(run, {"7": "COMPLETED"}).state == "complete"
+    config = load_config(str(run / "config.yaml"), [f"run_dir={run}"])
+    report_complete(config, replace(read_launch(), rank=1))
+    assert read_heartbeat(str(run)).state == "running"
+    report_complete(config, read_launch())
+    found = status_of(run)
+    assert (found.state, found.iteration) == ("complete", 10)
+
+
 def test_a_run_without_a_heartbeat_is_judged_by_its_records(run: Path) -> None:
     (run / HEARTBEAT).unlink()
     assert status_of(run).state == "complete"
@@ -170,7 +204,7 @@ def test_clocks_that_differ_are_reported_and_decide_nothing(run: Path) -> None:
     assert kinds(found) == ["unknown", "clock", "clock"]
 
 
-def test_a_heartbeat_that_is_seen_to_change_is_new_whatever_the_clocks_say(run: Path) -> None:
+def test_a_heartbeat_that_is_seen_to_change_is_new_whatever_the_clocks_say(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = RunReader([str(run)], Limits(), jobs=JobStates(lambda jobs, wait: {}))
     shutil.rmtree(run / "checkpoints")
     for name in ("metrics.jsonl", "steps.jsonl", "launches.jsonl"):
@@ -180,6 +214,10 @@ def test_a_heartbeat_that_is_seen_to_change_is_new_whatever_the_clocks_say(run: 
         change_heartbeat(run, state="running", at=time.time() - 3600 * hours, host="elsewhere", idle_seconds=0.0)
         states.append(reader.read()[0].state)
     assert states == ["lost", "running"]
+    monkeypatch.setattr(runs_module.time, "monotonic", lambda: later)
+    later = time.perf_counter() + 1e6  # long after the last reading: nobody knows when it changed
+    change_heartbeat(run, state="running", at=time.time() - 3600 * 8, host="elsewhere", idle_seconds=0.0)
+    assert reader.read()[0].state == "lost"
 
 
 def test_the_time_left_follows_the_batch_sizes_of_the_last_record(run: Path) -> None:
