@@ -14,7 +14,7 @@ import numpy as np
 from lines import read_lines
 
 from megatron_ledom.evaluation.grading.answers import answers_by, classes_of, is_right
-from megatron_ledom.evaluation.intervals import LEVEL, Values, crossed_interval, crossed_p_value, holm
+from megatron_ledom.evaluation.intervals import LEVEL, Values, crossed_interval, crossed_p_value, holm, t_interval
 from megatron_ledom.evaluation.selection_methods import Marks, share_by_score, share_by_vote, share_with_any
 
 FIRST = "F1"
@@ -121,13 +121,13 @@ def summary(values: Values) -> dict[str, Any]:
 def differences(pairs: Mapping[str, Values], center: float = 0.0) -> dict[str, dict[str, Any]]:
     """Return for a family of differences [seeds, questions] the mean, intervals, and p-values that Holm's method adjusted.
 
-    center: the value of the hypotheses. equal: the 90 % interval, for equivalence.
+    center: the value of the hypotheses. narrow_interval: the 90 % interval, for equivalence.
     """
     rounded = {name: np.round(values - center, 12) + 0.0 for name, values in pairs.items()}
     p_values = [crossed_p_value(values, num_resamples=NUM_RESAMPLES, seed=0) for values in rounded.values()]
     found = {}
     for (name, values), p_value, adjusted in zip(rounded.items(), p_values, holm(p_values), strict=True):
-        narrow = crossed_interval(values, level=2 * LEVEL - 1, num_resamples=NUM_RESAMPLES, seed=0)
+        narrow = _narrow_interval(values)
         found[name] = {
             **summary(values),
             "narrow_interval": narrow,
@@ -137,3 +137,13 @@ def differences(pairs: Mapping[str, Values], center: float = 0.0) -> dict[str, d
             "is_equivalent": narrow[0] > -MARGIN and narrow[1] < MARGIN,
         }
     return found
+
+
+def _narrow_interval(values: Values) -> list[float]:
+    """Return the 90 % interval of the mean: the bootstrap's, extended to Student's over the seeds, as the p-values are."""
+    level = 2 * LEVEL - 1
+    low, high = crossed_interval(values, level=level, num_resamples=NUM_RESAMPLES, seed=0)
+    if len(values) > 1:
+        of_seeds = t_interval(values.mean(axis=1).tolist(), level=level)
+        low, high = min(low, of_seeds[0]), max(high, of_seeds[1])
+    return [low, high]

@@ -62,9 +62,11 @@ def planted(problems: Sequence[Problem], levels: list[Level], seed: int) -> list
 def with_error(answer: str, kind: str, largest: int, others: Sequence[str], random_: Random) -> str | None:
     """Return a right chain with one error of a kind at a random line, or None if it can have none.
 
-    No number falls below zero. largest: the largest number of the question's level. others: chains with other results.
+    No number falls below zero. The result has as many characters as the answer: a shorter text is likelier whatever its errors.
+    largest: the largest number of the question's level. others: chains with other results.
     """
     if kind == OTHER:
+        others = [one for one in others if len(one) == len(answer)]
         return random_.choice(others) if others else None
     lines = [_read(line) for line in answer.split("\n")[:-1]]
     right = lines[-1][3]
@@ -79,8 +81,10 @@ def with_error(answer: str, kind: str, largest: int, others: Sequence[str], rand
             stated = (value, sign, number, result + random_.choice((-3, -2, -1, 1, 2, 3)))
             rest = lines[place + 1 :] if kind == FALSE else _again(lines[place + 1 :], stated[3])
             changed = [*lines[:place], stated, *rest]
-        if changed != lines and all(min(value, result) >= 0 for value, _, _, result in changed):
-            return _text(changed, right if kind == FALSE else changed[-1][3])
+        text = _text(changed, right if kind == FALSE else changed[-1][3])
+        is_possible = all(min(value, result) >= 0 for value, _, _, result in changed)
+        if changed != lines and is_possible and len(text) == len(answer):
+            return text
     return None
 
 

@@ -56,21 +56,21 @@ def load(args: argparse.Namespace) -> dict[str, Scorer]:
     )
     reverse = ReverseLM.from_pretrained(args.reverse, device="cpu")
 
-    def _of(model: Any, change: Callable[[Pair], Pair] = lambda pair: pair) -> Scorer:
-        return lambda pairs: [one.logprob for one in model.span_scores([change(pair) for pair in pairs], False, BATCH)]
+    def _of(model: Any, change: Callable[[Pair], Pair] = lambda pair: pair, with_eod: bool = False) -> Scorer:
+        return lambda pairs: [one.logprob for one in model.span_scores([change(pair) for pair in pairs], with_eod, BATCH)]
 
-    def _less_alone(model: Any) -> Scorer:
-        """Return log P_F1(y|x) - log P(y), with P(y) of a model that reads the answer as a document of its own."""
-        given, alone = _of(forward), _of(model, lambda pair: ("", pair[1]))
+    def _less(alone: Scorer) -> Scorer:
+        """Return log P_F1(y|x) - log P(y)."""
         return lambda pairs: [one - other for one, other in zip(given(pairs), alone(pairs), strict=True)]
 
+    given = _of(forward, with_eod=True)  # the end of the answer counts: without it a beginning of an answer is always likelier
     return {
-        "F1": _of(forward),
+        "F1": given,
         "R": _of(reverse),
-        "F2": _of(second),
+        "F2": _of(second, with_eod=True),
         "S": _of(swapped, lambda pair: (f"{pair[1]}\n", pair[0].removesuffix("\n"))),
-        "PMI": _less_alone(forward),
-        "PMI, P(y) of S": _less_alone(swapped),
+        "PMI": _less(_of(forward, lambda pair: ("", pair[1]), with_eod=True)),
+        "PMI, P(y) of S": _less(_of(swapped, lambda pair: ("", f"{pair[1]}\n"))),  # S ends an answer with a line break
         "verifier": _verifier(forward, args.verifier),
     }
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from commands import tool
+from commands import ROOT, tool
 from control_choice import (
     FIRST,
     GRID,
@@ -54,6 +54,20 @@ HYPOTHESES = {
     "R - F2": "The reverse model helps more than a second forward model. If they are equal, the gain is that of an ensemble.",
     "R - S": "The reading order helps. If they are equal, the gain is that of the conditional P(question | answer), in any order.",
 }
+
+
+EQUALITY = (
+    "two scorers are equal, and the other explains the gain of R, if the 90 % interval of their difference is within the margin and within"
+    " half of the lower bound of R - F1, and the other scorer gains significantly over F1"
+)
+CODE = (
+    *(
+        f"examples/study/{name}.py"
+        for name in ("controls", "controls_report", "control_choice", "control_scores", "planted_errors")
+    ),
+    *(f"megatron_ledom/evaluation/{name}.py" for name in ("intervals", "selection_methods", "grading/answers")),
+)
+"""Sources that decide the results: they are a part of the registration."""
 
 
 class Controls:
@@ -188,7 +202,7 @@ class Controls:
             "score": "F1 + lambda * X; lambda and N by seed, with the highest accuracy on the development part",
             "test": (
                 "two-sided, paired; percentile bootstrap over seeds and questions (crossed), p-values adjusted by Holm over the primary"
-                f" comparisons; alpha {1 - LEVEL:.2f}; equal: 90 % interval within {100 * MARGIN:.0f} points"
+                f" comparisons, at least those of Student's t over seeds; alpha {1 - LEVEL:.2f}; margin {100 * MARGIN:.0f} points; {EQUALITY}"
             ),
             "num_resamples": NUM_RESAMPLES,
             "settings": json.loads(json.dumps(asdict(self.settings))),
@@ -198,6 +212,9 @@ class Controls:
             "chosen": chosen,
             "development": {str(seed): hash_of(self.scores("development", seed)) for seed in self.settings.seeds},
             "questions": hash_of(self._file("test")),
+            "answers": hash_of(self._file("answers")),
+            "planted": hash_of(self._file("planted")),
+            "code": {name: hash_of(ROOT / name) for name in CODE},
         }
 
     @cached_property

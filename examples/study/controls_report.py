@@ -51,24 +51,34 @@ def answers(results: Results) -> Iterator[str]:
         f"Reverse Reward, {_about_size(results)}: {percent(own['mean'])} % right with the reverse model, {percent(first['mean'])} % by F1's own"
         f" likelihood ({_points(gain)}; Holm p = {gain['holm_p']:.3f})."
     )
-    is_gain = gain["is_significant"] and gain["mean"] > 0
     for name, row in results["primary"].items():
-        yield f"{name} = {_points(row)}, Holm p = {row['holm_p']:.4f}: {verdict(name, row, is_gain)}."
-    if len(results["seeds"]) < 5:
-        yield "With fewer than five seeds these intervals are too narrow, and with one they say nothing about other seeds."
+        other = results["secondary"][f"{name.removeprefix('R - ')} - {FIRST}"]
+        yield f"{name} = {_points(row)}, Holm p = {row['holm_p']:.4f}: {verdict(name, row, gain, other)}."
+    if len(results["seeds"]) < 10:
+        yield "With fewer than ten seeds the 95 % intervals are too narrow, and with one they say nothing about other seeds."
     yield _about_planted(results["planted"])
 
 
-def verdict(name: str, row: Results, is_gain: bool) -> str:
-    """Return the meaning of a registered comparison. is_gain: the reverse model is significantly better than F1 alone."""
-    if not is_gain and not row["is_significant"]:
+def verdict(name: str, row: Results, gain: Results, other: Results) -> str:
+    """Return the meaning of a registered comparison.
+
+    gain, other: what R, and the scorer that R is compared with, add to F1 alone. Equality explains the gain of R only if the other
+    scorer gains, too, and if the difference is small beside that gain: the rule is registered (EQUALITY in controls.py).
+    """
+    if row["is_significant"] and row["mean"] < 0:
+        return LESS[name]
+    if not _gains(gain):
         return "the reverse model does not gain significantly over F1 alone, so there is no gain to explain"
     if row["is_significant"]:
-        text = (MORE if row["mean"] > 0 else LESS)[name]
-        return f"{text}, by less than {100 * MARGIN:.0f} points" if row["is_equivalent"] else text
-    if row["is_equivalent"]:
-        return f"equal within {100 * MARGIN:.0f} points, so {EQUAL[name]}"
-    return f"undecided: neither a difference nor equality within {100 * MARGIN:.0f} points is shown"
+        return f"{MORE[name]}, by less than {100 * MARGIN:.0f} points" if row["is_equivalent"] else MORE[name]
+    largest = max(map(abs, row["narrow_interval"]))
+    if row["is_equivalent"] and _gains(other) and largest <= gain["interval"][0] / 2:
+        return f"equal within {100 * MARGIN:.0f} points and within half of the gain, so {EQUAL[name]}"
+    return "undecided: neither a difference nor an equality that would explain the gain is shown"
+
+
+def _gains(row: Results) -> bool:
+    return bool(row["is_significant"] and row["mean"] > 0)
 
 
 def _about_size(results: Results) -> str:
@@ -116,7 +126,7 @@ def _about(results: Results) -> str:
         f"{_about_size(results)}, all seeds reported; levels: {levels}. Per seed, F1, R, F2 and S have the same shape, the same training"
         " problems and equally many tokens; S reads each text as answer, then question. R, F2 and S share a seed that is not F1's. The"
         " training problems are drawn by seed, too. The verifier reads as many tokens as each of them trained on, of F1's answers to half"
-        " of the development problems; lambda and N are chosen on the other half."
+        " of the development problems, and needs to know which are right, as no other scorer does; lambda and N are chosen on the other half."
         " Score: F1 + lambda * X; lambda and N by seed, alike for all. Accuracies with N answers are means over all subsets"
         " of N. Intervals: paired bootstrap over seeds and questions (crossed); with few seeds they hardly extend beyond the range"
         " of these seeds. Holm p: adjusted within each table."

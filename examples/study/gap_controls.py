@@ -7,6 +7,8 @@ from random import Random
 PRIMES, CHAIN = "primes", "chain"
 SMALLEST_PRIME = 11
 HELD_OUT_SHARE = 10
+LEAST_HELD_OUT = 600
+"""Lines of the held-out part of the primes: it is repeated, because few pairs would not fill a sample of a long context."""
 """One of so many pairs of primes, or walks, is held out."""
 STATES = string.ascii_lowercase
 WALK = 60
@@ -31,7 +33,8 @@ def products(num_lines: int, largest: int, seed: int) -> tuple[list[str], list[s
         first, second = random_.sample(pair, 2)
         return f"{first} * {second} = {from_last_digit(first * second)}"
 
-    return [_line(random_.choice(pairs[size:])) for _ in range(num_lines)], [_line(pair) for pair in pairs[:size]]
+    train = [_line(random_.choice(pairs[size:])) for _ in range(num_lines)]
+    return train, [_line(pair) for _ in range(-(-LEAST_HELD_OUT // size)) for pair in pairs[:size]]
 
 
 def from_last_digit(number: int) -> str:

@@ -25,6 +25,8 @@ CONTROLS = (PRIMES, CHAIN)
 HELD_OUT, SEEN = "held_out", "seen"
 """Held-out sets of the controls: unseen lines; and lines of primes that were trained on, of the positive control only."""
 NUM_SEEN = 1000
+FRESH = 7_000_000
+"""Added to the seed of the problems: the pairs of primes are others than those of the trials that chose the form of the lines."""
 Names = tuple[str, str, int, int]
 """Corpus, model, context and seed of a pair of twins."""
 
@@ -64,7 +66,7 @@ class LossGap:
         return self.twins.folder / self._corpus(control) / f"{part}.jsonl"
 
     def _texts(self, control: str) -> Step:
-        one, seed = self.settings, self.twins.settings.problems_seed
+        one, seed = self.settings, self.twins.settings.problems_seed + FRESH
         make, size = (products, one.largest_prime) if control == PRIMES else (walks, one.num_states)
 
         def _write() -> None:

@@ -22,16 +22,19 @@ def planted_results(paths: Sequence[Path]) -> dict[str, Any]:
     pooled: the area over all pairs of a right and a planted chain, also of different questions, the mean over seeds.
     """
     seeds = [list(read_lines(path)) for path in paths]
-    wins = {(kind, name): _wins(seeds, kind, name) for kind in KINDS for name in (FIRST, *SCORERS)}
+    kinds = [
+        kind for kind in KINDS if any(kind in record["kinds"] for record in seeds[0])
+    ]  # few problems may have none of a kind
+    wins = {(kind, name): _wins(seeds, kind, name) for kind in kinds for name in (FIRST, *SCORERS)}
     tested = differences({f"{kind}|{name}": values for (kind, name), values in wins.items()}, center=0.5)
-    against = {f"{kind}|R - {other}": wins[kind, "R"] - wins[kind, other] for kind in KINDS for other in BELOW}
+    against = {f"{kind}|R - {other}": wins[kind, "R"] - wins[kind, other] for kind in kinds for other in BELOW}
     rows = {}
     for (kind, name), values in wins.items():
         own = tested[f"{kind}|{name}"]
         pooled = float(np.mean([_pooled(records, kind, name) for records in seeds]))
         kept = {key: own[key] for key in ("p", "holm_p", "is_significant")}
         rows[f"{kind}|{name}"] = {**summary(values), **kept, "pooled": pooled, "num": values.shape[1]}
-    return {"kinds": list(KINDS), "rows": rows, "against": differences(against)}
+    return {"kinds": kinds, "rows": rows, "against": differences(against)}
 
 
 def _wins(seeds: Sequence[list[dict[str, Any]]], kind: str, scorer: str) -> Values:

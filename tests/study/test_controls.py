@@ -48,7 +48,8 @@ for record in records:
             assert (signs, numbers) == (kind == OPERATION, kind == OPERAND), (kind, text)
         if kind == FALSE:
             assert sum(a[0] != b[0] for a, b in zip(lines, own)) == 1
-assert min(counts.values()) > 30 and counts[FALSE] == 120, counts
+        assert len(text) == len(right)
+assert min(counts.values()) > 15, counts
 print("done")
 """
     assert run_python(code, tmp_path) == "done\n"
@@ -162,7 +163,7 @@ def _write_scores(folder: Path, helpful: dict[str, float]) -> None:
                 with path.open("a") as file:
                     file.write(json.dumps({**record, "scores": scores}) + "\n")
             records.append({"prompt": record["prompt"], "answer": f"#### {right + 1}", "level": 1})
-        for name in ("development",) if part == "development" else ("test", "answers"):
+        for name in ("development",) if part == "development" else ("test", "answers", "planted"):
             (folder / "controls" / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
     for seed in (1, 2):
         own = {name: [0.0, -1.0, -1.0] if name != "S" else [0.0, 1.0, 0.0] for name in ("F1", *helpful)}
@@ -229,15 +230,21 @@ print(json.dumps({"found": found, "told": list(answers(found)), "cells": str(sec
 def test_an_undecided_comparison_and_a_part_that_was_not_run_are_called_so(tmp_path: Path) -> None:
     code = """
 from controls_report import controls_section, first_section, verdict
-row = {"is_significant": False, "is_equivalent": False, "mean": 0.02}
-print(verdict("R - S", row, True))
-print(verdict("R - F2", {**row, "is_equivalent": True}, True))
-print(verdict("R - F2", {**row, "is_equivalent": True}, False))
-print(verdict("R - F2", {**row, "is_significant": True, "mean": -0.1}, True))
+row = {"is_significant": False, "is_equivalent": False, "mean": 0.02, "narrow_interval": [-0.01, 0.02]}
+gain = {"is_significant": True, "mean": 0.1, "interval": [0.05, 0.15]}
+print(verdict("R - S", row, gain, gain))
+print(verdict("R - F2", {**row, "is_equivalent": True}, gain, gain))
+print(verdict("R - F2", {**row, "is_equivalent": True}, {**gain, "is_significant": False}, gain))
+print(verdict("R - F2", {**row, "is_significant": True, "mean": -0.1}, gain, gain))
+print(verdict("R - F2", {**row, "is_equivalent": True}, gain, {**gain, "is_significant": False}))
+print(verdict("R - F2", {**row, "is_equivalent": True}, {**gain, "interval": [0.01, 0.15]}, gain))
+print(verdict("R - F2", {**row, "is_significant": True}, {**gain, "is_significant": False}, gain))
 print(*first_section(None, None).paragraphs, *controls_section(None).paragraphs)
 """
-    undecided, equal, gainless, less, none = run_python(code, tmp_path).splitlines()
+    undecided, equal, gainless, less, *small, above, none = run_python(code, tmp_path).splitlines()
     assert undecided.startswith("undecided")
+    assert [text.split(":")[0] for text in small] == ["undecided"] * 2  # the other gains nothing, or the gain is not larger
+    assert above == gainless
     assert "the gain is that of an ensemble" in equal
     assert gainless.endswith("so there is no gain to explain")
     assert less == "a second forward model helps more than the reverse model"

@@ -118,7 +118,10 @@ def test_the_section_agrees_with_known_runs(tmp_path: Path) -> None:
     assert "The gap appears with its sign" in sentences
     assert '["products of primes that were trained on", "2.0000"' in tables
     assert "It is 0 within 0.2 %" in sentences
-    assert "of 4 cells (text, size, context) the interval of 4 lies below it, of 0 above it" in sentences
+    assert (
+        "of 4 cells (text, size, context) the 95 % interval, not corrected for their number, of 4 lies below it, of 0 above it"
+        in sentences
+    )
     assert "Holm): 4 of 4" in sentences
     assert (
         "Of 2 changes these are significant here (Holm), in percentage points: prose, large: context 64 to 128: +0.50"

@@ -45,9 +45,9 @@ class OrderSettings:
             raise UsageError(
                 f"--boundary-token {self.boundary_token} has no effect with --unit token; omit it, or choose a --unit"
             )
-        if self.segment_tokens < 1 or self.segment_seed < 0:
+        if self.segment_tokens < 1 or not 0 <= self.segment_seed < 2**64:
             raise UsageError(
-                f"--segment-tokens {self.segment_tokens} and --segment-seed {self.segment_seed}: use at least 1 and at least 0"
+                f"--segment-tokens {self.segment_tokens} and --segment-seed {self.segment_seed}: use at least 1, and 0 to 2^64 - 1"
             )
         if self.unit is not Unit.SEGMENT and self.segments != SegmentSettings():
             raise UsageError("--segment-tokens and --segment-seed have no effect without --unit segment; omit them")
