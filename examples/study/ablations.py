@@ -147,7 +147,7 @@ class Ablations:
             row = _row(name, outcomes_of(method, wrong, settings, wrong), chance, settings)
             rows.append({**row, "right_way": [right_way["difference"], right_way["difference_interval"]]})
         mark_adjusted(rows)
-        for row in rows:  # a guard must not miss a fault, so its alarm is not corrected
+        for row in rows:  # a guard must not miss an error, so it is not corrected
             row["is_significant"] = row["p"] < 1 - LEVEL
         return rows
 
