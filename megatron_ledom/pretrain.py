@@ -188,9 +188,9 @@ def run(
     on every rank.
     """
     from megatron_ledom.data.blends.sources import load_run_tokenizer, load_sources
-    from megatron_ledom.monitoring.launch_report import report_complete
     from megatron_ledom.training.origin import find_origin
     from megatron_ledom.training.preflight import check_environment, is_complete
+    from megatron_ledom.training.watched_launch import report_complete
 
     started = time.monotonic() if since is None else since
     checkpoint = latest_checkpoint(checkpoint_folder(config))

@@ -105,7 +105,7 @@ def describe_type(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         options = [describe_type(argument) for argument in arguments if argument is not type(None)]
         if all(option.startswith(ONE_OF) for option in options):
-            return ONE_OF + ", ".join(option.removeprefix(ONE_OF) for option in options)
+            options = [ONE_OF + ", ".join(option.removeprefix(ONE_OF) for option in options)]
         return " or ".join([*options, "null"] if type(None) in arguments else options)
     if origin is Annotated:
         return _KINDS[arguments[0]] + _describe_range(arguments[1:])

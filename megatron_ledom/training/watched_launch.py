@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megatron_ledom.config.schema import RunConfig
-from megatron_ledom.monitoring.launch_report import LaunchReport, reporting
+from megatron_ledom.monitoring.launch_report import LaunchReport, report_complete, reporting
 from megatron_ledom.parallel.groups import wait_for_all_ranks
 from megatron_ledom.platform.launch import Launch
 from megatron_ledom.training.resilience import StopRequest
 from megatron_ledom.training.watchdog import Watchdog
+
+__all__ = ["end_launch", "report_complete", "watched"]
 
 
 @contextmanager

@@ -212,8 +212,8 @@ def was_killed(pid: int) -> bool:
 
 
 def _is_running(group: int) -> bool:
-    """Return True if a process of the group runs. A zombie does not count, because it holds no lock."""
-    for file in Path("/proc").glob("[0-9]*/stat"):
+    """Return True if a thread of the group runs. A zombie does not count, because it holds no lock; its other threads do."""
+    for file in Path("/proc").glob("[0-9]*/task/*/stat"):
         with contextlib.suppress(OSError):  # the process ended meanwhile
             state, _, found = file.read_text().rpartition(")")[2].split()[:3]
             if int(found) == group and state not in "ZX":

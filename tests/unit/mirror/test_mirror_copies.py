@@ -341,7 +341,8 @@ def test_a_process_that_dies_between_two_copies_is_started_again(tmp_path: Path,
         uploader.add([1])
         uploader.finish(lambda: 60.0)
         # the process of the tests can have other children, such as the server of the warm Python
-        (child,) = [one for one in psutil.Process().children() if "megatron_ledom.mirror.process" in one.cmdline()]
+        running = [one for one in psutil.Process().children() if one.status() != psutil.STATUS_ZOMBIE]
+        (child,) = [one for one in running if "megatron_ledom.mirror.process" in one.cmdline()]
         child.kill()
         until(lambda: child.status() == psutil.STATUS_ZOMBIE)
         save(config, 2)
