@@ -60,7 +60,8 @@ def test_all_checks_pass_on_a_cpu_or_are_skipped_with_a_reason(tmp_path: Path, p
     assert max(row["error_by_tolerance"] for row in checks["kernels"]["numbers"]["errors"]) <= 1
     assert checks["bandwidth"]["numbers"]["copy_gb_per_second"] > 0
     mfu = checks["speed"]["numbers"]["mfu"]
-    assert mfu > 0 and (load > BUSY or mfu < 1)  # other programs may take the cores while the peak is measured
+    assert mfu > 0
+    assert load > BUSY or mfu < 1  # other programs may take the cores while the peak is measured
     assert checks["speed"]["numbers"]["last_loss"] < checks["speed"]["numbers"]["first_loss"]
     assert checks["golden"]["numbers"]["data_of_the_record"]
     planner = checks["planner"]["numbers"]
