@@ -14,7 +14,7 @@ import numpy as np
 from lines import read_lines
 
 from megatron_ledom.evaluation.grading.answers import answers_by, classes_of, is_right
-from megatron_ledom.evaluation.intervals import LEVEL, Values, crossed_interval, crossed_p_value, holm, t_interval
+from megatron_ledom.evaluation.intervals import LEVEL, Values, crossed_interval, crossed_p_value, holm, p_over_seeds, t_interval
 from megatron_ledom.evaluation.selection_methods import Marks, share_by_score, share_by_vote, share_with_any
 
 FIRST = "F1"
@@ -124,7 +124,7 @@ def differences(pairs: Mapping[str, Values], center: float = 0.0) -> dict[str, d
     center: the value of the hypotheses. narrow_interval: the 90 % interval, for equivalence.
     """
     rounded = {name: np.round(values - center, 12) + 0.0 for name, values in pairs.items()}
-    p_values = [crossed_p_value(values, num_resamples=NUM_RESAMPLES, seed=0) for values in rounded.values()]
+    p_values = [_p_value(values) for values in rounded.values()]
     found = {}
     for (name, values), p_value, adjusted in zip(rounded.items(), p_values, holm(p_values), strict=True):
         narrow = _narrow_interval(values)
@@ -137,6 +137,12 @@ def differences(pairs: Mapping[str, Values], center: float = 0.0) -> dict[str, d
             "is_equivalent": narrow[0] > -MARGIN and narrow[1] < MARGIN,
         }
     return found
+
+
+def _p_value(values: Values) -> float:
+    """Return the p-value of a mean of 0: the largest of the bootstrap's, that of Student's t over seeds, and the least of a sign test."""
+    least = 2 * 0.5 ** values.shape[1]
+    return max(crossed_p_value(values, num_resamples=NUM_RESAMPLES, seed=0), p_over_seeds(values), least)
 
 
 def _narrow_interval(values: Values) -> list[float]:

@@ -91,19 +91,23 @@ def crossed_interval(values: Values, *, level: float, num_resamples: int, seed: 
 def crossed_p_value(values: Values, *, num_resamples: int, seed: int) -> float:
     """Return the two-sided p-value of the hypothesis that the mean of `values` [seeds, questions] is 0.
 
-    It is the larger of two: twice the share of the resamples of `crossed_interval` on the rarer side of 0, 2 / (num_resamples + 1) at
-    least; and the p-value of Student's t over the means of the seeds, because the bootstrap alone rejects too often with few seeds that
-    differ. Equal values have the p-value of the sign test over questions. Raises UsageError without scipy.
+    It is twice the share of the resamples of `crossed_interval` on the rarer side of 0, 2 / (num_resamples + 1) at least, also
+    for few questions with equal values. With few seeds that differ it rejects too often: 14 instead of 5 in 100 true
+    hypotheses with 3 seeds whose deviation is 8 points. The larger one of it and `p_over_seeds` does not.
     """
     if np.ptp(values) == 0:
-        return 1.0 if values[0, 0] == 0 else max(2 / (num_resamples + 1), 2 * 0.5 ** values.shape[1])
+        return 1.0 if values[0, 0] == 0 else 2 / (num_resamples + 1)
     means = _resampled(values, num_resamples, seed)
     rarer = min(int((means <= 0).sum()), int((means >= 0).sum()))
-    return min(1.0, max(2 * (1 + rarer) / (num_resamples + 1), _p_over_seeds(values.mean(axis=1))))
+    return min(1.0, 2 * (1 + rarer) / (num_resamples + 1))
 
 
-def _p_over_seeds(means: Values) -> float:
-    """Return the two-sided p-value of Student's t for a mean of 0; 0 if the seeds agree or there is one."""
+def p_over_seeds(values: Values) -> float:
+    """Return the two-sided p-value of Student's t over the means of the rows of `values` [seeds, questions], for a mean of 0.
+
+    It is 0 if the seeds agree or if there is one. Raises UsageError without scipy.
+    """
+    means = values.mean(axis=1)
     if len(means) == 1 or np.ptp(means) < 1e-12:
         return 0.0
     check_statistics()
