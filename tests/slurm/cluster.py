@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.support.paths import ROOT
+
 NEEDED = ("sbatch", "srun", "scontrol", "slurmctld", "slurmd", "munged")
 SYSTEM_PROGRAMS = "/usr/sbin:/usr/local/sbin"
 CONFIG = """
@@ -141,6 +143,15 @@ class Cluster:
         """Wait until no element of a job is waiting or running."""
         running = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED"}
         self.wait_until(lambda: not running & set(self.states(job_id)), seconds, explain)
+
+    def end_pretraining(self, job_id: str) -> None:
+        """End a job of pretrain.sbatch, and remove its files, which a job of the same number in the next test run would read."""
+        if not job_id:
+            return
+        self.run("scancel", "--quiet", job_id)
+        self.wait_for_end(job_id)
+        for kind in ("failures", "alerts", "alerts.end"):
+            (ROOT / f"ledom-7b-{job_id}.{kind}").unlink(missing_ok=True)
 
     def _logs(self) -> str:
         tails = [f"{path.name}: {path.read_text(errors='replace')[-1500:]}" for path in sorted(self.folder.glob("*.log"))]

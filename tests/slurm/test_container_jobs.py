@@ -54,10 +54,7 @@ def training(container: Cluster, data: TinyData, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(tiny_runs, "SECONDS", 600)
     training = Training(container, tmp_path / "run", tmp_path / "job.log", data.config)
     yield training
-    if training.job:
-        container.run("scancel", "--quiet", training.job)
-        container.wait_for_end(training.job)
-        (ROOT / f"ledom-7b-{training.job}.failures").unlink(missing_ok=True)
+    container.end_pretraining(training.job)
 
 
 def test_signal_in_a_container_saves_and_the_job_resumes_in_it(training: Training, data: TinyData, tmp_path: Path) -> None:

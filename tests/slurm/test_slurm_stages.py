@@ -95,10 +95,7 @@ def stages(cluster: Cluster, data: TinyData, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(tiny_runs, "SECONDS", 600)
     job = StagesJob(cluster, tmp_path, data.config)
     yield job
-    if job.job:
-        cluster.run("scancel", "--quiet", job.job)
-        cluster.wait_for_end(job.job)
-        (ROOT / f"ledom-7b-{job.job}.failures").unlink(missing_ok=True)
+    cluster.end_pretraining(job.job)
 
 
 def test_stages_that_the_time_limit_signals_in_the_second_resume_in_it(stages: StagesJob, by_hand: Path, python: Path) -> None:

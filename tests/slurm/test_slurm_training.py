@@ -104,11 +104,7 @@ def training(cluster: Cluster, data: TinyData, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(tiny_runs, "SECONDS", 600)
     training = Training(cluster, tmp_path / "run", tmp_path / "job.log", data.config)
     yield training
-    if training.job:
-        cluster.run("scancel", "--quiet", training.job)
-        cluster.wait_for_end(training.job)
-        for kind in ("failures", "alerts", "alerts.end"):  # a job of the same number in the next test run would read them
-            (ROOT / f"ledom-7b-{training.job}.{kind}").unlink(missing_ok=True)
+    cluster.end_pretraining(training.job)
 
 
 def test_signal_before_the_time_limit(training: Training, data: TinyData, tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 import email
 import json
 import socketserver
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.message import Message
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
+
+from tests.support.local_server import QuietHandler, running
 
 
 @dataclass
@@ -38,24 +39,17 @@ def receiving(port: int = 0, statuses: Sequence[int] = (200,)) -> Iterator[Hook]
     """Run a webhook. statuses: the answers in order; the last one is repeated."""
     hook, answers = Hook(), list(statuses)
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_POST(self) -> None:
             hook.messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             self.send_response(answers.pop(0) if len(answers) > 1 else answers[0])
             self.send_header("Content-Length", "0")
             self.end_headers()
 
-        def log_message(self, *arguments: Any) -> None:
-            """Print nothing."""
-
     server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     hook.port = server.server_port
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    try:
+    with running(server):
         yield hook
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 @dataclass
@@ -93,9 +87,5 @@ def receiving_mail() -> Iterator[MailServer]:
 
     server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
     found.port = server.server_address[1]
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    try:
+    with running(server):
         yield found
-    finally:
-        server.shutdown()
-        server.server_close()

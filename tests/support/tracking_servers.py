@@ -5,11 +5,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+
+from tests.support.local_server import QuietHandler, running
 
 
 @dataclass
@@ -72,7 +74,7 @@ def collecting(port: int = 0, **settings: Any) -> Iterator[Collector]:
     """Run a collector on a port; 0 takes a free one."""
     collector = Collector(**settings)
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             if collector.pause is not None:
@@ -88,19 +90,14 @@ def collecting(port: int = 0, **settings: Any) -> Iterator[Collector]:
             self.end_headers()
             self.wfile.write(collector.answer)
 
-        def log_message(self, *arguments: Any) -> None:
-            """Print nothing."""
-
     server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     collector.port = server.server_port
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    try:
-        yield collector
-    finally:
-        if collector.pause is not None:
-            collector.pause.set()
-        server.shutdown()
-        server.server_close()
+    with running(server):
+        try:
+            yield collector
+        finally:
+            if collector.pause is not None:
+                collector.pause.set()
 
 
 @contextmanager
@@ -119,10 +116,6 @@ def mlflow_server(folder: Path) -> Iterator[str]:
     for path, handler, methods in handlers.get_endpoints():
         app.add_url_rule(path, handler.__name__, handler, methods=methods)
     server = make_server("127.0.0.1", 0, app, threaded=True)
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     handlers._get_tracking_store()  # makes the tables
-    try:
+    with running(server):
         yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()

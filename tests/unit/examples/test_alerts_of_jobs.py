@@ -1,16 +1,14 @@
 """Alerts of pretrain.sbatch: started only if a receiver is set, told how the ranks ended, and never decisive for the job."""
 
-import json
 import os
 import subprocess
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from megatron_ledom.monitoring.heartbeat import Heartbeat
 from tests.support.alert_receivers import receiving
+from tests.support.heartbeats import write_heartbeat
 from tests.support.paths import ROOT
 
 PYTHON = """#!/bin/bash
@@ -43,24 +41,7 @@ class Job:
         self.output = ""
 
     def beat(self, state: str, path: Path, reason: str = "") -> Path:
-        now = time.time()
-        beat = Heartbeat(
-            state=state,
-            at=now,
-            started_at=now,
-            interval_seconds=10.0,
-            host="elsewhere",
-            pid=1,
-            slurm_job_id=None,
-            world_size=1,
-            iteration=3,
-            activity="a step",
-            idle_seconds=0.0,
-            limit_seconds=300.0,
-            is_patient=False,
-            reason=reason,
-        )
-        path.write_text(json.dumps(asdict(beat)))
+        write_heartbeat(path, state=state, reason=reason, iteration=3)
         return path
 
     def start(self, code: int, end: Path | None = None, progress: str = "3 9", state: str = "RUNNING", **alerts: str) -> float:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ledom.data.shards.shard import check_shard
+from tests.support.fake_srun import TWO_TASKS
 from tests.support.legible import legible_documents, legible_tokenizer, write_jsonl
 from tests.support.paths import ROOT
 from tests.unit.examples.test_slurm_scripts import Cluster
@@ -33,16 +34,7 @@ PYXIS = f"""#!/bin/bash
 [[ $1 == --help ]] && echo "      --container-image=[USER@][REGISTRY#]IMAGE[:TAG]|PATH" && exit
 {RECORD}
 while [[ $1 == --* ]]; do shift; done
-SLURM_PROCID=0 SLURM_LOCALID=0 "$@" & tasks=($!)
-SLURM_PROCID=1 SLURM_LOCALID=1 "$@" & tasks+=($!)
-trap 'kill -USR1 "${{tasks[@]}}"' USR1
-status=0
-for task in "${{tasks[@]}}"; do
-    while kill -0 "$task" 2>/dev/null; do wait "$task" || true; done
-    wait "$task" || status=$?
-done
-exit $status
-"""
+{TWO_TASKS}"""
 ENROOT = f"""#!/bin/bash
 {RECORD}
 while (($#)); do [[ $1 == --output ]] && touch "$2"; shift; done

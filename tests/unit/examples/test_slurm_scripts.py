@@ -14,6 +14,7 @@ import pytest
 
 from megatron_ledom.data.shards.shard import check_shard
 from tests.support.corpus_recipes import two_sources
+from tests.support.fake_srun import TWO_TASKS
 from tests.support.forked import run_forked
 from tests.support.legible import legible_documents, legible_tokenizer, write_jsonl
 from tests.support.paths import ROOT
@@ -31,19 +32,7 @@ ntasks-per-node ntasks-per-socket open-mode output overcommit oversubscribe pars
 profile propagate qos quiet reboot requeue reservation signal sockets-per-node spread-job switches test-only thread-spec
 threads-per-core time time-min tmp tres-per-task uid use-min-nodes verbose wait wait-all-nodes wckey wrap
 """
-FAKE_SRUN = r"""#!/bin/bash
-# srun on one machine: two tasks with SLURM's variables; like the real srun, it forwards USR1 to them, and TERM kills them
-while [[ $1 == --* ]]; do shift; done
-for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & tasks+=($!); done
-trap 'kill -USR1 "${tasks[@]}"' USR1
-trap 'kill -KILL "${tasks[@]}"' TERM
-status=0
-for task in "${tasks[@]}"; do
-    while kill -0 "$task" 2>/dev/null; do wait "$task" || true; done
-    wait "$task" || status=$?
-done
-exit $status
-"""
+FAKE_SRUN = f"#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\n{TWO_TASKS}"
 FAILS = """#!/bin/bash
 # the first {variable} calls fail
 echo >> "$RECORD/{variable}"

@@ -1,6 +1,5 @@
 """Alerts: one message for each event, whatever is killed or does not answer; secrets stay out of logs and files."""
 
-import json
 import logging
 import os
 import signal
@@ -8,7 +7,7 @@ import stat
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +21,12 @@ from megatron_ledom.monitoring.alert_events import Event, Known, find_events, me
 from megatron_ledom.monitoring.alert_state import load_state
 from megatron_ledom.monitoring.alert_watch import Watcher
 from megatron_ledom.monitoring.fields import Limits, RunStatus
-from megatron_ledom.monitoring.heartbeat import Heartbeat
 from megatron_ledom.monitoring.problems import ProblemKind
 from megatron_ledom.monitoring.runs import RunReader
 from megatron_ledom.monitoring.state import State
 from tests.support.alert_receivers import Hook, receiving, receiving_mail
+from tests.support.heartbeats import write_heartbeat
 from tests.support.tiny_runs import TinyData, start_ranks
-
-BEAT = Heartbeat(
-    state="running",
-    at=0.0,
-    started_at=0.0,
-    interval_seconds=10.0,
-    host="elsewhere",
-    pid=1,
-    slurm_job_id=None,
-    world_size=1,
-    iteration=7,
-    activity="a step",
-    idle_seconds=0.0,
-    limit_seconds=300.0,
-    is_patient=False,
-)
 
 
 @pytest.fixture
@@ -58,7 +41,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def beat(folder: Path, **changes: Any) -> None:
-    (folder / "heartbeat.json").write_text(json.dumps(asdict(replace(BEAT, at=time.time(), **changes))))
+    write_heartbeat(folder / "heartbeat.json", **changes)
 
 
 def watcher(run: Path, hook: Hook, form: str = "json", code: Path | None = None) -> Watcher:
