@@ -73,8 +73,6 @@ class RunStatus:
     disk_free_bytes: int | None = None
     disk_needed_bytes: int | None = None
     """Free space below which the disk counts as low."""
-    alerted: bool = False
-    """True if the run itself has delivered the alert of its end."""
     curve: list[tuple[int, float]] = field(default_factory=list)
     """Iterations and losses over the whole run, for a plot."""
 
@@ -90,9 +88,8 @@ class Limits:
     stale_seconds: float = 120.0
     """Age of a heartbeat from which its process counts as gone."""
     stall_seconds: float | None = None
-    """Seconds without progress from which a run counts as stalled. Default: alerts.stall_seconds of the run's config, if it has that
-    key; else half of what its watchdog allows."""
+    """Seconds without progress from which a run counts as stalled. Default: half of what its watchdog allows."""
     min_free_disk_gib: float | None = None
-    """Default: alerts.min_free_disk_gib of the run's config, if it has that key; else twice its newest checkpoint."""
+    """Free disk space below which a run is not healthy. Default: twice its newest checkpoint."""
     ended_with: int | None = None
     """Exit code of the launch, if it is known to have ended."""

@@ -69,15 +69,13 @@ class Heartbeat:
     is_patient: bool
     reason: str = ""
     """The error of a failed launch; the cause of a stop."""
-    alerted: bool = False
-    """True if the alert of this end has been delivered."""
 
 
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("at", "started_at", "interval_seconds", "idle_seconds", "limit_seconds"), (int, float)),
     **dict.fromkeys(("state", "host", "activity", "reason"), (str,)),
     **dict.fromkeys(("pid", "world_size", "iteration"), (int,)),
-    **dict.fromkeys(("is_patient", "alerted"), (bool,)),
+    **dict.fromkeys(("is_patient",), (bool,)),
     "slurm_job_id": (str, type(None)),
 }
 
@@ -137,10 +135,10 @@ class HeartbeatWriter:
         except RuntimeError as error:
             log.warning("no heartbeat is written (%s): training continues", error)
 
-    def end(self, state: str, reason: str = "", iteration: int | None = None, *, alerted: bool = False) -> None:
+    def end(self, state: str, reason: str = "", iteration: int | None = None) -> None:
         """Write the last heartbeat. Waits LAST_WRITE_SECONDS at most, and raises nothing."""
         self._ended.set()
-        heartbeat = self._now(state, reason[:MOST_REASON], alerted=alerted)
+        heartbeat = self._now(state, reason[:MOST_REASON])
         if iteration is not None:
             heartbeat = replace(heartbeat, iteration=iteration)
         writer = threading.Thread(target=lambda: self._write(heartbeat), name="last heartbeat", daemon=True)
@@ -156,8 +154,8 @@ class HeartbeatWriter:
             self._write(self._now(RUNNING))
             self._ended.wait(self._interval)
 
-    def _now(self, state: str, reason: str = "", *, alerted: bool = False) -> Heartbeat:
-        return Heartbeat(state=state, at=time.time(), reason=reason, alerted=alerted, **self._fixed, **asdict(self._progress()))
+    def _now(self, state: str, reason: str = "") -> Heartbeat:
+        return Heartbeat(state=state, at=time.time(), reason=reason, **self._fixed, **asdict(self._progress()))
 
     def _write(self, heartbeat: Heartbeat) -> None:
         with self._lock:

@@ -51,11 +51,11 @@ def read_files(run_dir: str, limits: Limits, now: float) -> tuple[RunStatus, Evi
     _read_bad_steps(status, run_dir)
     from_iteration = _read_launches(status, run_dir)
     _read_checkpoints(status, run_dir, now)
-    _read_disk(status, run_dir, settings, limits)
+    _read_disk(status, run_dir, limits)
     status.record_age_seconds = read(lambda: _age_of_records(run_dir, now))
     if heartbeat is not None:
         _take_heartbeat(status, run_dir, heartbeat, now, from_iteration)
-    return status, _evidence(status, run_dir, heartbeat, settings, limits)
+    return status, _evidence(status, run_dir, heartbeat, limits)
 
 
 def _reason_against(run_dir: str) -> str:
@@ -253,12 +253,10 @@ def _read_checkpoints(status: RunStatus, run_dir: str, now: float) -> None:
     status.checkpoint_age_seconds = None if saved_at is None else max(0.0, now - saved_at)
 
 
-def _read_disk(status: RunStatus, run_dir: str, settings: Mapping[str, Any], limits: Limits) -> None:
+def _read_disk(status: RunStatus, run_dir: str, limits: Limits) -> None:
     read = _Reader(status)
     status.disk_free_bytes = read(lambda: shutil.disk_usage(run_dir).free)
     least = limits.min_free_disk_gib
-    if least is None:
-        least = setting(settings, "alerts", "min_free_disk_gib")
     if least is not None:
         status.disk_needed_bytes = int(least * GIB)
     elif status.checkpoint_iteration is not None:
@@ -291,7 +289,7 @@ def _take_heartbeat(status: RunStatus, run_dir: str, beat: Heartbeat, now: float
     status.heartbeat_age_seconds = _age_of_heartbeat(status, run_dir, beat, now)
     status.activity, status.idle_seconds = beat.activity[:MOST_WORDS], beat.idle_seconds
     status.host, status.world_size = beat.host[:MOST_WORDS], beat.world_size
-    status.slurm_job_id, status.alerted = beat.slurm_job_id, beat.alerted
+    status.slurm_job_id = beat.slurm_job_id
     if beat.state == RUNNING and beat.iteration == 0 and from_iteration is not None:
         # the run is being built: later records will be dropped, and were written by an earlier launch
         status.iteration, status.eta_seconds = from_iteration, None
@@ -316,11 +314,8 @@ def _age_of_heartbeat(status: RunStatus, run_dir: str, beat: Heartbeat, now: flo
     return max(0.0, now - modified)
 
 
-def _evidence(
-    status: RunStatus, run_dir: str, heartbeat: Heartbeat | None, settings: Mapping[str, Any], limits: Limits
-) -> Evidence:
+def _evidence(status: RunStatus, run_dir: str, heartbeat: Heartbeat | None, limits: Limits) -> Evidence:
     """Return the facts for `judge`, but for SLURM's."""
-    stall = limits.stall_seconds
     beat_age, record_age = status.heartbeat_age_seconds, status.record_age_seconds
     files = ("config.yaml", HEARTBEAT, METRICS, STEPS, LAUNCHES)
     return Evidence(
@@ -333,5 +328,5 @@ def _evidence(
         is_complete=bool(status.train_iters and status.checkpoint_iteration == status.train_iters),
         is_run=any(os.path.exists(os.path.join(run_dir, name)) for name in files),
         stale_seconds=limits.stale_seconds,
-        stall_seconds=setting(settings, "alerts", "stall_seconds") if stall is None else stall,
+        stall_seconds=limits.stall_seconds,
     )
