@@ -69,6 +69,11 @@ class Provenance:
 
     def check_same(self, other: "Provenance", mine: str, others: str) -> None:
         """Raise MismatchError if two things do not fit; `mine` and `others` name them, such as a shard and a run."""
+        if self.direction != other.direction and BOTH in (self.direction, other.direction):
+            raise MismatchError(
+                f"{mine} is {self.direction}, {others} is {other.direction}: a two-way model is trained on with data.direction=both and shards of"
+                f" both directions, each with its marker; restore them, or use another run_dir for {others}"
+            )
         if self.direction != other.direction:
             raise MismatchError(
                 f"{mine} is {self.direction}, {others} is {other.direction}: a {other.direction} model fed {self.direction}"

@@ -93,7 +93,7 @@ def _measure(state: TrainState, dataset: BlendSamples) -> dict[str, float]:
     lm_loss = loss_sum / num_tokens
     return {
         "lm_loss": lm_loss,
-        "bits_per_byte": bits_per_byte(lm_loss, dataset.blend.bytes_per_token(state.config.data.loss_tokens)),
+        "bits_per_byte": bits_per_byte(lm_loss, dataset.blend.bytes_per_token(state.config.data)),
     }
 
 

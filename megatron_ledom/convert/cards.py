@@ -32,7 +32,8 @@ model, for comparisons as in {PAPER}.""",
 apart. It writes and scores the text after a given text and the text before it (see {PAPER} for reverse models).""",
 }
 
-USE = {
+NO_BOS = "Do not add BOS: the model was not trained with one."
+USE: dict[str, str] = {
     Direction.REVERSE: """## How to use it
 
 With `megatron_ledom`, which reverses the ids for you; all texts are in reading order:
@@ -131,7 +132,7 @@ def write_model_card(
         f"# {name}",
         ABOUT[direction],
         _facts(config, manifest, hf_config),
-        f"{USE[direction]}\n\n{_marker_sentence(manifest.provenance)}`folder` is the folder or repository of this file. Generation"
+        f"{_use(manifest.provenance)}\n\n{_marker_sentence(manifest.provenance)}`folder` is the folder or repository of this file. Generation"
         f" ends at the id {manifest.provenance.eod_id}.",
         _training(config, manifest, trained_parts(manifest.started_from, checkpoint, manifest), ema=ema),
         "" if ema else _losses(checkpoint, manifest.iteration),
@@ -143,6 +144,12 @@ def write_model_card(
     )
 
 
+def _use(provenance: Provenance) -> str:
+    """Return the section on use. What it says about BOS holds only without a marker."""
+    text = USE[provenance.direction]
+    return text if provenance.is_plain else text.replace(NO_BOS, "").rstrip()
+
+
 def _marker_sentence(provenance: Provenance) -> str:
     if provenance.is_plain:
         return ""
@@ -150,7 +157,7 @@ def _marker_sentence(provenance: Provenance) -> str:
         f"a {reading.direction} sequence begins with {'no marker' if reading.marker_id is None else f'the id {reading.marker_id}'}"
         for reading in provenance.readings
     ]
-    return f"In model order {', and '.join(starts)}; with transformers alone, add it yourself. "
+    return f"In model order {', and '.join(starts)}; the code for transformers alone lacks it: put it before the ids. "
 
 
 def _table(rows: dict[str, Any], title: str = "") -> str:

@@ -6,7 +6,7 @@ The checkpoint is iteration 0: a run of any layout starts from its weights with 
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -37,7 +37,7 @@ from megatron_ledom.convert.hf_folder import (
 from megatron_ledom.convert.rules import Sizes, Weight, weights_of
 from megatron_ledom.convert.verify import Conversion, ParityCheck, VerifyMode, run_parity_check
 from megatron_ledom.direction import BOTH, Direction, ModelDirection, Reading
-from megatron_ledom.errors import MismatchError, UsageError
+from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.provenance import Provenance, readings_from
 from megatron_ledom.storage.files import PART_SUFFIX
@@ -83,7 +83,7 @@ def import_hf(
     model, positions = read_model(hf_config, os.path.join(load, CONFIG), seq_length)
     model |= {"vocab_size": loaded.vocab_size, "params_dtype": params_dtype or _dtype_of(reader)}
     config = _run_config(model, positions, os.path.join(load, CONFIG), save, aim)
-    provenance = _provenance(hf_config, aim, markers, loaded)
+    provenance = _provenance(hf_config, aim, markers, loaded, load)
     sizes = Sizes(config.model, loaded.vocab_size)
     weights = _check_weights(reader, sizes)
     checkpoints = os.path.relpath(checkpoint_folder(config), save)
@@ -122,19 +122,29 @@ def _direction(hf_config: PreTrainedConfig, given: ModelDirection | None, folder
 
 
 def _provenance(
-    hf_config: PreTrainedConfig, aim: ModelDirection, markers: Mapping[Direction, str], tokenizer: Tokenizer
+    hf_config: PreTrainedConfig, aim: ModelDirection, markers: Mapping[Direction, str], tokenizer: Tokenizer, folder: str
 ) -> Provenance:
     """Return the provenance of the training, with the markers that the user gives, else those that the folder records."""
     aims = list(Direction) if aim == BOTH else [Direction(aim)]
     if unused := [direction for direction in markers if direction not in aims]:
         raise UsageError(f"--{unused[0]}-marker has no effect with --direction {aim}; omit it, or choose --direction both")
-    known = {reading.direction: reading for reading in readings_from(getattr(hf_config, "readings", None) or [])}
-    readings = [
-        Reading(direction=direction, marker_id=tokenizer.token_id(markers[direction]))
-        if direction in markers
-        else known.get(direction, Reading(direction=direction))
-        for direction in aims
-    ]
+    try:
+        known = {reading.direction: reading for reading in readings_from(getattr(hf_config, "readings", None) or [])}
+    except DataError as error:
+        raise DataError(f"{folder}/config.json: {error}; write the folder again") from error
+    readings = []
+    for direction in aims:
+        reading = known.get(direction, Reading(direction=direction))
+        if direction in markers:
+            reading = replace(reading, marker_id=tokenizer.token_id(markers[direction]))
+        if reading.marker_id is not None and (
+            reading.marker_id == tokenizer.eod_id or reading.marker_id >= tokenizer.vocab_size
+        ):
+            raise UsageError(
+                f"the {direction} marker has the id {reading.marker_id}, which is the eod or not an id of {tokenizer.name}; give the marker of"
+                f" the shards by --{direction}-marker"
+            )
+        readings.append(reading)
     if len({reading.marker_id for reading in readings}) < len(readings):
         raise UsageError(
             "--direction both needs documents of the two directions with different markers; name those of the shards by"

@@ -24,7 +24,16 @@ from megatron_ledom.evaluation.tasks.prompts import Prompt
 from megatron_ledom.evaluation.tasks.task import Item, LoadedTask, TaskKind
 from megatron_ledom.evaluation.written_answers import prompt_of
 from megatron_ledom.inference.joint_tokenizer import JointTokenizer
-from megatron_ledom.inference.model_folder import COMMAND_OPTIONS, check_unchanged, folder_facts, load_tokenizer, surroundings
+from megatron_ledom.inference.model_folder import (
+    COMMAND_OPTIONS,
+    check_unchanged,
+    folder_facts,
+    leading_ids_of,
+    load_tokenizer,
+    read_model_config,
+    recorded_reading,
+    surroundings,
+)
 from megatron_ledom.inference.scoring import check_batch_size
 from megatron_ledom.storage.locks import output_folder_lock
 
@@ -45,10 +54,11 @@ def evaluate_command(options: Options) -> None:
     tasks = _load_tasks(options)
     folder = Path(options["model"])
     direction = direction_of(folder, options["direction"], COMMAND_OPTIONS)
+    reading = recorded_reading(folder, read_model_config(folder), direction)
     if options["show"]:
         tokenizer, _ = load_tokenizer(folder, direction, options["eod_id"], COMMAND_OPTIONS)
         for task in tasks:
-            show(task, direction, tokenizer, options["show"])
+            show(task, direction, tokenizer, options["show"], leading_ids_of(reading, direction, tokenizer))
         return
     _evaluate(options, tasks, folder, direction)
 
@@ -74,10 +84,10 @@ def list_tasks(data: str | None) -> None:
         print(f"  found     {path.name}, {len(loaded.items):,} items, {_compared(loaded)}")
 
 
-def show(task: LoadedTask, direction: Direction, tokenizer: JointTokenizer, num: int) -> None:
+def show(task: LoadedTask, direction: Direction, tokenizer: JointTokenizer, num: int, leading_ids: Sequence[int] = ()) -> None:
     """Print the prompts of the first `num` items.
 
-    First in text order, with the written or scored part marked, then as tokens in model order.
+    First in text order, with the written or scored part marked, then as tokens in model order, after the ids that begin every sequence.
     """
     for number, item in enumerate(task.items[:num]):
         for title, prompt in _prompts(task, direction, item):
@@ -85,7 +95,7 @@ def show(task: LoadedTask, direction: Direction, tokenizer: JointTokenizer, num:
             print(f"--- in text order, the {'scored' if task.task.kind is TaskKind.CHOICE else 'written'} part in ⟦⟧")
             print(visible(prompt.in_text_order()))
             print("--- in model order, token by token")
-            print(visible(prompt.in_model_order(tokenizer)))
+            print(visible(prompt.in_model_order(tokenizer, leading_ids)))
 
 
 def _prompts(task: LoadedTask, direction: Direction, item: Item) -> list[tuple[str, Prompt]]:

@@ -68,7 +68,9 @@ def direction_of(folder: Path, requested: str | None, option_names: OptionNames)
     option_names: the option or argument that the message names.
     """
     recorded = read_model_config(folder).get("direction")
-    if recorded == BOTH and requested is None:
+    if requested is not None and requested not in [*Direction, BOTH]:
+        raise UsageError(f"the direction {requested!r} is not reverse or forward; correct it")
+    if BOTH in (recorded, requested) and requested in (None, BOTH):
         raise UsageError(
             f"the model of {folder} reads both directions; choose one with {option_names.reverse} or {option_names.forward}"
         )

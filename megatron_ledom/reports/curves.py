@@ -168,7 +168,7 @@ def _label(run: RunData) -> str:
 
 
 def _colours(runs: Sequence[RunData], theme: str) -> list[str]:
-    seen = {"reverse": 0, "forward": 0}
+    seen = dict.fromkeys(COLOURS[theme], 0)
     colours = []
     for run in runs:
         palette = COLOURS[theme][run.direction]

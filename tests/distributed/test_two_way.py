@@ -197,6 +197,10 @@ def test_a_two_way_model_is_its_own_scorer_and_its_direction_must_be_chosen(two_
     assert rewards[0] > rewards[1]
     with pytest.raises(UsageError, match=r"reads both directions; choose one with --direction reverse or --direction forward"):
         direction_of(two_way.folder, None, COMMAND_OPTIONS)
+    with pytest.raises(UsageError, match="choose one with"):
+        direction_of(two_way.folder, "both", COMMAND_OPTIONS)
+    with pytest.raises(UsageError, match="'up' is not reverse or forward"):
+        direction_of(two_way.folder, "up", COMMAND_OPTIONS)
     assert direction_of(two_way.folder, "forward", COMMAND_OPTIONS) is Direction.FORWARD
 
 
@@ -292,6 +296,16 @@ def test_an_import_keeps_the_readings_or_takes_other_markers(two_way: TwoWay, tm
         imported("x", direction=Direction.FORWARD, markers={Direction.REVERSE: "<b>"})
     with pytest.raises(UsageError, match="different markers"):
         imported("x", markers={Direction.REVERSE: "<fwd>"})
+    with pytest.raises(UsageError, match="the reverse marker has the id 400, which is the eod"):
+        imported("x", markers={Direction.REVERSE: EOD_TOKEN})
+    words = tmp_path / "words"
+    shutil.copytree(two_way.folder, words)
+    config = json.loads((words / "config.json").read_text())
+    config["readings"][1] |= {"unit": "word", "boundary_id": 403}
+    (words / "config.json").write_text(json.dumps(config))
+    import_hf(str(words), str(tmp_path / "again"), verify=None, markers={Direction.REVERSE: "<rev>"})
+    found = load_manifest(str(latest_checkpoint(str(tmp_path / "again/checkpoints")))).provenance.readings[1]
+    assert (found.unit, found.boundary_id, found.marker_id) == (Unit.WORD, 403, 402)
     check_start(load_config(str(two_way.config), [f"run_dir={tmp_path / 'same'}"]), 1)
 
 
@@ -312,6 +326,17 @@ def test_other_blends_and_other_starts_are_refused(two_way: TwoWay, tmp_path: Pa
         start(train=("forward", "reverse", "bare"))
     with pytest.raises(MismatchError, match=r"reverse by word, boundary 403, marker 402"):
         start(train=("forward", "reverse"), valid="words")
+    stock = tmp_path / "stock"
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(shards["bare_train"] + suffix, f"{stock}{suffix}")
+    manifest = json.loads(Path(f"{stock}.json").read_text())
+    Path(f"{stock}.json").write_text(json.dumps({**manifest, "bos_token": "<rev>"}))
+    with pytest.raises(MismatchError, match=r"begin with a BOS token.*--marker instead of --bos-token"):
+        start(f"data.train_blend=[[1.0,{shards['forward_train']}],[1.0,{stock}]]")
+    one = load_shard_manifest(shards["forward_train"]).provenance
+    both = load_manifest(str(latest_checkpoint(str(two_way.run_dir / "checkpoints")))).provenance
+    with pytest.raises(MismatchError, match=r"two-way model is trained on with data.direction=both"):
+        both.check_same(one, "the checkpoint", "this run's data")
     with pytest.raises(MismatchError, match=r"is a two-way model, but data\.direction=forward"):
         start(f"init_from={two_way.run_dir}", "data.direction=forward", train=("forward",))
     with pytest.raises(

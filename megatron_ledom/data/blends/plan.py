@@ -8,7 +8,9 @@ from pathlib import Path
 from megatron_ledom.data.blends.interleave import Interleave
 from megatron_ledom.data.shards.prefixes import TASK, check_tasks_complete, expand_prefixes
 from megatron_ledom.data.shards.shard import check_shard
+from megatron_ledom.direction import ModelDirection
 from megatron_ledom.errors import UsageError, VerificationError
+from megatron_ledom.provenance import Provenance
 from megatron_ledom.tables import aligned_lines
 
 MOST_ROWS = 40
@@ -138,7 +140,7 @@ def planned_sources(
 def _source_sizes(inputs: Sequence[str]) -> dict[str, int]:
     """Return the tokens of each source by name, in the given order."""
     sizes: dict[str, int] = {}
-    first = None
+    known: dict[ModelDirection, tuple[str, Provenance]] = {}
     for text in inputs:
         name, is_pair, tokens = text.rpartition("=")
         if is_pair and name and not Path(f"{text}.json").exists():
@@ -149,14 +151,25 @@ def _source_sizes(inputs: Sequence[str]) -> dict[str, int]:
             found = []
             for prefix in prefixes:
                 manifest = check_shard(prefix)
-                first = first or (prefix, manifest.provenance)
-                manifest.provenance.check_same(first[1], f"the shard {prefix}", f"the shard {first[0]}")
+                _check_fits(prefix, manifest.provenance, known)
                 found.append((prefix, manifest.num_tokens))
         for name, size in found:
             if name in sizes:
                 raise UsageError(f"{name} is named more than once; name each source once, with the sum of its weights")
             sizes[name] = size
     return sizes
+
+
+def _check_fits(prefix: str, provenance: Provenance, known: dict[ModelDirection, tuple[str, Provenance]]) -> None:
+    """Add the first shard of a direction to `known`. Raises MismatchError if a shard does not fit those before it.
+
+    Shards of both directions fit if their markers differ: they make a two-way model.
+    """
+    for direction, (other, found) in known.items():
+        is_two_way = direction != provenance.direction and provenance.readings[0].marker_id != found.readings[0].marker_id
+        check = provenance.check_same_tokenizer if is_two_way else provenance.check_same
+        check(found, f"the shard {prefix}", f"the shard {other}")
+    known.setdefault(provenance.direction, (prefix, provenance))
 
 
 def _weights_and_budget(settings: BlendSettings, sizes: list[int]) -> tuple[list[float], int]:

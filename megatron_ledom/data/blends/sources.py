@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ledom.config.derived import blend_shares, named_blends, train_samples
-from megatron_ledom.config.schema import BlendEntry, RunConfig
+from megatron_ledom.config.schema import BlendEntry, DataConfig, RunConfig
 from megatron_ledom.data.blends.interleave import Interleave
 from megatron_ledom.data.blends.plan import describe_sources, planned_sources, samples_available
 from megatron_ledom.data.shards.index_file import map_index
@@ -60,9 +60,9 @@ class Source:
         """Return the samples of one pass over the documents."""
         return samples_available(self.documents.num_tokens, seq_length)
 
-    def bytes_per_token(self, loss_tokens: str) -> float:
+    def bytes_per_token(self, data: DataConfig) -> float:
         """Return the UTF-8 bytes of text per id that the loss counts: the mean over the whole shard."""
-        return counted_bytes_per_token(self.manifest, loss_tokens)
+        return counted_bytes_per_token(self.manifest, data.loss_tokens, eod_mask_loss=data.eod_mask_loss)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +79,11 @@ class Blend:
         """Make a blend that draws `num_samples` by the weights of the sources."""
         return cls([*sources], Interleave([source.weight for source in sources]), num_samples)
 
-    def bytes_per_token(self, loss_tokens: str) -> float:
+    def bytes_per_token(self, data: DataConfig) -> float:
         """Return the UTF-8 bytes of text per id that the loss counts: the mean over the sources, weighted by their drawn samples."""
         counts = self.interleave.counts(self.num_samples).tolist()
         drawn = zip(self.sources, counts, strict=True)
-        return float(sum(source.bytes_per_token(loss_tokens) * count for source, count in drawn)) / self.num_samples
+        return float(sum(source.bytes_per_token(data) * count for source, count in drawn)) / self.num_samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +191,11 @@ def _check_both_ways(config: RunConfig, manifests: Mapping[str, ShardManifest]) 
     prefixes = [prefix for _, prefix in config.data.train_blend]
     known = [prefix for prefix in prefixes if prefix in manifests]  # a dry run may have only some of the shards
     trained = {manifests[prefix].direction: (prefix, manifests[prefix].model_order) for prefix in known}
+    if stock := next((prefix for prefix, manifest in manifests.items() if manifest.bos_token), None):
+        raise MismatchError(
+            f"data.direction=both, but the documents of {stock} begin with a BOS token, which a two-way model could not tell from a marker;"
+            " make the shard again with --marker instead of --bos-token"
+        )
     if len(trained) < 2 and len(known) < len(prefixes):
         return
     if len(trained) == 1:

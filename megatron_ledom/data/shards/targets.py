@@ -37,11 +37,16 @@ class TargetMasks:
         return mask
 
 
-def counted_bytes_per_token(manifest: ShardManifest, loss_tokens: str) -> float:
-    """Return the UTF-8 bytes of text per id that the loss counts. In a shard of text these are all ids, even with eod_mask_loss."""
+def counted_bytes_per_token(manifest: ShardManifest, loss_tokens: str, *, eod_mask_loss: bool) -> float:
+    """Return the UTF-8 bytes of text per id that the loss counts.
+
+    In a shard of text these are all ids. With eod_mask_loss the first id of a document does not count: a marker is then left out,
+    but without a marker the first id is text, to which the mean loss of the others is applied.
+    """
     pairs = manifest.pairs
     if not pairs:
-        return manifest.text_bytes / manifest.num_tokens
+        is_uncounted = eod_mask_loss and manifest.model_order.marker_id is not None
+        return manifest.text_bytes / (manifest.num_tokens - (manifest.num_documents if is_uncounted else 0))
     text = pairs["scored_bytes"] if loss_tokens != "all" else manifest.text_bytes
     counted = {GIVEN: pairs["given_tokens"], SCORED: pairs["scored_tokens"], END: pairs["num_pairs"]}
     return text / sum(counted[kind] for kind in COUNTED[loss_tokens])

@@ -63,9 +63,9 @@ class Prompt:
         marked = f"⟦{self.target}⟧"
         return marked + self.given if self.direction is Direction.REVERSE else self.given + marked
 
-    def in_model_order(self, tokenizer: JointTokenizer) -> str:
-        """Return the tokens of the whole text in the order in which the model reads them."""
-        ids = to_model_order(tokenizer.encode("".join(self.parts())), self.direction)
+    def in_model_order(self, tokenizer: JointTokenizer, leading_ids: Sequence[int] = ()) -> str:
+        """Return the tokens of the whole text in the order in which the model reads them, after the given ids."""
+        ids = [*leading_ids, *to_model_order(tokenizer.encode("".join(self.parts())), self.direction)]
         return "|".join(tokenizer.spell([id_]).decode("utf-8", "replace") for id_ in ids)
 
 

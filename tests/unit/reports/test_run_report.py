@@ -15,7 +15,7 @@ from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.planning.hardware import load_hardware
 from megatron_ledom.planning.plan import make_plan
 from megatron_ledom.reports import curves
-from megatron_ledom.reports.curves import EXACT, moving_average
+from megatron_ledom.reports.curves import EXACT, _colours, moving_average
 from megatron_ledom.reports.run_data import RunData, load_runs, training_pairs
 from megatron_ledom.reports.runs import final_loss, planned_rows, report_runs, summary, twin_sentence
 from tests.support.forked import run_forked
@@ -64,6 +64,13 @@ def test_the_tool_draws_both_directions_and_one_page_without_external_files(twin
     assert "http" not in re.sub(r"base64,[^\"]*", "", page)
     assert "above the forward run" in page
     assert "above the forward run" in done.stdout
+
+
+def test_a_two_way_run_has_a_curve_of_its_own(twins: list[str]) -> None:
+    runs = load_runs(twins)
+    config = runs[0].config
+    runs.append(replace(runs[0], name="two-way", config=replace(config, data=replace(config.data, direction="both"))))
+    assert len(set(_colours(runs, "light"))) == len(set(_colours(runs, "dark"))) == 3
 
 
 def test_metrics_are_those_of_the_records(twins: list[str]) -> None:

@@ -1,5 +1,6 @@
 """ledom plan-blend: the table of a blend and its config lines; repeats must be allowed."""
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -99,6 +100,11 @@ def test_shards_are_measured_by_their_manifests(tmp_path: Path) -> None:
     forward = legible_shard(tmp_path / "f", [legible_ids(3, 9)], legible_provenance(Direction.FORWARD))
     with pytest.raises(MismatchError, match=r"is forward, the shard .*a is reverse"):
         plan(a, forward, tokens="5")
+    two_way = legible_shard(tmp_path / "marked", [legible_ids(3, 9)])
+    path = Path(f"{two_way}.json")
+    reading = {"direction": "forward", "reading": {"unit": "token", "marker_id": 5}, "format_version": 2}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **reading}))
+    assert [drawn for _, drawn, _ in plan(a, two_way, tokens="4")] == [2, 2]
     odd = legible_shard(tmp_path / "lr=2", [legible_ids(3, 9)])
     assert plan(odd, tokens="5") == [(odd, 5, 0.5)]
 

@@ -1,6 +1,7 @@
 """Blends, splits and held-out sets: the samples of each source, and bits per byte of the right text."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.blends.plan import MOST_ROWS, PlannedSource, describe_sources
 from megatron_ledom.data.blends.sources import Sources, describe_blend, load_sources, split_shard
 from megatron_ledom.data.shards.shard import ShardReader, load_manifest
+from megatron_ledom.data.shards.targets import counted_bytes_per_token
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import ConfigError
 from tests.support.tiny_runs import TinyData, documents, write_shard
@@ -69,11 +71,22 @@ def test_bytes_of_a_blend_are_those_of_the_samples_it_draws(data: TinyData, tmp_
         prefix = write_shard(tmp_path / name, documents(100, 1), Direction.REVERSE, data.folder / "legible")
         edited(prefix, ratio * load_manifest(prefix).num_tokens)
         shards.append(prefix)
-    _, sources = opened(data, f"data.valid_sets={{two: [[3,{shards[0]}],[1,{shards[1]}]]}}", "train.eval_iters=4")
+    config, sources = opened(data, f"data.valid_sets={{two: [[3,{shards[0]}],[1,{shards[1]}]]}}", "train.eval_iters=4")
     blend = sources.valid["two"]
     assert blend.num_samples == 32
     assert blend.interleave.counts(32).tolist() == [24, 8]
-    assert blend.bytes_per_token("all") == pytest.approx((3 * 4 + 1) / 4)
+    assert blend.bytes_per_token(config.data) == pytest.approx((3 * 4 + 1) / 4)
+
+
+def test_a_marker_is_no_text_where_the_loss_does_not_count_it(data: TinyData, tmp_path: Path) -> None:
+    """With eod_mask_loss the loss counts every id but the marker; without it the marker as well."""
+    prefix = write_shard(tmp_path / "shard", documents(100, 1), Direction.REVERSE, data.folder / "legible")
+    manifest = load_manifest(prefix)
+    marked = replace(manifest, reading={"unit": "token", "marker_id": 5})
+    for counted, found in ((True, manifest), (False, manifest), (False, marked)):
+        assert counted_bytes_per_token(found, "all", eod_mask_loss=counted) == manifest.text_bytes / manifest.num_tokens
+    expected = manifest.text_bytes / (manifest.num_tokens - manifest.num_documents)
+    assert counted_bytes_per_token(marked, "all", eod_mask_loss=True) == expected
 
 
 def test_the_table_before_training_lists_the_samples_of_each_source(data: TinyData) -> None:
