@@ -57,8 +57,8 @@ def describe_checkpoint(checkpoint: str, manifest: CheckpointManifest, init_from
 
 
 def continued_chain(checkpoint: str, manifest: CheckpointManifest) -> list[Record]:
-    """Return the chain of a run that resumes from its own checkpoint. Averaged weights, its iteration 0, become a part of it."""
-    if manifest.average is None:
+    """Return the chain of a run that resumes from its own checkpoint. Imported or averaged weights, its iteration 0, become a part."""
+    if not manifest.weights_only:
         return manifest.started_from
     return [*manifest.started_from, describe_checkpoint(checkpoint, manifest, os.path.abspath(checkpoint), "weights")]
 

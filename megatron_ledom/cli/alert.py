@@ -33,6 +33,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         metavar="HOST[:PORT]",
         help="mail server; with ALERT_SMTP_USER and ALERT_SMTP_PASSWORD of the environment, over TLS",
     )
+    to.add_argument("--check", action="store_true", help="check these settings without sending anything, and stop")
     to.add_argument("--test", action="store_true", help="send a test message to each, and stop")
     how = parser.add_argument_group("how to watch")
     how.add_argument(
@@ -62,7 +63,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     how.add_argument(
         "--exit-note",
         metavar="FILE",
-        help="for launchers: a file with the exit code of the ranks and a sentence, which ends the watcher",
+        help="for launchers: a file with the exit code of the launch and a sentence, which ends the watcher; SIGTERM then only asks for a look",
     )
     return parser
 
@@ -89,6 +90,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s alerts: %(message)s", datefmt="%H:%M:%S")
     channels = open_channels(args.webhook, args.format, args.email, args.email_from, args.smtp)
+    if args.check:
+        return 0
     if args.test:
         return send_test(channels)
     folders, stages = _watched_runs(args)

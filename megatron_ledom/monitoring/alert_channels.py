@@ -1,5 +1,6 @@
 """Send the messages of alerts: to a webhook, as JSON or in Slack's form, and by e-mail. Secrets appear in no error."""
 
+import json
 import logging
 import os
 import re
@@ -19,8 +20,13 @@ import httpx
 
 from megatron_ledom.errors import UsageError, visible
 
+log = logging.getLogger(__name__)
+
 SEND_SECONDS = 10.0
 """Longest time of one try."""
+NOT_FOR_EVER = (401, 403, 404, 407, 408, 425, 429)
+"""Refusals of a web server that a change there, or time, can end."""
+JSON = {"Content-Type": "application/json"}
 SENDMAIL_FOLDERS = ("/usr/sbin", "/usr/lib", "/sbin")
 SMTP_USER, SMTP_PASSWORD = "ALERT_SMTP_USER", "ALERT_SMTP_PASSWORD"
 MOST_TEXT = 3000
@@ -38,6 +44,10 @@ class Channel(Protocol):
 
 class SendError(Exception):
     """A message may not have arrived. Its text has no secret."""
+
+
+class RefusedError(SendError):
+    """The receiver has refused this message and would refuse it again."""
 
 
 def read_secret(source: str, option: str) -> str:
@@ -83,11 +93,14 @@ class Webhook:
         """Send one message. Every answer but 2xx counts as a failure."""
         body = {"text": slack_text(message)} if self._form == "slack" else dict(message)
         try:
-            answer = httpx.post(self._url, json=body, timeout=SEND_SECONDS, follow_redirects=False)
+            content = json.dumps(body).encode()  # in ASCII: a name of a file may have no UTF-8
+            answer = httpx.post(self._url, content=content, headers=JSON, timeout=SEND_SECONDS, follow_redirects=False)
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
             raise SendError(f"{type(error).__name__}: {self._hidden(str(error))}") from None
         if not answer.is_success:
-            raise SendError(f"HTTP status {answer.status_code}: {self._hidden(answer.text)}")
+            is_final = answer.is_client_error and answer.status_code not in NOT_FOR_EVER
+            kind = RefusedError if is_final else SendError
+            raise kind(f"HTTP status {answer.status_code}: {self._hidden(answer.text)}")
 
     def _hidden(self, text: str) -> str:
         parts = urlsplit(self._url)
@@ -117,8 +130,9 @@ def smtp_server(address: str, variables: Mapping[str, str]) -> SmtpServer:
     """Return the server of `HOST[:PORT]` with user and password of the environment. Raises UsageError."""
     match = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^:@/\s]+)(?::([0-9]{1,5}))?", address)
     if match is None or not 0 < int(match[2] or 25) < 2**16:
+        shown = f" {address!r}" if "@" not in address else ""  # before an @ may be a password
         raise UsageError(
-            f"--smtp {address!r} is not HOST or HOST:PORT; user and password belong into {SMTP_USER} and {SMTP_PASSWORD}"
+            f"--smtp{shown} is not HOST or HOST:PORT; user and password belong into {SMTP_USER} and {SMTP_PASSWORD}"
         )
     user, password = variables.get(SMTP_USER, ""), variables.get(SMTP_PASSWORD, "")
     if bool(user) != bool(password):
@@ -175,7 +189,9 @@ class Email:
                 raise SendError(f"{server.host} offers no TLS, and the password is not sent without it")
             if server.user:
                 connection.login(server.user, server.password)
-            connection.send_message(mail)
+            refused = connection.send_message(mail)  # raises only if every address is refused
+        for address, (code, text) in refused.items():
+            log.error("the mail server does not take %s (%d %s)", address, code, visible(text.decode(errors="replace"))[:200])
 
     def _hidden(self, text: str) -> str:
         if self._server is not None and self._server.password:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_ledom.errors import visible
-from megatron_ledom.monitoring.alert_channels import Channel, SendError
+from megatron_ledom.monitoring.alert_channels import Channel, RefusedError, SendError
 from megatron_ledom.monitoring.alert_events import Event, Known, find_events, message
 from megatron_ledom.monitoring.alert_state import AlertState, Pending
 from megatron_ledom.monitoring.fields import RunStatus
@@ -59,9 +59,17 @@ class Watcher:
     """True if the failure of the launch that this watcher watches has been told."""
 
     def watch(self) -> bool:
-        """Watch until `ending` is set and then until the runs have ended, for `end_seconds` at most. Returns False if messages are left."""
+        """Watch until the end, and then until the runs have ended, for `end_seconds` at most. Returns False if messages are left.
+
+        The end is the exit note; without one, `ending`. With one, `ending` only asks for a look now: the ranks may still be saving.
+        """
         next_poll = 0.0
-        while not self.ending.is_set() and self._ended()[0] is None:
+        while self._ended()[0] is None:
+            if self.ending.is_set() and self.exit_note is None:
+                break
+            if self.ending.is_set():
+                self.ending.clear()
+                next_poll = 0.0
             if time.monotonic() >= next_poll:
                 next_poll = time.monotonic() + self.interval_seconds
                 self.poll()
@@ -108,12 +116,15 @@ class Watcher:
         before = replace(known)
         for event in find_events(known, status, now, may_be_missing=self.may_be_missing):
             self._add(message(event, status, before, now, note))
-            self._has_told_failure |= event is Event.FAILED and before.condition in (Event.RECOVERED, Event.STALLED)
+            is_of_launch = before.condition in (Event.RECOVERED, Event.STALLED) or (
+                status.state is State.LOST and bool(self._code)
+            )
+            self._has_told_failure |= event is Event.FAILED and is_of_launch
 
     def _note_failure(self, found: Sequence[RunStatus], now: float, note: str) -> None:
         """Tell of a launch that failed before its run could report anything."""
         begun = [status for status in found if status.state not in (State.NEW, State.COMPLETE)]
-        status = replace((begun or list(found))[-1], reason=f"the ranks ended with code {self._code}; see the log of the job")
+        status = replace((begun or list(found))[-1], reason=f"the launch ended with code {self._code}; see the log of the job")
         self._add(message(Event.FAILED, status, self.state.of(status.run), now, note))
         self._has_told_failure = True
 
@@ -148,6 +159,8 @@ class Watcher:
     def _sent(self, channel: Channel, each: Pending, retry: _Retry) -> bool:
         try:
             channel.send(each.message)
+        except RefusedError as error:  # it would be refused again, and must not keep the later ones
+            log.error("the %s refuses a message for good (%s): %s", channel.name, error, visible(each.message["text"]))
         except SendError as error:
             retry.pause = min(max(FIRST_PAUSE_SECONDS, 2 * retry.pause), LONGEST_PAUSE_SECONDS)
             retry.at = time.monotonic() + retry.pause

@@ -75,7 +75,9 @@ def test_a_run_starts_from_exactly_these_weights_and_resumes_after_a_stop(data: 
     assert [record["iteration"] for record in records] == [1, 2, 3, 4, 5]
     after = core_weights(run)
     assert [name for name, weight in before.items() if not torch.equal(weight, after[name])] == []
-    assert not load_manifest(find_checkpoint(str(run))).weights_only
+    manifest = load_manifest(find_checkpoint(str(run)))
+    assert not manifest.weights_only
+    assert [(record["iteration"], record["weights_only"]) for record in manifest.started_from] == [(0, True)]
 
 
 def test_imported_weights_are_no_optimizer_state_to_return_to(data: TinyData, tmp_path: Path) -> None:

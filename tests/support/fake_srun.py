@@ -1,4 +1,4 @@
-"""A stand-in for srun on one machine, for tests of the SLURM scripts without a SLURM."""
+"""A replacement of srun on one machine, for tests of the SLURM scripts without a SLURM."""
 
 TWO_TASKS = r"""# start two tasks with SLURM's variables and forward USR1 to them; end with the exit code of the last one that fails
 for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & tasks+=($!); done

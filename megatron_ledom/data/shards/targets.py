@@ -40,7 +40,7 @@ class TargetMasks:
 def counted_bytes_per_token(manifest: ShardManifest, loss_tokens: str, *, eod_mask_loss: bool) -> float:
     """Return the UTF-8 bytes of text per id that the loss counts.
 
-    In a shard of text these are all ids. With eod_mask_loss the first id of a document does not count: a marker is then left out,
+    In a shard of text these are all ids. With eod_mask_loss the first id of a document does not count: a marker then does not count,
     but without a marker the first id is text, to which the mean loss of the others is applied.
     """
     pairs = manifest.pairs

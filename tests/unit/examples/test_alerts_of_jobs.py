@@ -14,6 +14,7 @@ from tests.support.paths import ROOT
 PYTHON = """#!/bin/bash
 # `ledom alert` really runs; the trainer is three lines
 [[ $1 != tools/alert.py ]] || exec {real} {root}/tools/alert.py "${{@:2}}"
+[[ $1 != tools/check_nodes.py ]] || {{ echo "$BAD_NODE"; exit 1; }}
 if [[ " $* " == *" --progress "* ]]; then echo "$PROGRESS"; exit; fi
 until [[ -z "${{ALERT_WEBHOOK:-}}" || -e "$STATE" ]]; do sleep 0.05; done
 [[ -z "$END" ]] || cp "$END" {run}/heartbeat.json
@@ -119,6 +120,20 @@ def test_a_receiver_that_cannot_work_changes_nothing(job: Job) -> None:
     job.start(0, progress="9 9", ALERT_WEBHOOK="no address", STATE="/")
     assert "the address of --webhook is not one of a web server" in job.output
     assert "complete: iteration 9" in job.output
+
+
+def test_a_job_that_the_check_of_its_nodes_ends_is_told(job: Job) -> None:
+    with receiving() as hook:
+        job.start(1, progress="9 9", ALERT_WEBHOOK=hook.address, CHECK_NODES="1", BAD_NODE="n2")
+    assert "bad nodes: n2" in job.output
+    assert hook.events() == ["failed"]
+    assert hook.messages[0]["note"] == "The job ends and is not queued again"
+
+
+def test_seconds_that_are_no_number_are_refused(job: Job) -> None:
+    job.start(2, ALERT_SECONDS="15s")
+    assert "ALERT_SECONDS=15s is not a whole number of seconds" in job.output
+    assert not job.queued()
 
 
 def test_no_alerts_are_sent_unless_a_receiver_is_set(job: Job) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -139,6 +140,20 @@ def test_a_message_that_was_not_taken_is_sent_again_until_it_is(
     assert "secret-path" not in caplog.text
 
 
+def test_a_message_that_is_refused_for_good_keeps_no_later_one(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with receiving(statuses=[413, 200]) as hook:
+        first = watcher(run, hook)
+        look(first)
+        beat(run, state="failed", reason="no such file: a\udcff")  # no UTF-8
+        look(first)
+        beat(run, state="complete")
+        look(first)
+    assert [each["event"] for each in hook.messages] == ["failed", "finished"]
+    assert hook.messages[0]["reason"].endswith("a\udcff")
+    assert "refuses a message for good (HTTP status 413" in caplog.text
+    assert load_state(first.state.path).pending == []
+
+
 def test_a_killed_watcher_leaves_what_it_has_not_sent_to_the_next(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     with receiving() as hook:
         pass  # nobody listens at this address any more
@@ -172,7 +187,7 @@ def test_a_launch_that_fails_before_its_run_reports_anything_is_told(run: Path, 
         assert watching.watch()
         look(watcher(run, hook))  # the next start
     (failed,) = hook.messages
-    assert (failed["event"], failed["reason"]) == ("failed", "the ranks ended with code 1; see the log of the job")
+    assert (failed["event"], failed["reason"]) == ("failed", "the launch ended with code 1; see the log of the job")
     assert failed["note"] == "The job ends and is not queued again"
 
 
@@ -227,7 +242,7 @@ def test_mail_goes_through_the_sendmail_of_the_machine(tmp_path: Path, monkeypat
 def test_a_place_to_send_to_that_cannot_work_is_refused(call: Callable[[], object], sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence) as refused:
         call()
-    assert "hooks" not in str(refused.value)
+    assert not {"hooks", "hidden"} & set(re.split(r"\W+", str(refused.value)))
 
 
 def test_the_command_looks_once_and_sends_to_all(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
