@@ -3,6 +3,7 @@
 from megatron_ledom.callbacks.console import Console
 from megatron_ledom.callbacks.heartbeat import Heartbeat
 from megatron_ledom.callbacks.metrics import Metrics
+from megatron_ledom.callbacks.multi_token import MultiTokenLosses
 from megatron_ledom.callbacks.profiling import Profiling
 from megatron_ledom.callbacks.timing import RankTimes, Throughput
 from megatron_ledom.callbacks.validation import FinalTest, Validation
@@ -19,6 +20,8 @@ def build_callbacks(state: TrainState, watchdog: Watchdog, task_hashes: TaskHash
     """
     metrics = Metrics()
     callbacks = [Heartbeat(watchdog), Profiling(state.config), Throughput(), RankTimes(state.platform), metrics, Validation()]
+    if (num_modules := state.config.model.mtp_num_layers) is not None:
+        callbacks.insert(0, MultiTokenLosses(num_modules))
     if state.config.train.tasks:
         from megatron_ledom.callbacks.tasks import TaskEvaluation, load_task_set  # transformers takes seconds to import
 

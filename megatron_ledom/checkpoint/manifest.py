@@ -51,6 +51,7 @@ ARCHITECTURE_KEYS = (
     "layernorm_epsilon",
     "share_embeddings_and_output_weights",
     "params_dtype",
+    "mtp_num_layers",
 )
 """Keys of `model` that must be the same in a checkpoint and in the run that loads it."""
 ROTARY_KEYS = tuple(key for key in ARCHITECTURE_KEYS if key.startswith(("rotary_", "rope_")))

@@ -18,6 +18,7 @@ from megatron_ledom.config.derived import (
     query_groups,
 )
 from megatron_ledom.config.gpu_checks import GPU_RULES
+from megatron_ledom.config.multi_token_checks import multi_token
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.config.tracker_checks import trackers
 from megatron_ledom.direction import BOTH
@@ -387,6 +388,7 @@ RULES: tuple[Callable[[RunConfig], Problems], ...] = (
     batch_schedule,
     tokens_to_draw,
     two_way_tasks,
+    multi_token,
     *GPU_RULES,
 )
 WORLD_RULES: tuple[Callable[[RunConfig, int], Problems], ...] = (world, batch, profiled_ranks)

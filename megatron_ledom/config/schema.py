@@ -79,6 +79,11 @@ class ModelConfig:
     """Add a bias to queries, keys and values, as in Qwen2."""
     qk_layernorm: bool = False
     """Apply RMSNorm to each head of queries and keys before the rotary embedding, as in Qwen3."""
+    mtp_num_layers: Positive | None = None
+    """Number of modules of multi-token prediction, trained beside the model and not exported: module k predicts the token k + 1
+    places on. Default: none."""
+    mtp_loss_scaling_factor: PositiveFloat | None = None
+    """Weight of the mean loss of those modules. Needs mtp_num_layers. Default: 0.1, as in megatron-core."""
     params_dtype: Literal["bf16", "fp32"] = "bf16"
     """Data type of weights and activations: bf16 or fp32. Gradient sums and the optimizer always use fp32."""
     transformer_impl: Literal["auto", "transformer_engine", "fused", "torch"] = "auto"

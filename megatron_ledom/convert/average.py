@@ -177,12 +177,18 @@ def _check_sources(checkpoints: Sequence[str], factors: Sequence[float]) -> list
 
 
 def _run_config(newest: Source, save: str) -> RunConfig:
-    """Return the config of the newest checkpoint with the paths of the new run."""
+    """Return the config of the newest checkpoint with the paths of the new run, and without modules that are not averaged."""
     config = newest.manifest.run_config(newest.checkpoint)
     has_tokenizer = os.path.isdir(_tokenizer_of(newest))
+    if config.model.mtp_num_layers is not None:
+        log.info(
+            "without the modules of model.mtp_num_layers=%d: a run that starts from the average has none",
+            config.model.mtp_num_layers,
+        )
     return replace(
         config,
         run_dir=save,
+        model=replace(config.model, mtp_num_layers=None, mtp_loss_scaling_factor=None),
         data=replace(config.data, tokenizer=os.path.join(save, TOKENIZER) if has_tokenizer else config.data.tokenizer),
         parallel=ParallelConfig(),
     )

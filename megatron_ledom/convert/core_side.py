@@ -148,7 +148,11 @@ def core_side(
         trained,
         parallel=ParallelConfig(),
         model=replace(
-            trained.model, params_dtype="bf16" if dtype is torch.bfloat16 else "fp32", transformer_impl="torch", fp8=None
+            trained.model,
+            params_dtype="bf16" if dtype is torch.bfloat16 else "fp32",
+            transformer_impl="torch",
+            fp8=None,
+            mtp_num_layers=None,  # an export has no modules of multi-token prediction
         ),
     )
     platform = prepare_platform(config.train.num_threads, ALONE)

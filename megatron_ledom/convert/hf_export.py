@@ -76,6 +76,8 @@ def export_hf(
         write_verification_card(part, CARD, _card(checkpoint, manifest, files, check, ema=ema))
         write_config(part, CONFIG + PART_SUFFIX, hf_config)
     log.info("exported %s to %s as %s", checkpoint, save, hf_config.architectures[0])
+    if config.model.mtp_num_layers is not None:
+        log.info("without the modules of model.mtp_num_layers=%d, which only the training uses", config.model.mtp_num_layers)
     if manifest.iteration < config.train.train_iters and not manifest.weights_only:
         log.warning(
             "the run is not complete: %s is iteration %d of %d", checkpoint, manifest.iteration, config.train.train_iters

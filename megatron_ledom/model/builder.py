@@ -26,6 +26,7 @@ from megatron_ledom.config.derived import head_dim, padded_vocab_size, query_gro
 from megatron_ledom.config.schema import ModelConfig, RunConfig
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.model.layer_specs import LayerChoice, build_layer_spec, start_user_buffers
+from megatron_ledom.model.multi_token import build_mtp_spec
 from megatron_ledom.ops.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ledom.parallel.groups import ParallelGroups
 from megatron_ledom.platform.core_versions import frees_sent_outputs
@@ -80,9 +81,10 @@ def build_model_chunks(
     chunks = []
     for chunk in range(groups.virtual_stages):
         stage = chunk if interleaved else None
+        layers = build_layer_spec(choice, core_config, stage, unfused_attention=config.model.attention_backend == "unfused")
         model = LanguageModel(
             core_config,
-            build_layer_spec(choice, core_config, stage, unfused_attention=config.model.attention_backend == "unfused"),
+            layers,
             vocab_size=padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by),
             max_sequence_length=config.data.seq_length,
             pre_process=groups.has_first_stage(chunk),
@@ -92,6 +94,7 @@ def build_model_chunks(
             share_embeddings_and_output_weights=config.model.share_embeddings_and_output_weights,
             pg_collection=groups.collection,
             vp_stage=stage,
+            mtp_block_spec=build_mtp_spec(core_config, layers, stage),
         )
         model.rotary_pos_emb.inv_freq = rotary_frequencies(config.model).to(model.rotary_pos_emb.inv_freq.device)
         model.num_ids, model.reports_log_z = vocab_size, config.train.z_loss_coeff > 0
@@ -195,6 +198,8 @@ def build_core_config(config: RunConfig) -> TransformerConfig:
         fp8_amax_history_len=model.fp8_amax_history_len,
         fp8_amax_compute_algo=model.fp8_amax_compute_algo,
         tp_comm_overlap=parallel.tp_comm_overlap,
+        mtp_num_layers=model.mtp_num_layers,
+        mtp_loss_scaling_factor=0.1 if model.mtp_loss_scaling_factor is None else model.mtp_loss_scaling_factor,
     )
 
 

@@ -44,6 +44,15 @@ def model_rows(config: RunConfig, model: ModelConfig) -> Iterator[Row]:
     yield "padded vocabulary", f"{padded:,} rows for {model.vocab_size:,} ids"
     yield "parameters", f"{scaled(parameters)} ({parameters:,})"
     yield "context", f"{config.data.seq_length:,} tokens, {config.data.direction}"
+    if model.mtp_num_layers is not None:
+        yield (
+            "multi-token prediction",
+            f"{_modules(model)}: not counted in parameters, memory, compute and time, here and in the MFU",
+        )
+
+
+def _modules(model: ModelConfig) -> str:
+    return "1 module" if model.mtp_num_layers == 1 else f"{model.mtp_num_layers} modules"
 
 
 def layout_rows(config: RunConfig, world_size: int, model: ModelConfig) -> Iterator[Row]:

@@ -188,3 +188,8 @@ def mlp_submodules(layer: Any) -> Any:
     """Return the submodules of the MLP of a layer's spec: from 0.18 they are an argument of a partial."""
     mlp = layer.submodules.mlp
     return mlp.submodules if core_version() < (0, 18) else mlp.keywords["submodules"]
+
+
+def mtp_loss_key() -> str:
+    """Return the key of the losses in megatron-core's tracker of multi-token prediction."""
+    return "values" if core_version() < (0, 17) else "loss_values"

@@ -166,7 +166,8 @@ def forward_step(
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], LossTerms]]:
     """Run the next micro-batch forward; the schedule then calls the returned loss function with the output."""
     batch = next(batches)
-    output = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"])
+    known = {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}  # multi-token prediction needs the mask
+    output = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), **known)
     return output, partial(masked_loss, batch["loss_mask"], z_loss_coeff)
 
 

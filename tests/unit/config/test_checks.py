@@ -49,7 +49,28 @@ RECOMPUTE, SP = "parallel.recompute_", "parallel.sequence_parallel=True"
 FP8_MODEL = ["model.fp8='hybrid'", "model.hidden_size=128", "model.num_attention_heads=4", "model.ffn_hidden_size=256"]
 GATHER = "parallel.overlap_param_gather=True"
 
+MODULES = "model.mtp_num_layers=1"
+
 REFUSED: list[tuple[list[str], int, str]] = [
+    (["model.mtp_loss_scaling_factor=0.3"], 1, "model.mtp_loss_scaling_factor=0.3 has no effect without model.mtp_num_layers"),
+    (
+        [MODULES, "train.z_loss_coeff=0.1"],
+        1,
+        "train.z_loss_coeff=0.1 cannot be used with model.mtp_num_layers=1: megatron-core masks",
+    ),
+    ([MODULES, f"{CP}=2"], 2, "parallel.context_parallel_size=2 cannot be used with model.mtp_num_layers=1"),
+    (
+        [MODULES, f"{PP}=2", "model.share_embeddings_and_output_weights=True"],
+        2,
+        "model.share_embeddings_and_output_weights=true with pipeline stages cannot be used with model.mtp_num_layers=1",
+    ),
+    (
+        [MODULES, f"{RECOMPUTE}granularity='full'", f"{RECOMPUTE}method='block'", f"{RECOMPUTE}num_layers=1"],
+        1,
+        "parallel.recompute_granularity=full cannot be used with model.mtp_num_layers=1",
+    ),
+    ([MODULES, "optimizer.optimizer='muon'"], 1, "optimizer.optimizer=muon cannot be used with model.mtp_num_layers=1"),
+    ([MODULES, *FP8_MODEL], 1, "model.fp8=hybrid cannot be used with model.mtp_num_layers=1"),
     (
         ["data.direction='both'", "train.tasks=['boolq']", "train.task_data='tasks'"],
         1,
