@@ -15,11 +15,13 @@ from safetensors import safe_open
 from twins import DIRECTIONS, read_metrics
 
 from megatron_ledom.markdown import write_between
+from megatron_ledom.reports.method_comparison import MAIN
 from megatron_ledom.reports.pages import number
 from megatron_ledom.storage.files import write_file, write_json
 from megatron_ledom.tables import markdown_table
 
 OUTPUT = Path("quickstart")
+VOTE = "majority vote"
 PLOT = Path("docs/images/loss_curves.png")
 PAGE = Path("docs/get_started.md")
 Report = dict[str, Any]
@@ -36,6 +38,7 @@ def build_report(phases: dict[str, Report]) -> Report:
         "resumed_at": phases["train"]["resumed_at"],
         "generated": phases["generate"]["endings"],
         "reranked": json.loads((OUTPUT / "reranked/answers.jsonl").read_text()),
+        "problems": phases["choose"]["report"],
         "phases": {name: phase["seconds"] for name, phase in phases.items()},
         "seconds": sum(phase["seconds"] for phase in phases.values()),
         "paths": {
@@ -46,6 +49,7 @@ def build_report(phases: dict[str, Report]) -> Report:
             "Hugging Face folders": "quickstart/models",
             "loss curves": "quickstart/loss_curves.png",
             "ranked answers": "quickstart/reranked/answers.jsonl",
+            "word problems": "quickstart/problems/answers/report/report.html",
             "logs": "quickstart/logs",
             "this report": "quickstart/report.md",
         },
@@ -101,6 +105,7 @@ def describe_machine() -> Report:
 def to_markdown(report: Report) -> str:
     """Return the tables and texts, which are printed at the end and shown in docs/get_started.md."""
     parts = [
+        _describe_choice(report["problems"]),
         _describe_run(report),
         _describe_corpus(report["corpus"]),
         _twins_table(report),
@@ -114,14 +119,14 @@ def to_markdown(report: Report) -> str:
 
 
 def to_short_markdown(report: Report) -> str:
-    """Return the eight lines of results in README.md."""
+    """Return the lines of results in README.md."""
     chosen = (
         "tokens trained on",
         "loss on held-out files",
         "bits per byte on held-out files",
         "tokens/s (both at the same time)",
     )
-    return f"{_describe_run(report)}\n\n{_twins_table(report, chosen)}\n"
+    return f"{_describe_choice(report['problems'])}\n\n{_describe_run(report)}\n\n{_twins_table(report, chosen)}\n"
 
 
 def _describe_run(report: Report) -> str:
@@ -129,6 +134,30 @@ def _describe_run(report: Report) -> str:
     device = f"{machine['cores']} cores of {machine['cpu']}" + (f" and {machine['gpu']}" if machine["gpu"] else "")
     minutes, seconds = divmod(round(report["seconds"]), 60)
     return f"One run on {device} (torch {machine['torch']}, {', '.join(report['overrides'])}): {minutes} min {seconds} s."
+
+
+def _describe_choice(found: Report) -> str:
+    """Return the result of Reverse Reward on the word problems, beside the majority vote."""
+    ours, vote = (found["methods"][name] for name in (MAIN, VOTE))
+    gain = _against_vote(found["comparisons"])
+    at_equal_tokens = next(row for row in found["equal_tokens"] if row["method"] == MAIN)
+    return (
+        f"**On {found['num_questions']} word problems, Reverse Reward is right in {_percent(ours)} %, the majority vote in {_percent(vote)} %: {gain}"
+        f" points** (95 % intervals). Both choose one of {found['num_candidates']} answers that the forward twin sampled. If scoring may not cost"
+        f" more tokens than sampling these, Reverse Reward has {at_equal_tokens['num_candidates']} answers:"
+        f" {_against_vote(found['comparisons_at_equal_tokens'])} points."
+    )
+
+
+def _percent(method: Report) -> str:
+    low, high = method["interval"]
+    return f"{100 * method['accuracy']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def _against_vote(comparisons: list[Report]) -> str:
+    row = next(row for row in comparisons if row["against"] == VOTE)
+    low, high = row["interval"]
+    return f"{100 * row['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def _describe_corpus(corpus: Report) -> str:
@@ -190,7 +219,7 @@ def write_report(report: Report) -> str:
 
 
 def update_pages() -> None:
-    """Write the last run's plot, tables and texts between the markers of docs/get_started.md, and eight lines into README.md."""
+    """Write the last run's plot, tables and texts between the markers of docs/get_started.md, and the main ones into README.md."""
     if not (OUTPUT / "report.json").exists():
         raise QuickstartError("quickstart/report.json is missing; run the quickstart first")
     report = json.loads((OUTPUT / "report.json").read_text(encoding="utf-8"))

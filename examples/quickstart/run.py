@@ -1,4 +1,4 @@
-"""Run the whole pipeline on text of this machine: corpus, tokenizer, shards, two trained models, exports, texts, ranking.
+"""Run the whole pipeline on text of this machine, from the corpus to texts of two trained models, and Reverse Reward on word problems.
 
 It writes only below quickstart/ in the current folder. Each step is a command line of the project, printed before it runs.
 """
@@ -38,10 +38,27 @@ class Size:
     vocab_size: int
     max_new_tokens: int
     overrides: tuple[str, ...]
+    num_problems: int
+    """Word problems for training."""
+    num_questions: int
+    num_answers: int
+    """Sampled answers to each question."""
+    problem_overrides: tuple[str, ...]
 
 
 SIZES = {
-    "full": Size(most_megabytes=40, least_megabytes=20, held_out_percent=1.5, vocab_size=8000, max_new_tokens=96, overrides=()),
+    "full": Size(
+        most_megabytes=20,
+        least_megabytes=10,
+        held_out_percent=1.5,
+        vocab_size=8000,
+        max_new_tokens=96,
+        overrides=(),
+        num_problems=8000,
+        num_questions=200,
+        num_answers=16,
+        problem_overrides=(),
+    ),
     "small": Size(
         most_megabytes=2,
         least_megabytes=1,
@@ -61,6 +78,10 @@ SIZES = {
             "logging.log_interval=5",
             "logging.tensorboard=false",
         ),
+        num_problems=1000,
+        num_questions=10,
+        num_answers=4,
+        problem_overrides=("model.num_layers=2", "model.hidden_size=64", "train.train_iters=60", "checkpoint.save_interval=60"),
     ),
 }
 Result = dict[str, Any]
@@ -137,6 +158,23 @@ def rerank(size: Size) -> Result:
     return {}
 
 
+def problems(size: Size) -> Result:
+    """Train twins of their own on word problems."""
+    from arithmetic import train_on_problems, write_problems
+    from twins import choose_threads
+
+    write_problems(size.num_problems, size.num_questions)
+    train_on_problems([choose_threads(), *size.problem_overrides])
+    return {}
+
+
+def choose(size: Size) -> Result:
+    """Choose one of the forward twin's answers to each problem, by Reverse Reward and by other methods."""
+    from arithmetic import choose_answers
+
+    return {"report": choose_answers(size.num_answers)}
+
+
 PHASES: list[tuple[str, Callable[[Size], Result], list[str]]] = [
     ("collect", collect, ["corpus"]),
     ("tokenizer", train_tokenizer, ["tokenizer"]),
@@ -145,6 +183,8 @@ PHASES: list[tuple[str, Callable[[Size], Result], list[str]]] = [
     ("export", export, ["models"]),
     ("generate", generate, ["generated"]),
     ("rerank", rerank, ["reranked"]),
+    ("problems", problems, ["problems"]),
+    ("choose", choose, ["problems/models", "problems/answers"]),
 ]
 """Name of each phase, its function, and the folders below quickstart/ that it writes."""
 

@@ -1,4 +1,4 @@
-"""Train a reverse model and its forward twin at the same time; the reverse run is stopped once and resumed."""
+"""Train a reverse model and its forward twin at the same time; one run is stopped once and resumed."""
 
 import json
 import os
@@ -40,17 +40,16 @@ class Training:
     process: "subprocess.Popen[bytes] | None" = None
     log: Path
 
-    def __init__(self, direction: str, overrides: list[str]) -> None:
-        config_file = ROOT / "examples/configs" / f"quickstart_{direction}.yaml"
+    def __init__(self, name: str, config_file: Path, overrides: list[str]) -> None:
         config = load_config(str(config_file), overrides)
         self.command = ledom("train", "--config", config_file, *overrides)
         self.train_iters = config.train.train_iters
         self.tokens_per_iteration = config.train.global_batch_size * config.data.seq_length
-        self.metrics, self.direction, self.starts = Path(config.run_dir, "metrics.jsonl"), direction, 0
+        self.metrics, self.name, self.starts = Path(config.run_dir, "metrics.jsonl"), name, 0
 
     def begin(self, bar_position: int) -> None:
         """Show the progress bar and start."""
-        total, name = self.train_iters * self.tokens_per_iteration, f"train {self.direction}"
+        total, name = self.train_iters * self.tokens_per_iteration, f"train {self.name}"
         self.bar = tqdm(total=total, desc=name, unit="tok", unit_scale=True, position=bar_position, disable=None)
         self.began = self.reported = time.monotonic()
         self.start()
@@ -59,7 +58,7 @@ class Training:
         """Start the command, or start it again."""
         self.starts += 1
         suffix = "" if self.starts == 1 else f"_start_{self.starts}"
-        self.log = Path("quickstart/logs", f"train_{self.direction}{suffix}.log")
+        self.log = Path("quickstart/logs", f"train_{self.name.replace(' ', '_')}{suffix}.log")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as file:
             self.process = subprocess.Popen(self.command, stdout=file, stderr=subprocess.STDOUT)
@@ -87,7 +86,7 @@ class Training:
             return
         self.reported = now
         left = tqdm.format_interval((now - self.began) * (self.train_iters - iteration) / iteration)
-        print(f"train {self.direction}: iteration {iteration} of {self.train_iters}, loss {loss}, {left} left", flush=True)
+        print(f"train {self.name}: iteration {iteration} of {self.train_iters}, loss {loss}, {left} left", flush=True)
 
     def is_running(self) -> bool:
         """Return True while the process runs. Raises QuickstartError if it failed."""
@@ -125,31 +124,42 @@ def choose_overrides() -> list[str]:
     from megatron_ledom.platform.device import preferred_params_dtype, prepare_platform
     from megatron_ledom.platform.launch import ALONE
 
-    cores = len(os.sched_getaffinity(0))
-    dtype = preferred_params_dtype(prepare_platform(None, ALONE))
-    return [f"model.params_dtype={dtype}", f"train.num_threads={min(MOST_THREADS, max(1, cores // 2))}"]
+    return [f"model.params_dtype={preferred_params_dtype(prepare_platform(None, ALONE))}", choose_threads()]
+
+
+def choose_threads() -> str:
+    """Return the setting that gives each twin half of the cores."""
+    return f"train.num_threads={min(MOST_THREADS, max(1, len(os.sched_getaffinity(0)) // 2))}"
 
 
 def train_twins(overrides: list[str]) -> Resume:
-    """Train both at the same time. Raises QuickstartError if one fails or the reverse run does not resume."""
-    trainings = [Training(direction, overrides) for direction in DIRECTIONS]
+    """Train both on text at the same time. Raises QuickstartError if one fails or the reverse run does not resume."""
+    configs = {direction: ROOT / "examples/configs" / f"quickstart_{direction}.yaml" for direction in DIRECTIONS}
+    trainings = [Training(direction, config_file, overrides) for direction, config_file in configs.items()]
+    stopped_at = train_all(trainings, stopped=trainings[0])
+    return check_resumed(stopped_at, trainings[0])
+
+
+def train_all(trainings: list[Training], stopped: Training | None = None) -> int | None:
+    """Run all at the same time. Stop `stopped` after a third of its iterations, start it again, and return its iteration then.
+
+    Raises QuickstartError if one fails.
+    """
     for training in trainings:
         show(training.command)
+    stopped_at: int | None = None
     try:
         for position, training in enumerate(trainings):
             training.begin(position)
-        reverse = trainings[0]
-        stop_after = reverse.train_iters // 3
-        stopped_at: int | None = None
         while any(training.is_running() for training in trainings):
-            iterations = [training.iteration() for training in trainings]
-            if stopped_at is None and iterations[0] >= stop_after:
-                stopped_at = _stop_and_start_again(reverse)
+            for training in trainings:
+                if training.iteration() >= training.train_iters // 3 and training is stopped and stopped_at is None:
+                    stopped_at = _stop_and_start_again(training)
             time.sleep(POLL_SECONDS)
         for training in trainings:
             if training.iteration() != training.train_iters:
                 raise QuickstartError(f"{training.metrics} ends at {training.iteration()} of {training.train_iters} iterations")
-        return check_resumed(stopped_at, reverse)
+        return stopped_at
     finally:
         for training in trainings:
             training.close()
@@ -160,7 +170,7 @@ def _stop_and_start_again(training: Training) -> int:
     training.stop()
     latest = training.metrics.parent.joinpath("checkpoints/latest").read_text().strip()
     stopped_at = int(latest.removeprefix("iter_"))
-    tqdm.write(f"the {training.direction} run got SIGTERM and saved at iteration {stopped_at}; the same command resumes it")
+    tqdm.write(f"the {training.name} run got SIGTERM and saved at iteration {stopped_at}; the same command resumes it")
     training.start()
     return stopped_at
 
@@ -168,7 +178,7 @@ def _stop_and_start_again(training: Training) -> int:
 def check_resumed(stopped_at: int | None, training: Training) -> Resume:
     """Check that the run was stopped before its end, resumed at that iteration, and logged each iteration once."""
     if stopped_at is None or stopped_at >= training.train_iters:
-        raise QuickstartError(f"the {training.direction} run ended before it could be stopped and resumed")
+        raise QuickstartError(f"the {training.name} run ended before it could be stopped and resumed")
     found = re.search(r"resumed from \S+ at iteration (\d+)", training.log.read_text())
     if found is None or int(found[1]) != stopped_at:
         raise QuickstartError(f"{training.log} does not report that the run resumed at iteration {stopped_at}")

@@ -63,12 +63,13 @@ class Runner:
     """Runs steps and writes a note of each to `folder`: its key, commands, hashes of its inputs, and seconds.
 
     A step runs again if the Python code of the package or its tools has changed. A step that is a function, or runs a
-    script of this folder, also runs again if a file of this folder has changed.
+    script of this folder or of the quickstart, also runs again if a file of the two has changed.
     """
 
     def __init__(self, folder: Path, at_once: int) -> None:
         self.notes, self.logs, self.at_once = folder / "steps", folder / "logs", at_once
-        self.code = {path.name: hash_of(path) for path in sorted(Path(__file__).parent.glob("*.py"))}
+        folders = (Path(__file__).parent, Path(__file__).parents[1] / "quickstart")  # whose functions the study uses
+        self.code = {path.name: hash_of(path) for folder in folders for path in sorted(folder.glob("*.py"))}
         sources = sorted(path for top in ("megatron_ledom", "tools") for path in (ROOT / top).rglob("*.py"))
         digest = hashlib.sha256("".join(hash_of(path) for path in sources).encode()).hexdigest()
         self.package = f"{version('megatron-ledom')}, sources {digest[:16]}"

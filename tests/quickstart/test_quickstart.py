@@ -64,7 +64,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, python: Path, environment_with
     return Run(folder, done.stdout, done.stderr, json.loads((folder / "quickstart/report.json").read_text()))
 
 
-@pytest.mark.parametrize("name", ["read", "preprocess", "train reverse", "train forward"])
+@pytest.mark.parametrize("name", ["read", "preprocess", "train reverse", "train forward", "train reverse problems"])
 def test_long_steps_show_a_bar_with_rate_and_time_left(run: Run, name: str) -> None:
     shown = [line for line in re.split(r"[\r\n]", run.terminal) if line.replace("\x1b[A", "").startswith(f"{name}:")]
     assert shown, run.terminal[-3000:]
@@ -73,7 +73,7 @@ def test_long_steps_show_a_bar_with_rate_and_time_left(run: Run, name: str) -> N
     else:
         assert any(re.search(r"\d+%.*\[\d\d:\d\d<\d\d:\d\d, +[\d.]+[kM]?\w+/s", line) for line in shown), shown[-3:]
     if name.startswith("train"):
-        assert any(re.search(r"iteration=\d+/120, loss=\d\.\d{3}", line) for line in shown), shown[-3:]
+        assert any(re.search(r"iteration=\d+/(120|60), loss=\d\.\d{3}", line) for line in shown), shown[-3:]
 
 
 def test_no_warning_of_a_library_is_shown(run: Run) -> None:
@@ -90,7 +90,11 @@ def test_without_a_terminal_training_prints_iteration_loss_and_time_left(
 
     monkeypatch.setattr(twins, "REPORT_SECONDS", 0.0)
     monkeypatch.setattr(twins.Training, "start", lambda self: None)
-    training = twins.Training("reverse", [f"run_dir={tmp_path}", "train.train_iters=400", "optimizer.lr_warmup_iters=1"])
+    training = twins.Training(
+        "reverse",
+        ROOT / "examples/configs/quickstart_reverse.yaml",
+        [f"run_dir={tmp_path}", "train.train_iters=400", "optimizer.lr_warmup_iters=1"],
+    )
     training.begin(0)  # pytest's stderr is not a terminal
     assert training.iteration() == 0
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"iteration": 100, "lm_loss": 5.25}) + "\n")
@@ -144,6 +148,16 @@ def test_eight_candidates_are_ranked_by_reward(run: Run) -> None:
     assert reranked["best"] == reranked["candidates"][reranked["ranking"][0]]
 
 
+def test_the_report_begins_with_the_choice_of_answers_to_word_problems(run: Run) -> None:
+    found = run.report["problems"]
+    assert (found["num_questions"], found["num_candidates"]) == (10, 4)
+    first = (run.folder / "quickstart/report.md").read_text(encoding="utf-8").split("\n\n")[1]
+    assert re.match(r"\*\*On 10 word problems, Reverse Reward is right in \d", first)
+    (gain,) = [row["difference"] for row in found["comparisons"] if row["against"] == "majority vote"]
+    assert gain == pytest.approx(found["methods"]["Reverse Reward"]["accuracy"] - found["methods"]["majority vote"]["accuracy"])
+    assert f"{100 * gain:+.1f} (" in first
+
+
 def test_held_out_files_are_not_in_the_training_part(run: Run) -> None:
     corpus = run.folder / "quickstart/corpus"
     train, valid = (
@@ -160,14 +174,17 @@ def test_report_names_every_path_and_draws_the_curves(run: Run) -> None:
     assert all((run.folder / path).exists() for path in run.report["paths"].values())
     assert (run.folder / "quickstart/loss_curves.png").read_bytes().startswith(b"\x89PNG")
     assert "bits per byte" in (run.folder / "quickstart/report.md").read_text(encoding="utf-8")
-    assert set(run.report["phases"]) == {"collect", "tokenizer", "preprocess", "train", "export", "generate", "rerank"}
+    assert set(run.report["phases"]) == {
+        *("collect", "tokenizer", "preprocess", "train", "export", "generate", "rerank"),
+        *("problems", "choose"),
+    }
 
 
 def test_keep_continues_after_the_finished_phases(run: Run, python: Path, environment_with_gpus: dict[str, str]) -> None:
-    (run.folder / "quickstart/phases/rerank.json").unlink()
+    (run.folder / "quickstart/phases/choose.json").unlink()
     again = start(run.folder, python, environment_with_gpus, "--size", "small", "--keep")
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("finished before") == 6
+    assert again.stdout.count("finished before") == 8
     assert " rerank --forward " in again.stdout
 
 
