@@ -13,7 +13,7 @@ from megatron_ledom.evaluation.synthetic.generators import GENERATORS
 
 HERE = Path(__file__).parent
 CORPORA = ("text", "maths", "gsm", "abilities")
-ALONE_PARTS = ("reinforcement", "contamination", "controls", "loss_gap")
+ALONE_PARTS = ("reinforcement", "contamination", "controls", "loss_gap", "infill")
 """Parts that can run alone."""
 CONTROL_PARTS = ("labelled", "development", "test", "planted", "train")
 PROBLEM_PARTS = ("calibration", "development", "test", "valid", "train", "reinforcement")
@@ -132,6 +132,27 @@ class LossGapSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InfillSettings:
+    """Settings of part 9: infilling by models that meet, beside a model trained to fill in the middle."""
+
+    seeds: list[int]
+    """Seeds of the models, the same for all methods. All are reported."""
+    model: str
+    """Name of the shape of every model."""
+    vocab_size: int
+    train_iters: int
+    """Iterations of every model."""
+    batch_size: int
+    """Samples of a step, of 256 tokens each."""
+    num_items: int
+    """Most gaps in code, and as many in prose."""
+    num_samples: int
+    """Texts of each direction."""
+    two_way: bool
+    """Also train and test one model that reads both ways."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """One size of the study."""
 
@@ -163,6 +184,7 @@ class Settings:
     contamination: ContaminationSettings
     controls: ControlSettings
     loss_gap: LossGapSettings
+    infill: InfillSettings
     parts: list[str]
     """Those of ALONE_PARTS that run unless `--parts` names others; the report says of the rest that they were not run."""
     beams: tuple[int, int]
@@ -214,7 +236,7 @@ def _check(settings: Settings) -> None:
     if unknown := set(abilities.num) - set(GENERATORS):
         raise UsageError(f"abilities.num names {', '.join(sorted(unknown))}; the sets are {', '.join(GENERATORS)}")
     by_part = {"seeds": settings.seeds, "abilities.seeds": abilities.seeds, "reinforcement.seeds": settings.reinforcement.seeds}
-    by_part |= {f"{name}.seeds": getattr(settings, name).seeds for name in ("contamination", "controls", "loss_gap")}
+    by_part |= {f"{name}.seeds": getattr(settings, name).seeds for name in ("contamination", "controls", "loss_gap", "infill")}
     for name, seeds in by_part.items():
         if not seeds or len(set(seeds)) != len(seeds):
             raise UsageError(f"{name} is {seeds}; it needs at least one seed, and each only once")
@@ -257,6 +279,7 @@ def _check_controls(settings: Settings) -> None:
     if unknown := set(settings.parts) - set(ALONE_PARTS):
         raise UsageError(f"parts names {', '.join(sorted(unknown))}; it can name {', '.join(ALONE_PARTS)}")
     models = {"controls.model": [controls.model], "loss_gap.models": gap.models, "loss_gap.control_model": [gap.control_model]}
+    models["infill.model"] = [settings.infill.model]
     for name, found in models.items():
         if not found or not set(found) <= set(settings.models):
             raise UsageError(

@@ -26,7 +26,7 @@ def parse() -> argparse.Namespace:
         "--parts",
         "--only",
         metavar="NAME[,NAME]",
-        help="run these parts and what they need, and write only their sections: reinforcement, contamination, controls, loss_gap",
+        help="run these parts and what they need, and write only their sections: reinforcement, contamination, controls, loss_gap, infill",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the settings of the size")
     return parser.parse_args()
@@ -44,6 +44,7 @@ def main() -> None:
     from backward import Backward
     from contamination import Contamination
     from controls import Controls
+    from infill import Infilling
     from loss_gap import LossGap
     from losses import Twins
     from reinforcement import Reinforcement, check_installed
@@ -63,7 +64,7 @@ def main() -> None:
     twins = Twins(output, settings)
     rewards = Rewards(twins)
     alone = {"reinforcement": Reinforcement(rewards), "contamination": Contamination(rewards)}
-    alone |= {"controls": Controls(twins), "loss_gap": LossGap(twins)}
+    alone |= {"controls": Controls(twins), "loss_gap": LossGap(twins), "infill": Infilling(twins)}
     chosen = [part for name, part in alone.items() if name in wanted]
     parts = (twins, rewards, Backward(rewards), Ablations(rewards), Abilities(twins), *chosen)
     runner = Runner(output, at_once=len(os.sched_getaffinity(0)))

@@ -22,6 +22,9 @@ from controls import Controls
 from controls_report import TITLE as CONTROLS
 from controls_report import controls_section, first_section
 from families import mark_over_seeds
+from infill import Infilling
+from infill_report import TITLE as INFILL
+from infill_report import infill_section
 from loss_gap import LossGap
 from loss_gap_report import TITLE as LOSS_GAP
 from loss_gap_report import loss_gap_section
@@ -84,6 +87,7 @@ ALONE: dict[str, tuple[str, Callable[[Rewards], Any], Callable[[Any], Section]]]
     "contamination": (CONTAMINATION, lambda rewards: Contamination(rewards).results(), contamination_section),
     "controls": (CONTROLS, lambda rewards: Controls(rewards.twins).results(), controls_section),
     "loss_gap": (LOSS_GAP, lambda rewards: LossGap(rewards.twins).results(), loss_gap_section),
+    "infill": (INFILL, lambda rewards: Infilling(rewards.twins).results(), infill_section),
 }
 """Parts that `--parts` runs alone: title, function of the results, and function of the section."""
 

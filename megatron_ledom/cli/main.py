@@ -47,6 +47,7 @@ GROUPS = {
     "using a model": {
         "convert-checkpoint": "convert a checkpoint to a Hugging Face folder, or back",
         "generate": "write the text that precedes a given text",
+        "infill": "write the text between a prefix and a suffix",
         "rerank": "rank answers by Reverse Reward",
         "serve": "serve a reverse model and Reverse Reward over HTTP",
         "report-rerank": "compare Reverse Reward with its baselines",

@@ -79,16 +79,29 @@ class LanguageModel:
         direction. option_names: the names of these two in error messages.
         """
         folder = Path(folder)
-        config = read_model_config(folder)
-        check_model_type(folder, config)
-        cls._check_direction(folder, config.get("direction"), direction, option_names)
-        reading = recorded_reading(folder, config, cls.direction)
-        tokenizer, stop_ids = load_tokenizer(folder, cls.direction, eod_id, option_names)
+        check_model_type(folder, read_model_config(folder))
+        loaded = cls._parts_of(folder, direction, eod_id, option_names)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         chosen = dtype or (torch.float32 if device.type == "cpu" else "auto")
         model = load_stock_model(folder, dtype=chosen).to(device).eval()
         model.generation_config = GenerationConfig()  # the folder's own sampling defaults must not mix with the caller's
-        return cls(model, tokenizer, stop_ids, leading_ids_of(reading, cls.direction, tokenizer), reading)
+        return cls(model, *loaded)
+
+    @classmethod
+    def sharing(cls, other: "LanguageModel", folder: str | Path) -> Self:
+        """Return a two-way model in this direction, with the weights of the same folder that were loaded in the other one."""
+        return cls(other.model, *cls._parts_of(Path(folder), None, None, PYTHON_OPTIONS))
+
+    @classmethod
+    def _parts_of(
+        cls, folder: Path, direction: str | None, eod_id: int | None, option_names: OptionNames
+    ) -> tuple[JointTokenizer, list[int], list[int], Reading | None]:
+        """Return tokenizer, stop ids, leading ids and reading of a folder."""
+        config = read_model_config(folder)
+        cls._check_direction(folder, config.get("direction"), direction, option_names)
+        reading = recorded_reading(folder, config, cls.direction)
+        tokenizer, stop_ids = load_tokenizer(folder, cls.direction, eod_id, option_names)
+        return tokenizer, stop_ids, leading_ids_of(reading, cls.direction, tokenizer), reading
 
     @classmethod
     def _check_direction(cls, folder: Path, recorded: str | None, passed: str | None, option_names: OptionNames) -> None:

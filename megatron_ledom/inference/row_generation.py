@@ -139,6 +139,29 @@ def write_rows(
     return results
 
 
+class LocalRows:
+    """Writes rows with a model of this process, at most `batch_size` at once. A `RowWriter`."""
+
+    def __init__(self, model: LanguageModel, batch_size: int) -> None:
+        self._model, self._batch_size = model, batch_size
+        self.direction, self.tokenizer, self.leading_ids = model.direction, model.tokenizer, model.leading_ids
+        self.writer, self.num_positions = model.writer, model.num_positions
+
+    def growth_problem(self, text: str, num_new_tokens: int) -> str | None:
+        """See `RowWriter.growth_problem`."""
+        return self._model.growth_problem(text, num_new_tokens)
+
+    def write_rows(
+        self, requests: Sequence[RowRequest], on_step: OnStep, on_end: OnEnd, is_wanted: IsWanted
+    ) -> list[RowResult]:
+        """See `RowWriter.write_rows`."""
+
+        def _on_step(index: int, read: Callable[[], Generation]) -> bool:
+            return is_wanted(index) and on_step(index, read)
+
+        return write_rows(self._model, requests, self._batch_size, _on_step, on_end)
+
+
 def healed_rows(model: TokenModel, requests: Sequence[RowRequest]) -> list["Row"]:
     """Return the rows of requests; equal texts are prepared once. Raises DataError for a text without tokens."""
     healed = {text: model.tokenizer.heal_prompt(text, model.direction) for text in {request.text for request in requests}}

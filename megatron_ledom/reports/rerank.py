@@ -8,8 +8,8 @@ from typing import Any
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, LedomError, UsageError
+from megatron_ledom.inference.line_output import usage_file
 from megatron_ledom.inference.model_folder import RERANK_OPTIONS
-from megatron_ledom.inference.reverse_reward.rerank_part import usage_file
 from megatron_ledom.inference.reverse_reward.reward import RewardSettings
 from megatron_ledom.reports.explanation import as_html, as_terminal, explain
 from megatron_ledom.reports.method_comparison import ReportSettings, report_selection, sentences, verdict

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ledom.errors import DataError, UsageError, cannot_write
-from megatron_ledom.inference.reverse_reward.input_lines import json_line
+from megatron_ledom.inference.json_fields import json_line
 from megatron_ledom.inference.reverse_reward.ranked_lines import ranked_candidates, reranked_lines, skipped_prompt
 from megatron_ledom.storage.files import PART_SUFFIX, new_file, real_path, sync_stream
 from megatron_ledom.storage.hashes import sha256_of

@@ -19,6 +19,7 @@ from megatron_ledom.serving.completions import (
     usage_fields,
 )
 from megatron_ledom.serving.errors import RESPONSES, JsonResponse, SafeRoute, add_error_handlers
+from megatron_ledom.serving.infilling import asks_for_infilling, gaps_of, infill_fields, infill_job
 from megatron_ledom.serving.metrics import Metrics
 from megatron_ledom.serving.middleware import Application, Gate
 from megatron_ledom.serving.models import ServedModels
@@ -98,7 +99,11 @@ def _completion_router(settings: ServeSettings, models: ServedModels, queue: Wor
 
     @router.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        """Continue texts: before `suffix` with a reverse model, after `prompt` with a forward model."""
+        """Continue texts: before `suffix` with a reverse model, after `prompt` with a forward model, between both with both."""
+        if asks_for_infilling(body):
+            gaps = gaps_of(models, body)
+            (filled,) = await results_of(queue, [infill_job(models, gaps)], request, settings.timeout_seconds)
+            return JsonResponse({**envelope(models.joined_name), **infill_fields(body, gaps, filled)})
         model, texts = chosen_model(models, body)
         rows = rows_of(body, texts)
         if body.stream:
@@ -107,7 +112,7 @@ def _completion_router(settings: ServeSettings, models: ServedModels, queue: Wor
             return StreamingResponse(stream.events(), media_type="text/event-stream")
         (results,) = await results_of(queue, [completion_job(models, model, rows)], request, settings.timeout_seconds)
         fields: dict[str, Any] = {
-            **envelope(model),
+            **envelope(model.name),
             "choices": [choice_fields(model, index, result, body) for index, result in enumerate(results)],
             "usage": usage_fields(results, body.n or 1),
         }

@@ -3,7 +3,7 @@
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Event
 from typing import Any
 
@@ -57,9 +57,7 @@ def chosen_model(models: ServedModels, request: CompletionRequest) -> tuple[Serv
 
 def rows_of(request: CompletionRequest, texts: list[str]) -> list[RowRequest]:
     """Return a row for each choice of each text. Row numbers seed the random numbers, as `Engine.sample` does it."""
-    for name, neutral in UNUSED.items():
-        if getattr(request, name) not in (None, neutral):
-            raise ApiError(400, f"{name} is not supported; remove it", name)
+    check_fields(request)
     if request.echo and request.logprobs is not None:
         raise ApiError(400, "echo with logprobs is not supported; POST /v1/score gives the log-probabilities of a text", "echo")
     if request.stream and request.logprobs is not None:
@@ -67,22 +65,38 @@ def rows_of(request: CompletionRequest, texts: list[str]) -> list[RowRequest]:
     num = request.n or 1
     if len(texts) * num > MAX_CHOICES:
         raise ApiError(400, f"{len(texts)} texts with n={num} are more than {MAX_CHOICES} choices; ask for fewer", "n")
-    temperature = 1.0 if request.temperature is None else request.temperature
-    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    sampling = Sampling(
-        max_new_tokens=request.max_tokens or 16,
-        temperature=temperature,
-        top_p=request.top_p or 1.0,
-        stop_strings=stop,
-    )
-    if num > 1 and temperature == 0:
-        raise ApiError(400, f"n={num} choices at temperature 0 would all be the same; set a temperature above 0", "n")
-    seed = secrets.token_hex(8) if request.seed is None else str(request.seed)
+    sampling, seed = replace(sampling_of(request, num), num_return_sequences=1), seed_of(request)
     return [
         RowRequest(text, sampling, f"{seed}/{index}/{number}", request.logprobs or 0, is_shown=bool(request.stream))
         for index, text in enumerate(texts)
         for number in range(num)
     ]
+
+
+def check_fields(request: CompletionRequest, but: Sequence[str] = ()) -> None:
+    """Raise ApiError for a field of UNUSED with another value than its neutral one. but: fields that are used."""
+    for name, neutral in UNUSED.items():
+        if name not in but and getattr(request, name) not in (None, neutral):
+            raise ApiError(400, f"{name} is not supported; remove it", name)
+
+
+def sampling_of(request: CompletionRequest, num: int) -> Sampling:
+    """Return the settings of `num` texts. Raises ApiError for several texts at temperature 0."""
+    temperature = 1.0 if request.temperature is None else request.temperature
+    if num > 1 and temperature == 0:
+        raise ApiError(400, f"n={num} choices at temperature 0 would all be the same; set a temperature above 0", "n")
+    return Sampling(
+        max_new_tokens=request.max_tokens or 16,
+        temperature=temperature,
+        top_p=request.top_p or 1.0,
+        num_return_sequences=num,
+        stop_strings=[request.stop] if isinstance(request.stop, str) else request.stop or [],
+    )
+
+
+def seed_of(request: CompletionRequest) -> str:
+    """Return the seed of a request; without one, a random one."""
+    return secrets.token_hex(8) if request.seed is None else str(request.seed)
 
 
 def completion_job(models: ServedModels, model: ServedModel, rows: list[RowRequest], on_piece: OnPiece | None = None) -> Job:
@@ -212,11 +226,11 @@ def usage_fields(results: Sequence[RowResult], num_choices: int) -> dict[str, in
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
-def envelope(model: ServedModel) -> dict[str, Any]:
+def envelope(model_name: str) -> dict[str, Any]:
     """Return the fields that the response, or all events of a stream, share."""
     return {
         "id": f"cmpl-{secrets.token_hex(12)}",
         "object": "text_completion",
         "created": int(time.time()),
-        "model": model.name,
+        "model": model_name,
     }

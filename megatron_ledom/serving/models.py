@@ -141,12 +141,20 @@ class ServedModels:
     def num_threads(self) -> int:
         """The threads that the server needs: as many as all lanes may have calls at once."""
         users = [(kind, [model]) for kind in ("write", "score") for model in self.all]
-        return sum(lane.most_calls for lane in {self.lane(kind, used) for kind, used in [*users, ("score", self.all)]})
+        return sum(
+            lane.most_calls
+            for lane in {self.lane(kind, used) for kind, used in [*users, ("score", self.all), ("write", self.all)]}
+        )
 
     @property
     def all(self) -> list[ServedModel]:
         """All models, the reverse one first."""
         return [self.reverse, *([self.forward] if self.forward else [])]
+
+    @property
+    def joined_name(self) -> str:
+        """The name of all models together, for a result that all of them computed."""
+        return "+".join(model.name for model in self.all)
 
     def named_or_refuse(self, name: str) -> ServedModel:
         """Return the model with a name, else the one of the direction with that name; raise UnknownModel if there is none."""

@@ -84,7 +84,7 @@ def ranking_router(settings: ServeSettings, models: ServedModels, queue: WorkQue
             _reward_fields(own, scores, token_values=body.token_values)
             for (_, own), scores in zip(questions, scored, strict=True)
         ]
-        name = _names(models)
+        name = models.joined_name
         return JsonResponse({"model": name, **found[0]} if body.items is None else {"model": name, "items": found})
 
     async def rerank(body: RerankRequest, request: Request) -> Response:
@@ -123,11 +123,6 @@ def _document(_: int, document: int) -> str:
 
 def _query(query: int, _: int) -> str:
     return f"the answer of query[{query}]"
-
-
-def _names(models: ServedModels) -> str:
-    """Return the name of the pair of models that computes a reward."""
-    return "+".join(model.name for model in models.all)
 
 
 def _questions(body: RewardRequest) -> list[tuple[str, list[Candidate]]]:
@@ -185,7 +180,7 @@ def _rerank_fields(
         results.append(result)
     return {
         "id": f"rerank-{secrets.token_hex(12)}",
-        "model": _names(models),
+        "model": models.joined_name,
         "results": results,
         "usage": _usage(scores),
     }

@@ -131,11 +131,11 @@ Texts = Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES)
 
 
 class CompletionRequest(Strict):
-    """OpenAI's schema of completions. A reverse model takes `suffix`, a forward model takes `prompt`."""
+    """OpenAI's schema of completions. A reverse model takes `suffix`, a forward model takes `prompt`; both together fill in a text."""
 
     model: str | None = Field(None, description="name or direction of a model; by default the one whose field is used")
-    prompt: str | list[str] | None = Field(None, description="for a forward model: the text that precedes")
-    suffix: str | list[str] | None = Field(None, description="for a reverse model: the text that follows")
+    prompt: str | list[str] | None = Field(None, description="for a forward model, or with suffix: the text that precedes")
+    suffix: str | list[str] | None = Field(None, description="for a reverse model, or with prompt: the text that follows")
     max_tokens: Annotated[int, Field(ge=1, le=1 << 20)] | None = 16
     temperature: Annotated[Finite, Field(ge=0, le=2)] | None = 1.0
     top_p: Annotated[Finite, Field(gt=0, le=1)] | None = 1.0
@@ -147,7 +147,7 @@ class CompletionRequest(Strict):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = None
-    best_of: int | None = None
+    best_of: int | None = Field(None, description="with prompt and suffix: texts of each model, from which n are chosen")
     frequency_penalty: Finite | None = None
     presence_penalty: Finite | None = None
     logit_bias: dict[str, Finite] | None = None

@@ -45,7 +45,7 @@ class CompletionStream:
             loop.call_soon_threadsafe(self._pieces.put_nowait, (index, text))
 
         self._job: Job = completion_job(models, model, rows, on_piece)
-        self._envelope = envelope(model)
+        self._envelope = envelope(model.name)
         queue.submit(self._job)
         self._job.future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._pieces.put_nowait, None))
 

@@ -13,6 +13,7 @@ from megatron_ledom.inference.engines.transformers_engine import TransformersEng
 from megatron_ledom.inference.engines.vllm_engine import VllmEngine
 from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.language_model import ForwardLM, ReverseLM
+from megatron_ledom.inference.line_output import usage_file
 from megatron_ledom.inference.model_folder import (
     RERANK_OPTIONS,
     check_unchanged,
@@ -21,7 +22,6 @@ from megatron_ledom.inference.model_folder import (
     surroundings,
 )
 from megatron_ledom.inference.reverse_reward.beam_search import BeamSettings
-from megatron_ledom.inference.reverse_reward.rerank_part import usage_file
 from megatron_ledom.inference.reverse_reward.reranking import SKIP, RerankSettings, rerank_file
 from megatron_ledom.inference.reverse_reward.reward import RewardSettings
 from megatron_ledom.inference.scoring import check_batch_size

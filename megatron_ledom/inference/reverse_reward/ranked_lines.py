@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.inference.reverse_reward.input_lines import long_integers
+from megatron_ledom.inference.json_fields import long_integers
 from megatron_ledom.inference.reverse_reward.reward import CandidateScore
 from megatron_ledom.storage.hashes import sha256_of
 

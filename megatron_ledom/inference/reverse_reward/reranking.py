@@ -1,27 +1,23 @@
 """Rank the candidates of each line of a JSON Lines file; write the lines with scores and ranking; resume after a kill.
 
-Lines are scored in windows, so that batches are full even if a line has few candidates. Only the input and the settings decide
-the windows. So a killed run repeats its unfinished window from the same first line, and ends with the same bytes.
+Lines are scored in windows, so that batches are full even if a line has few candidates (see `line_output`).
 
 Texts that are too long for a model are found before anything is computed, then refused or skipped. A skipped candidate has the
 reason in "skipped" of its scores, null for every value, and ranks last. The line counts skipped candidates in "num_skipped";
 "best" is null if all were skipped.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from megatron_ledom.errors import DataError, LedomError, TransientError, UsageError
+from megatron_ledom.errors import DataError, LedomError, UsageError
 from megatron_ledom.inference.engines.engine import Engine, UsageMeter, empty_answer
 from megatron_ledom.inference.generation import Sampling
+from megatron_ledom.inference.line_output import LineKind, SkipLog, Window, naming_lines, write_line_file
 from megatron_ledom.inference.reverse_reward.beam_search import BeamSettings, beam_search
-from megatron_ledom.inference.reverse_reward.input_lines import Record, read_records
-from megatron_ledom.inference.reverse_reward.rerank_part import UnfinishedOutput, Window
+from megatron_ledom.inference.reverse_reward.input_lines import RANKED, Record, read_records
 from megatron_ledom.inference.reverse_reward.reward import (
     Candidate,
     RewardSettings,
@@ -29,12 +25,8 @@ from megatron_ledom.inference.reverse_reward.reward import (
     ranked_fields,
     score_questions,
 )
-from megatron_ledom.storage.files import real_path
-from megatron_ledom.storage.locks import output_file_lock
 
 REFUSE, SKIP = "refuse", "skip"
-NUM_NAMED = 20
-"""Number of skipped texts that are named on stderr; further ones are only counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,57 +69,31 @@ def rerank_file(
     the output depends on, such as model folders and batch size; a resumed run must have the same. overwrite: replace an output or
     unfinished work from another input or other settings; without it they raise an error.
 
-    Finished windows are in `<output>.part`, the settings and the token usage in `<output>.part.notes`; the same call resumes from
-    them. At the end the output gets its name, and `<output>.spent.json` records the usage. If the output is a link, all of these
-    files are next to its target. Raises DataError with the line for a bad line, and MismatchError if the unfinished work is from
-    another input or other settings.
+    See `line_output.write_line_file` for the files and the resume. Raises DataError with the line for a bad line.
     """
-    input_path, output_path = Path(input_path), Path(output_path)
-    _check_paths(input_path, output_path)
-    real_path(output_path)  # refuses a link that leads nowhere before models are loaded
-    records = list(read_records(input_path, sampled=settings.sampling is not None))
-    output_path.parent.mkdir(parents=True, exist_ok=True)
-    with output_file_lock(output_path):
-        _rerank_into(Path(real_path(output_path)), engines, records, settings, made_by or {}, overwrite=overwrite)
-    return len(records)
+    job = _Reranking(engines, settings)
+    return write_line_file(job, input_path, output_path, {"settings": asdict(settings), **(made_by or {})}, overwrite=overwrite)
 
 
-def _rerank_into(
-    output_path: Path,
-    engines: Callable[[], tuple[Engine, Engine]],
-    records: list[Record],
-    settings: RerankSettings,
-    made_by: dict[str, Any],
-    *,
-    overwrite: bool,
-) -> None:
-    """Write the output window by window, after those of an earlier run. The caller holds the lock of the output."""
-    part = UnfinishedOutput(output_path, {"settings": asdict(settings), **made_by})
-    if part.is_complete(records, overwrite=overwrite):
-        print(f"{output_path} is complete; nothing to do", file=sys.stderr)
-        return
-    windows = list(_windows(records, settings))
-    num_done = part.resume(windows, overwrite=overwrite)
-    forward, reverse = engines()
-    skips = SkipLog()
-    windows = [*windows[:num_done], *with_problems(windows[num_done:], forward, reverse, settings, skips)]
-    with tqdm(total=len(records), unit=" prompts", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
-        bar.update(sum(map(len, windows[:num_done])))
-        for window in windows[num_done:]:
-            part.append(_rank_and_measure(forward, reverse, window, settings, skips))
-            bar.update(len(window))
-    part.finish()
+@dataclass(frozen=True, slots=True)
+class _Reranking:
+    """The work of `rerank_file`, a LineJob."""
 
+    engines: Callable[[], tuple[Engine, Engine]]
+    settings: RerankSettings
+    kind: LineKind = RANKED
 
-def _check_paths(input_path: Path, output_path: Path) -> None:
-    """Raise UsageError, before any model is loaded, for an input that is not a file or an output that cannot be written."""
-    if not input_path.is_file():
-        raise UsageError(f"{input_path} is not a file; pass JSON lines with a prompt each")
-    for folder in output_path.parents:
-        if folder.exists() and not folder.is_dir():
-            raise UsageError(f"{folder} is not a folder, so the output {output_path} cannot be in it; name another path")
-    if output_path.is_dir() or output_path.resolve() == input_path.resolve():
-        raise UsageError(f"the output {output_path} is a folder or the input itself; name another file")
+    def read(self, path: Path) -> list[Record]:
+        return list(read_records(path, sampled=self.settings.sampling is not None))
+
+    def windows(self, lines: list[Record]) -> list[list[Record]]:
+        return list(_windows(lines, self.settings))
+
+    def compute(self, windows: list[list[Record]]) -> Iterator[Window]:
+        forward, reverse = self.engines()
+        skips = SkipLog()
+        for window in with_problems(windows, forward, reverse, self.settings, skips):
+            yield _rank_and_measure(forward, reverse, window, self.settings, skips)
 
 
 def _windows(records: list[Record], settings: RerankSettings) -> Iterator[list[Record]]:
@@ -145,23 +111,10 @@ def _windows(records: list[Record], settings: RerankSettings) -> Iterator[list[R
         yield window
 
 
-class SkipLog:
-    """Names the first skipped texts on stderr."""
-
-    def __init__(self) -> None:
-        self._num = 0
-
-    def add(self, where: str, problems: Sequence[str | None], item: str = "candidate") -> None:
-        """Print the candidates of a line, or its prompt, that have a problem."""
-        for index, problem in enumerate(problems):
-            if problem is None:
-                continue
-            self._num += 1
-            name = f"{where}: {item} {index}" if len(problems) > 1 or item == "candidate" else f"{where}: {item}"
-            if self._num <= NUM_NAMED:
-                tqdm.write(f"skipped: {name}: {problem}", file=sys.stderr)
-            elif self._num == NUM_NAMED + 1:
-                tqdm.write('further skipped texts are only counted; the output marks each with "skipped"', file=sys.stderr)
+def _name_skipped(skips: SkipLog, where: str, problems: Sequence[str | None]) -> None:
+    """Print the candidates of a line that have a problem."""
+    for index, problem in enumerate(problems):
+        skips.add(f"{where}: candidate {index}", problem)
 
 
 def with_problems(
@@ -177,8 +130,8 @@ def with_problems(
         checked = [_checked(record, forward, reverse, settings) for record in window]
         for record in checked:
             if settings.too_long == SKIP or record.was_skipped:
-                skips.add(record.where, record.problems)
-                skips.add(record.where, [record.prompt_problem], "prompt")
+                _name_skipped(skips, record.where, record.problems)
+                skips.add(f"{record.where}: prompt", record.prompt_problem)
                 continue
             refused += [f"{record.where}: candidate {i}: {problem}" for i, problem in enumerate(record.problems) if problem]
             refused += [f"{record.where}: {record.prompt_problem}"] if record.prompt_problem else []
@@ -218,29 +171,22 @@ def _rank_and_measure(
 ) -> Window:
     """Return the output of a window with its token usage; name the written answers that are skipped."""
     meter = UsageMeter(forward, reverse)
-    lines = _rank_naming_lines(forward, reverse, window, settings)
+    lines = naming_lines(window, lambda part: _rank_window(forward, reverse, part, settings))
     usage = meter.usage()
     if settings.sampling is not None:
         for record, line in zip(window, lines, strict=True):
-            skips.add(record.where, [score.get("skipped") for score in line["scores"]])
-    return Window(lines, usage)
+            _name_skipped(skips, record.where, [score.get("skipped") for score in line["scores"]])
+    return Window(lines, usage, _counts(lines))
 
 
-def _rank_naming_lines(
-    forward: Engine, reverse: Engine, window: list[Record], settings: RerankSettings
-) -> list[dict[str, Any]]:
-    """Return the output of a window; after an error, find the line that causes it by ranking each line alone, and name it."""
-    try:
-        return _rank_window(forward, reverse, window, settings)
-    except TransientError:  # not caused by a line
-        raise
-    except LedomError as whole:
-        for record in window:
-            try:
-                _rank_window(forward, reverse, [record], settings)
-            except LedomError as error:
-                raise type(error)(f"{record.where}: {error}") from error
-        raise whole
+def _counts(lines: list[dict[str, Any]]) -> dict[str, int]:
+    """Return the counts of RANKED."""
+    return {
+        "num_lines": len(lines),
+        "num_candidates": sum(len(line["scores"]) for line in lines),
+        "num_skipped": sum(line.get("num_skipped", 0) for line in lines),
+        "num_skipped_prompts": sum("skipped" in line for line in lines),
+    }
 
 
 def _rank_window(forward: Engine, reverse: Engine, window: list[Record], settings: RerankSettings) -> list[dict[str, Any]]:

@@ -16,10 +16,11 @@ from megatron_ledom.inference.engines.completions_engine import CompletionsEngin
 from megatron_ledom.inference.engines.engine import StepDelimiter, empty_answer
 from megatron_ledom.inference.engines.transformers_engine import TransformersEngine
 from megatron_ledom.inference.generation import Sampling
+from megatron_ledom.inference.line_output import SUMS
 from megatron_ledom.inference.reverse_reward.beam_search import BeamSettings
 from megatron_ledom.inference.reverse_reward.command import skip_warning, summary_of
+from megatron_ledom.inference.reverse_reward.input_lines import RANKED
 from megatron_ledom.inference.reverse_reward.ranked_lines import read_reranked
-from megatron_ledom.inference.reverse_reward.rerank_part import COUNTS, SUMS
 from megatron_ledom.inference.reverse_reward.reranking import RerankSettings, rerank_file
 from megatron_ledom.inference.reverse_reward.reward import Candidate, RewardSettings, rank, score_questions
 from megatron_ledom.inference.scoring import SpanScore
@@ -320,7 +321,7 @@ def test_a_report_without_a_field_is_named_and_does_not_count_as_a_complete_run(
     rerank_file(lambda: engines_of(models), source, output, RerankSettings())
     report = tmp_path / "out.jsonl.spent.json"
     whole = json.loads(report.read_text())
-    for name in (*SUMS, *COUNTS):
+    for name in (*SUMS, *RANKED.counts):
         for broken in ({**whole, name: None}, {key: value for key, value in whole.items() if key != name}, [], {"made_by": 1}):
             report.write_text(json.dumps(broken))
             with pytest.raises(UsageError, match=r"spent\.json is damaged .*pass --overwrite"):

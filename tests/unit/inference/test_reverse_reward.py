@@ -226,7 +226,7 @@ def test_paths_that_cannot_work_are_refused_before_a_model_is_loaded(tmp_path: P
 
 KILLED_RUN = """
 import os, runpy, sys
-from megatron_ledom.inference.reverse_reward.rerank_part import UnfinishedOutput
+from megatron_ledom.inference.line_output import UnfinishedOutput
 plain, calls = UnfinishedOutput.append, []
 def append(self, window):
     if len(calls) == 2:  # half a line of the third window reaches the disk, then the process is killed

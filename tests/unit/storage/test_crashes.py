@@ -19,8 +19,8 @@ from megatron_ledom.data.dataset.sample_index import index_spec, prepare_indices
 from megatron_ledom.errors import LedomError
 from megatron_ledom.evaluation.item_file import ItemFile, numbered
 from megatron_ledom.evaluation.results import write_summary
-from megatron_ledom.inference.reverse_reward.input_lines import Record
-from megatron_ledom.inference.reverse_reward.rerank_part import UnfinishedOutput, Window
+from megatron_ledom.inference.line_output import UnfinishedOutput, Window
+from megatron_ledom.inference.reverse_reward.input_lines import RANKED, Record
 from megatron_ledom.platform.launch import ALONE
 from megatron_ledom.storage.files import sync, write_file, write_synced
 from megatron_ledom.storage.folders import new_folder
@@ -72,12 +72,12 @@ def reranked_windows(folder: Path, report: Report) -> None:
     """Write the windows of a reranking whose lines need no model."""
     records = [Record(n, f"in:{n}", f"p{n}", [], {"prompt": f"p{n}"}) for n in range(LINES)]
     windows = [records[n : n + 2] for n in range(0, LINES, 2)]
-    part = UnfinishedOutput(folder / "out.jsonl", {"settings": {"weight": 0.5}})
+    part = UnfinishedOutput(folder / "out.jsonl", {"settings": {"weight": 0.5}}, RANKED)
     if part.is_complete(records, overwrite=False):
         return
     for window in windows[part.resume(windows) :]:
         lines = [{**record.fields, "ranking": [0], "scores": [{"reward": -1.0}] * 9} for record in window]
-        part.append(Window(lines, {"forward_tokens": 3, "reverse_tokens": 4, "seconds": 0.0}))
+        part.append(Window(lines, {"forward_tokens": 3, "reverse_tokens": 4, "seconds": 0.0}, dict.fromkeys(RANKED.counts, 2)))
         report()
     part.finish()
 
