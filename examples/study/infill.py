@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 from commands import tool
 from control_choice import differences, summary
+from controls import LENGTH
 from infill_texts import KINDS, gaps_of, kind_of, pieces_of, rearranged
 from lines import read_lines, write_lines
 from losses import ISOLATED, Twins, export_step, training_step
 from steps import Step
 
+from megatron_ledom.errors import DataError
 from megatron_ledom.evaluation.intervals import Values
+from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 
 CORPUS = "infill"
 MARKERS = {"forward": "<MASK>", "reverse": "<CLS>"}
@@ -34,6 +37,8 @@ SECONDARY = (
     ("two-way", "twins"),
     ("two-way, samples", "twins, samples"),
 )
+MAX_NEW_TOKENS, NUM_MARKS = 40, 8
+"""Tokens that each model writes for a gap, and room for marks and for ids that change at the seams."""
 MEASURES = ("exact match", "edit similarity")
 
 
@@ -63,7 +68,7 @@ class Infilling:
         seeds = self.settings.seeds
         yield [self._texts()]
         yield [self.twins.corpora.tokenizer_step(CORPUS, self._file("train"), self.settings.vocab_size)]
-        yield [self._shards(name) for name in self._sources()]
+        yield [self._items(), *(self._shards(name) for name in self._sources())]
         yield [self._train(seed, name) for seed, name in product(seeds, self.models)]
         yield [export_step(self.run_of(*one), self.model_of(*one)) for one in product(seeds, self.models)]
         yield [self._answer(seed) for seed in seeds]
@@ -72,22 +77,43 @@ class Infilling:
         return self.folder / f"{name}.jsonl"
 
     def _texts(self) -> Step:
-        text, seed = self.twins.folder / "text", self.twins.settings.problems_seed
-        inputs = {part: text / f"{part}.jsonl" for part in ("train", *KINDS)}
-        outputs = {name: self._file(name) for name in ("train", "fim", "items")}
+        source, seed = self.twins.folder / "text/train.jsonl", self.twins.settings.problems_seed
 
         def _write() -> None:
-            random, num = Random(seed), self.settings.num_items
-            train = [(piece, kind_of(record)) for record in read_lines(inputs["train"]) for piece in pieces_of(record["text"])]
+            random = Random(seed)
+            train = [(piece, kind_of(record)) for record in read_lines(source) for piece in pieces_of(record["text"])]
             random.shuffle(train)
-            write_lines(outputs["train"], [{"text": piece} for piece, _ in train])
-            write_lines(outputs["fim"], [{"text": rearranged(piece, kind, random)} for piece, kind in train])
-            known = {piece for piece, _ in train}
-            items = [item for kind in KINDS for item in _items(inputs[kind], kind, known, num, random)]
-            write_lines(outputs["items"], items)
+            write_lines(self._file("train"), [{"text": piece} for piece, _ in train])
+            write_lines(self._file("fim"), [{"text": rearranged(piece, kind, random)} for piece, kind in train])
 
-        settings = [self.settings.num_items, seed]
-        return Step(name="infill_texts", inputs=[*inputs.values()], outputs=[*outputs.values()], work=_write, settings=settings)
+        outputs = [self._file("train"), self._file("fim")]
+        return Step(name="infill_texts", inputs=[source], outputs=outputs, work=_write, settings=seed)
+
+    def _items(self) -> Step:
+        """Return the step that draws gaps of held-out pieces, one of a piece, which leave room for two texts of MAX_NEW_TOKENS."""
+        files = {kind: self.twins.folder / "text" / f"{kind}.jsonl" for kind in KINDS}
+        train, folder, output = self._file("train"), self.twins.corpora.tokenizer(CORPUS), self._file("items")
+        num, seed = self.settings.num_items, self.twins.settings.problems_seed
+
+        def _write() -> None:
+            random, tokenizer = Random(seed), JointTokenizer.from_pretrained(folder)
+            known = {record["text"] for record in read_lines(train)}
+            items: list[dict[str, str]] = []
+            for kind, file in files.items():
+                pieces = dict.fromkeys(piece for record in read_lines(file) for piece in pieces_of(record["text"]))
+                gaps = [random.choice(gaps) for piece in pieces if piece not in known and (gaps := gaps_of(piece, kind))]
+                room = LENGTH - 2 * MAX_NEW_TOKENS - NUM_MARKS
+                fitting = [gap for gap in gaps if len(tokenizer.encode(gap[0] + gap[2])) <= room]
+                chosen = random.sample(fitting, min(num, len(fitting)))
+                items += [
+                    {"prompt": prefix, "suffix": suffix, "middle": middle, "kind": kind} for prefix, middle, suffix in chosen
+                ]
+            if not items:
+                raise DataError("no held-out piece has a gap that fits; raise text_kilobytes.held_out or infill.vocab_size")
+            write_lines(output, items)
+
+        inputs = [*files.values(), train, folder]
+        return Step(name="infill_items", inputs=inputs, outputs=[output], work=_write, settings=[num, seed, MAX_NEW_TOKENS])
 
     def _sources(self) -> list[str]:
         marked = [f"marked_{direction}" for direction in MARKERS] if self.settings.two_way else []
@@ -115,7 +141,16 @@ class Infilling:
         one, output = self.settings, self.answers(seed)
         models = {name: self.model_of(seed, name) for name in self.models}
         options = [part for name, model in models.items() for part in (f"--{name}", model)]
-        options += ["--items", self._file("items"), "--output", output, "--num-samples", one.num_samples]
+        options += [
+            "--items",
+            self._file("items"),
+            "--output",
+            output,
+            "--num-samples",
+            one.num_samples,
+            "--max-new-tokens",
+            MAX_NEW_TOKENS,
+        ]
         command = tool(
             "examples/study/infill_answers.py", *options, "--temperature", self.twins.settings.temperature, "--seed", seed
         )
@@ -137,7 +172,7 @@ class Infilling:
                 f"{kind}|{name}": {
                     measure: summary(values[:, [one == kind for one in kinds]]) for measure, values in both.items()
                 }
-                for kind in KINDS
+                for kind in dict.fromkeys(kinds)
                 for name, both in measured.items()
             },
             "primary": _compared(measured, PRIMARY),
@@ -147,14 +182,6 @@ class Infilling:
             },
             "right_if_met": {name: _right_if_met(found, name) for name in found[0][0]["met"]},
         }
-
-
-def _items(path: Path, kind: str, known: set[str], num: int, random: Random) -> list[dict[str, str]]:
-    """Return `num` gaps of held-out pieces, one of a piece; a piece that is also trained is left out."""
-    pieces = [piece for record in read_lines(path) for piece in pieces_of(record["text"]) if piece not in known]
-    chosen = [random.choice(gaps) for piece in dict.fromkeys(pieces) if (gaps := gaps_of(piece, kind))]
-    drawn = random.sample(chosen, min(num, len(chosen)))
-    return [{"prompt": prefix, "suffix": suffix, "middle": middle, "kind": kind} for prefix, middle, suffix in drawn]
 
 
 def measures_of(found: list[list[dict[str, Any]]], name: str) -> dict[str, Values]:

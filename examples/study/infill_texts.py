@@ -8,7 +8,7 @@ from typing import Any
 PREFIX, SUFFIX, MIDDLE = "\x01", "\x02", "\x03"
 """Marks of the parts of a rearranged piece: one token each, the byte tokens of characters that no piece contains."""
 KINDS = ("code", "prose")
-STOPS = {"code": "\n", "prose": ". "}
+STOPS = {"code": "\n", "prose": "."}
 """The text that ends a line or a sentence, at both of its ends; no gap contains it."""
 MOST_CHARACTERS, LEAST_CHARACTERS = 400, 120
 """Characters of a piece: nearly all fit into a sample of 256 tokens."""
@@ -16,7 +16,7 @@ REARRANGED = 0.9
 """Share of the pieces that the FIM model reads rearranged."""
 _UNITS = re.compile(r"[^\n]*\n|[^\n]+")
 _LINE = re.compile(r"(?<=\n)[ \t]*\S[^\n]{8,58}\S(?=\n)")
-_SENTENCE = re.compile(r"(?<=\. )[A-Z][^.]{15,80}(?=\. )")
+_SENTENCE = re.compile(r"(?<=\.)\s+[A-Z][^.]{15,150}(?=\.\s)")
 
 
 def kind_of(record: dict[str, Any]) -> str:

@@ -154,6 +154,7 @@ print("done")
         (["controls.model=huge"], "controls.model is huge; it must name some of models: large"),
         (["loss_gap.contexts=[64,100]"], "loss_gap has the contexts [100]; each must be 8 or more and divide batch_tokens=256"),
         (["loss_gap.contexts=[128,64]"], "it needs different numbers, in order"),
+        (["infill.model=huge"], "infill.model is huge; it must name some of models: large"),
     ],
 )
 def test_bad_settings_are_refused_before_any_step_runs(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -437,6 +438,7 @@ def test_the_tiny_study_resumes_after_a_kill_and_fills_every_table(tiny_study: P
     assert controls["registration"]["opened"] == json.loads((tiny_study / "controls/seal.json").read_text())["opened"]
     assert controls["budget"]["rows"]["verifier"]["tokens"] >= controls["budget"]["rows"]["R"]["tokens"] == 24 * 256
     assert set(results["loss_gap"]["cells"]) == {"gsm_symbolic|large|64"}
+    assert set(results["infill"]["num_items"]) == {"code", "prose"}
     page = (tiny_study / "report.html").read_text()
     assert "https://" not in page
     for step in tiny_study.glob("steps/*.json"):
@@ -450,6 +452,7 @@ def test_the_tiny_study_resumes_after_a_kill_and_fills_every_table(tiny_study: P
         ("contamination", "scores_clean_1"),
         ("controls", "controls_registration"),
         ("loss_gap", "train_gap_primes_large_64_1_reverse"),
+        ("infill", "infill_answers_1"),
     ],
 )
 def test_a_part_alone_uses_the_steps_of_the_study_and_has_its_own_report(

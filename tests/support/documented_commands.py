@@ -163,6 +163,14 @@ RUN_BY_TESTS = {
     " --max-length 512": LORA,
     "ledom generate --model finetuned/model --following and they lived happily ever after.": LORA,
     "ledom convert-checkpoint hf-to-mcore --load finetuned/model --save runs/finetuned --seq-length 512": LORA,
+    **dict.fromkeys(
+        (
+            "ledom infill --forward models/forward --reverse models/reverse --input gaps.jsonl --output filled.jsonl",
+            "ledom infill --model models/two_way --input gaps.jsonl --output filled.jsonl --num-samples 8 --temperature 0.8",
+        ),
+        "tests/unit/inference/test_infill.py",
+    ),
+    ".venv/bin/python examples/study/study.py --size small --parts infill": "tests/study/test_infill_part.py",
     **TUTORIAL_COMMANDS,
     "ledom configs list": RUN_HERE,
     "ledom configs show quickstart_reverse > run.yaml": RUN_HERE,

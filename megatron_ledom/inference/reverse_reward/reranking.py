@@ -84,12 +84,15 @@ class _Reranking:
     kind: LineKind = RANKED
 
     def read(self, path: Path) -> list[Record]:
+        """Return the checked lines."""
         return list(read_records(path, sampled=self.settings.sampling is not None))
 
     def windows(self, lines: list[Record]) -> list[list[Record]]:
+        """Return the lines in windows."""
         return list(_windows(lines, self.settings))
 
     def compute(self, windows: list[list[Record]]) -> Iterator[Window]:
+        """Load the models, refuse or skip texts that are too long, and yield the output of each window."""
         forward, reverse = self.engines()
         skips = SkipLog()
         for window in with_problems(windows, forward, reverse, self.settings, skips):

@@ -31,7 +31,7 @@ GAPS = [
     ("漢字 and", "é."),
     ("a", "b"),
 ]
-SETTINGS = InfillSettings(sampling=Sampling(max_new_tokens=8, temperature=0.8, num_return_sequences=3), meeting_tokens=1)
+SETTINGS = InfillSettings(sampling=Sampling(max_new_tokens=16, temperature=0.8, num_return_sequences=4), meeting_tokens=1)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,9 @@ def test_models_that_agree_meet_and_write_exactly_the_missing_text(chains: tuple
 
 def test_models_that_do_not_meet_say_so_and_give_the_best_text_of_one_of_them(chains: tuple[Path, Path]) -> None:
     infiller = Infiller(*load_models(*chains, 2))
-    (filled,) = infiller.fill([Gap("The capital", " dog", "0", InfillSettings(sampling=Sampling(max_new_tokens=4)))])
+    (filled,) = infiller.fill(
+        [Gap("The capital", " dog", "0", InfillSettings(sampling=Sampling(max_new_tokens=4), meeting_tokens=9))]
+    )
     assert [one.met for one in filled.infillings] == [False] * len(filled.infillings)
     assert filled.infillings[0].score == max(one.score for one in filled.infillings)
     assert " of Germany" in {one.middle[:11] for one in filled.infillings if one.writer == "forward"}
@@ -155,7 +157,7 @@ def test_a_stopped_run_resumes_to_the_identical_file(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write(tmp_path / "in.jsonl", *({"prompt": prefix, "suffix": suffix} for prefix, suffix in GAPS))
-    monkeypatch.setattr("megatron_ledom.inference.infilling.command.WINDOW_TEXTS", 12)
+    monkeypatch.setattr("megatron_ledom.inference.infilling.command.WINDOW_TEXTS", 16)
     job = Infill(lambda: load_models(*folders, 4), SETTINGS)
     write_line_file(job, source, tmp_path / "whole.jsonl", {}, overwrite=False)
     plain = UnfinishedOutput.append
