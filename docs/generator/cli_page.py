@@ -24,7 +24,7 @@ SUBJECTS = {
     ),
     "Training": ("train", "average-checkpoints", "status", "alert", "replay-step", "report-run"),
     "Conversion": ("convert-checkpoint",),
-    "Generation and ranking": ("generate", "rerank", "report-rerank", "export-preferences", "serve"),
+    "Generation and ranking": ("generate", "infill", "rerank", "report-rerank", "export-preferences", "serve"),
     "Evaluation": ("evaluate", "summarize-evaluation", "harness", "compare-losses"),
     "Planning": ("configs", "plan-run", "calibrate-hardware", "validate-planner"),
     "Inspection": ("inspect-shard", "inspect-checkpoint", "ops", "check-hardware", "check-nodes"),

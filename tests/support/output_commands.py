@@ -32,6 +32,13 @@ FILES: dict[str, tuple[str, Arguments]] = {
             *("--output", f"{at}/out.jsonl"),
         ],
     ),
+    "infill": (
+        "out.jsonl",
+        lambda at, made: [
+            *("--forward", made["forward"], "--reverse", made["reverse"], "--input", made["gaps"]),
+            *("--output", f"{at}/out.jsonl", "--max-new-tokens", "4"),
+        ],
+    ),
     "export_preferences": ("out", lambda at, made: [made["ranked"], "--output", f"{at}/out"]),
     "train_tokenizer": ("out", lambda at, made: ["--input", made["text"], "--vocab-size", "300", "--output", f"{at}/out"]),
     "summarize_tasks": ("out", lambda at, made: [made["shard"], "--num-tasks", "1", "--json", f"{at}/out"]),
@@ -45,6 +52,7 @@ def write_inputs(root: Path) -> dict[str, str]:
     lines = {
         "pairs": [{"question": f"What is {n}?", "answer": f" It is {n}."} for n in range(40)],
         "candidates": [{"prompt": f"The capital of {n}", "candidates": [" Paris", " 42"]} for n in range(4)],
+        "gaps": [{"prompt": f"The capital of {n}", "suffix": " is Paris."} for n in range(4)],
         "text": [{"text": f"The cat sat on {n} mats, and the dog ran after the cat number {n}."} for n in range(200)],
         "ranked": [
             {
