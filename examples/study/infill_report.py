@@ -12,7 +12,7 @@ ABOUT = {
     "": "greedy texts of both directions; where they meet, else the better one by both scores",
     ", samples": "the same with samples of each direction; every pair may meet",
     ", samples, score alone": "the same texts, the best score whether the models met or not",
-    ", forward samples, score of both": "only the forward model's samples, chosen by both scores: no meeting",
+    ", forward samples, score of both": "only the forward model's samples, chosen by both scores: no overlap",
 }
 
 
@@ -47,7 +47,7 @@ def _about(results: Results) -> str:
         f" {one['train_iters'] * one['batch_size'] * 256:,} training tokens; a two-way model reads half of them in each direction. The FIM model"
         " reads 90 % of its pieces as prefix, suffix, middle, where the middle is a line or sentence as in the test if the piece has one: this"
         f" favours it. All methods stop at the end of the line or sentence. Samples: {one['num_samples']} of each direction. Twins need two"
-        " models and two trainings. Exact match: the text is the one left out. Edit similarity: 1 - edit distance in characters / length of the"
+        " models and two trainings. Exact match: the text is the missing one. Edit similarity: 1 - edit distance in characters / length of the"
         " longer text. Intervals: bootstrap over seeds and gaps (crossed). Holm p: adjusted within each table, over both measures."
     )
 

@@ -25,7 +25,7 @@ def kind_of(record: dict[str, Any]) -> str:
 
 
 def pieces_of(text: str) -> Iterator[str]:
-    """Yield pieces of whole lines. Lines longer than a piece, texts with one of the marks, and short ends are left out."""
+    """Yield pieces of whole lines. Lines longer than a piece, texts with one of the marks, and short ends are skipped."""
     if any(mark in text for mark in (PREFIX, SUFFIX, MIDDLE)):
         return
     piece = ""

@@ -20,7 +20,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--output", required=True, metavar="FILE", help="JSON lines: the input with the texts; the same command resumes it"
     )
     parser.add_argument(
-        "--meeting-tokens",
+        "--overlap-tokens",
         type=int,
         default=3,
         metavar="N",

@@ -78,7 +78,7 @@ def settings_from(options: Options) -> InfillSettings:
     """Return the settings of the options."""
     given = {name: options[name] for name in SAMPLING}
     sampling = Sampling(**given, num_return_sequences=options["num_samples"], stop_strings=options["stop"])
-    return InfillSettings(sampling=sampling, meeting_tokens=options["meeting_tokens"])
+    return InfillSettings(sampling=sampling, overlap_tokens=options["overlap_tokens"])
 
 
 def _folders(options: Options) -> dict[str, Path]:

@@ -10,7 +10,7 @@ from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.inference.engines.engine import Engine
 from megatron_ledom.inference.engines.transformers_engine import TransformersEngine
 from megatron_ledom.inference.generation import Generation, Sampling
-from megatron_ledom.inference.infilling.meeting import Meeting, Side, find_meeting
+from megatron_ledom.inference.infilling.overlap import Overlap, Side, find_overlap
 from megatron_ledom.inference.language_model import LanguageModel
 from megatron_ledom.inference.row_generation import (
     LocalRows,
@@ -21,7 +21,7 @@ from megatron_ledom.inference.row_generation import (
 )
 
 DIRECTIONS = (Direction.FORWARD, Direction.REVERSE)
-MEETING_TOKENS = 3
+OVERLAP_TOKENS = 3
 """Default number of equal tokens in a row at which the models have met. It was not tuned."""
 BOTH = "both"
 """Writer of a text in which the models met; others are the name of one direction."""
@@ -32,12 +32,12 @@ class InfillSettings:
     """Settings of infilling. sampling: that of each model; each writes `num_return_sequences` texts."""
 
     sampling: Sampling = field(default_factory=Sampling)
-    meeting_tokens: int = MEETING_TOKENS
+    overlap_tokens: int = OVERLAP_TOKENS
 
     def __post_init__(self) -> None:
-        """Raise UsageError for a meeting without tokens."""
-        if self.meeting_tokens < 1:
-            raise UsageError(f"meeting_tokens={self.meeting_tokens}: the models meet in at least 1 token")
+        """Raise UsageError for an overlap without tokens."""
+        if self.overlap_tokens < 1:
+            raise UsageError(f"overlap_tokens={self.overlap_tokens}: the models meet in at least 1 token")
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +193,7 @@ class Infiller:
         """Yield the texts for a gap, once for each writer: one for each pair of rows that meet, then those of single rows."""
         known = set[tuple[str, str]]()
         for one in [
-            *self._meetings(gap, forward, reverse),
+            *self._overlaps(gap, forward, reverse),
             *_alone(Direction.FORWARD, forward),
             *_alone(Direction.REVERSE, reverse),
         ]:
@@ -201,7 +201,7 @@ class Infiller:
                 known.add((one.middle, one.writer))
                 yield one
 
-    def _meetings(self, gap: Gap, forward: list[RowResult], reverse: list[RowResult]) -> Iterator[Infilling]:
+    def _overlaps(self, gap: Gap, forward: list[RowResult], reverse: list[RowResult]) -> Iterator[Infilling]:
         stops = gap.settings.sampling.stop_strings
         sides = {}
         for direction, text, rows in ((Direction.FORWARD, gap.prefix, forward), (Direction.REVERSE, gap.suffix, reverse)):
@@ -209,12 +209,12 @@ class Infiller:
             sides[direction] = [Side.of(self._tokenizer, direction, healed, row.generation.text_ids) for row in rows]
         for one in sides[Direction.FORWARD]:
             for other in sides[Direction.REVERSE]:
-                met: Meeting | None = find_meeting(self._tokenizer, one, other, gap.settings.meeting_tokens)
+                met: Overlap | None = find_overlap(self._tokenizer, one, other, gap.settings.overlap_tokens)
                 if met is not None and not any(stop in met.middle for stop in stops):
                     yield Infilling(met.middle, BOTH, max(met.num_forward, met.num_reverse), finished=True)
 
     def _scored(self, gaps: Sequence[Gap], found: list[list[Infilling]]) -> list[list[Infilling]]:
-        """Return the texts with their scores; one that is too long for a model when it is encoded as a whole is left out."""
+        """Return the texts with their scores; one that is too long for a model when it is encoded as a whole is skipped."""
         kept = [
             [one for one in infillings if not any(self._too_long(gap, one, direction) for direction in DIRECTIONS)]
             for gap, infillings in zip(gaps, found, strict=True)

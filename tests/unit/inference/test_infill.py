@@ -1,4 +1,4 @@
-"""`ledom infill`: exact seams, scores of both models, meeting or not, two-way folders, resume after a kill, and refusals."""
+"""`ledom infill`: exact seams, scores of both models, overlap or not, two-way folders, resume after a kill, and refusals."""
 
 import json
 from dataclasses import replace
@@ -31,7 +31,7 @@ GAPS = [
     ("漢字 and", "é."),
     ("a", "b"),
 ]
-SETTINGS = InfillSettings(sampling=Sampling(max_new_tokens=16, temperature=0.8, num_return_sequences=4), meeting_tokens=1)
+SETTINGS = InfillSettings(sampling=Sampling(max_new_tokens=16, temperature=0.8, num_return_sequences=4), overlap_tokens=1)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_no_text_contains_a_stop_string(infiller: Infiller) -> None:
 
 @pytest.fixture(scope="module")
 def chains(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Twins that know one text by heart, each in its direction."""
+    """Twins that memorized one text, each in its direction."""
     root, text = tmp_path_factory.mktemp("chains"), "The capital of Germany is Berlin, and"
     tokenizer = Tokenizer.from_str(byte_level_json())
     ids = tokenizer.encode(text).ids
@@ -115,10 +115,10 @@ def test_models_that_agree_meet_and_write_exactly_the_missing_text(chains: tuple
     assert min(usage["forward_tokens"], usage["reverse_tokens"]) > 12
 
 
-def test_models_that_do_not_meet_say_so_and_give_the_best_text_of_one_of_them(chains: tuple[Path, Path]) -> None:
+def test_models_that_do_not_meet_report_it_and_give_the_best_text_of_one_of_them(chains: tuple[Path, Path]) -> None:
     infiller = Infiller(*load_models(*chains, 2))
     (filled,) = infiller.fill(
-        [Gap("The capital", " dog", "0", InfillSettings(sampling=Sampling(max_new_tokens=4), meeting_tokens=9))]
+        [Gap("The capital", " dog", "0", InfillSettings(sampling=Sampling(max_new_tokens=4), overlap_tokens=9))]
     )
     assert [one.met for one in filled.infillings] == [False] * len(filled.infillings)
     assert filled.infillings[0].score == max(one.score for one in filled.infillings)
@@ -138,7 +138,7 @@ def test_the_command_fills_a_file_and_is_complete_when_run_again(
         "2",
         "--temperature",
         "1",
-        "--meeting-tokens",
+        "--overlap-tokens",
         "1",
         "--batch-size",
         "3",
@@ -231,7 +231,7 @@ def test_models_that_cannot_meet_are_refused(
     with pytest.raises(MismatchError, match="different tokenizers"):
         Infiller(forward, other)
     with pytest.raises(UsageError, match="at least 1 token"):
-        InfillSettings(meeting_tokens=0)
+        InfillSettings(overlap_tokens=0)
     paths = [
         "--input",
         str(write(tmp_path / "in.jsonl", {"prompt": "a", "suffix": "b"})),

@@ -24,7 +24,9 @@ from tests.support.paths import ROOT
 
 def write_run(folder: Path, direction: str, floor: float, num_records: int = 120) -> str:
     """Write a run folder with losses from 8.7 down to about `floor`, validations every 30 records and a bad step."""
-    config = load_config(str(ROOT / f"examples/configs/quickstart_{direction}.yaml"), [f"run_dir={folder}", "train.train_iters=600"])
+    config = load_config(
+        str(ROOT / f"examples/configs/quickstart_{direction}.yaml"), [f"run_dir={folder}", "train.train_iters=600"]
+    )
     save_config(config, str(folder / "config.yaml"))
     lines = []
     for number in range(1, num_records + 1):

@@ -34,7 +34,7 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True)
-class Meeting:
+class Overlap:
     """The text between prefix and suffix, and the ids that each model had written when they met."""
 
     middle: str
@@ -42,11 +42,11 @@ class Meeting:
     num_reverse: int
 
 
-def find_meeting(tokenizer: JointTokenizer, forward: Side, reverse: Side, num_ids: int) -> Meeting | None:
-    """Return the meeting in the fewest steps, if in each step both models write one id; None if they do not meet.
+def find_overlap(tokenizer: JointTokenizer, forward: Side, reverse: Side, num_ids: int) -> Overlap | None:
+    """Return the overlap in the fewest steps, if in each step both models write one id; None if they do not meet.
 
-    They meet where `num_ids` ids in a row of prefix and forward text equal ids in a row of reverse text and suffix. Of meetings in
-    the same step, the one with the fewest written ids is taken, then the one with the fewest of the forward model. A meeting counts
+    They meet where `num_ids` ids in a row of prefix and forward text equal ids in a row of reverse text and suffix. Of overlaps in
+    the same step, the one with the fewest written ids is taken, then the one with the fewest of the forward model. An overlap counts
     only if the joined ids spell the prefix, some text that is whole characters, and the suffix.
     """
     before, after = forward.given_ids[-num_ids:], reverse.given_ids[:num_ids]
@@ -60,7 +60,7 @@ def find_meeting(tokenizer: JointTokenizer, forward: Side, reverse: Side, num_id
     for _, total, num_forward, place, other in sorted(found):
         middle = _between(tokenizer.spell(onward[:place] + back[other:]), *edges)
         if middle is not None:
-            return Meeting(middle, num_forward, total - num_forward)
+            return Overlap(middle, num_forward, total - num_forward)
     return None
 
 

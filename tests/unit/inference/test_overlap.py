@@ -1,4 +1,4 @@
-"""Where two written texts meet: properties of the joined text, the seams with the given texts, and the first step."""
+"""The place where two written texts meet: properties of the joined text, the seams with the given texts, and the first step."""
 
 from itertools import product
 from typing import Any
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from megatron_ledom.direction import Direction
-from megatron_ledom.inference.infilling.meeting import Meeting, Side, find_meeting
+from megatron_ledom.inference.infilling.overlap import Overlap, Side, find_overlap
 from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 from tests.support.tiny_models import FRAGMENTS, TOKENIZERS
 
@@ -45,7 +45,7 @@ def test_models_that_write_the_whole_text_meet_in_exactly_the_middle(
     )
     if not kept or sides[Direction.REVERSE].bridge or len(whole) < num_ids:
         return  # the given ids are not those of the whole text, so no model would write its other ids
-    found = find_meeting(tokenizer, forward, reverse, num_ids)
+    found = find_overlap(tokenizer, forward, reverse, num_ids)
     assert found is not None
     repeats = len(set(zip(*(whole[n:] for n in range(num_ids)), strict=False))) < len(whole) - num_ids + 1
     if not repeats:
@@ -58,7 +58,7 @@ SIDES = st.lists(st.integers(300, 330), min_size=0, max_size=12)
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=200, deadline=None)
 @given(prefix=TEXTS, suffix=TEXTS, onward=SIDES, back=SIDES, num_ids=st.integers(1, 3))
-def test_a_meeting_is_the_first_one_and_its_ids_spell_prefix_middle_and_suffix(
+def test_an_overlap_is_the_first_one_and_its_ids_spell_prefix_middle_and_suffix(
     name: str, prefix: str, suffix: str, onward: list[int], back: list[int], num_ids: int
 ) -> None:
     """Compared with a search over all pairs of places that joins the whole id lists."""
@@ -69,15 +69,15 @@ def test_a_meeting_is_the_first_one_and_its_ids_spell_prefix_middle_and_suffix(
     edges = [LOADED[name].encode(one.trimmed.decode("utf-8", "ignore")) if one.trimmed else [] for one in healed]
     forward = Side.of(tokenizer, Direction.FORWARD, healed[0], [*edges[0], *onward])
     reverse = Side.of(tokenizer, Direction.REVERSE, healed[1], [*back, *edges[1]])
-    assert find_meeting(tokenizer, forward, reverse, num_ids) == searched(tokenizer, forward, reverse, num_ids)
+    assert find_overlap(tokenizer, forward, reverse, num_ids) == searched(tokenizer, forward, reverse, num_ids)
 
 
-def searched(tokenizer: JointTokenizer, forward: Side, reverse: Side, num_ids: int) -> Meeting | None:
-    """Return the first meeting by trying every pair of places of the whole texts."""
+def searched(tokenizer: JointTokenizer, forward: Side, reverse: Side, num_ids: int) -> Overlap | None:
+    """Return the first overlap by trying every pair of places of the whole texts."""
     one, other = [*forward.given_ids, *forward.written_ids], [*reverse.written_ids, *reverse.given_ids]
     before = tokenizer.spell(forward.given_ids) + forward.edge
     after = (reverse.edge + tokenizer.spell(reverse.given_ids))[len(reverse.bridge) :]
-    best: tuple[Any, Meeting] | None = None
+    best: tuple[Any, Overlap] | None = None
     for end, begin in product(range(num_ids, len(one) + 1), range(len(other) - num_ids + 1)):
         steps = max(0, end - len(forward.given_ids)), max(0, len(reverse.written_ids) - begin)
         reaches = end >= len(forward.given_ids) and begin <= len(reverse.written_ids)
@@ -89,7 +89,7 @@ def searched(tokenizer: JointTokenizer, forward: Side, reverse: Side, num_ids: i
             continue
         rank = (max(steps), sum(steps), steps[0], end)
         if is_text(middle) and (best is None or rank < best[0]):
-            best = rank, Meeting(middle.decode(), *steps)
+            best = rank, Overlap(middle.decode(), *steps)
     return None if best is None else best[1]
 
 
@@ -97,15 +97,15 @@ def is_text(spelled: bytes) -> bool:
     return spelled.decode("utf-8", "ignore").encode() == spelled
 
 
-def test_the_meeting_with_the_fewest_steps_is_taken_and_one_token_more_prevents_it() -> None:
+def test_the_overlap_with_the_fewest_steps_is_taken_and_one_token_more_prevents_it() -> None:
     tokenizer = LOADED["byte_level"]
     ids = tokenizer.encode
     forward = Side([], ids("The cat sat on the mat, and the dog"), b"The")
     reverse = Side([], ids(" the mat, and the dog ran."), b"ran.")
-    met = find_meeting(tokenizer, forward, reverse, 2)
+    met = find_overlap(tokenizer, forward, reverse, 2)
     assert met is not None
     assert met.middle == " cat sat on the mat, and the dog "
-    assert find_meeting(tokenizer, forward, reverse, len(ids(" the mat, and the dog")) + 1) is None
+    assert find_overlap(tokenizer, forward, reverse, len(ids(" the mat, and the dog")) + 1) is None
 
 
 def test_a_model_that_writes_into_the_given_text_of_the_other_has_met_it() -> None:
@@ -114,5 +114,5 @@ def test_a_model_that_writes_into_the_given_text_of_the_other_has_met_it() -> No
     middle, suffix = tokenizer.encode(" of France"), tokenizer.encode(" is Paris.")
     forward = Side(tokenizer.encode("The capital"), [*middle, *suffix[:2]], b"")
     reverse = Side(suffix, tokenizer.encode(" dog dog dog"), b"")
-    assert find_meeting(tokenizer, forward, reverse, 2) == Meeting(" of France", len(middle) + 2, 0)
-    assert find_meeting(tokenizer, forward, reverse, 3) is None
+    assert find_overlap(tokenizer, forward, reverse, 2) == Overlap(" of France", len(middle) + 2, 0)
+    assert find_overlap(tokenizer, forward, reverse, 3) is None
