@@ -8,7 +8,14 @@ from docs.generator.cli_page import text_cell
 from docs.generator.paths import GENERATED, ROOT
 
 SCHEMA = ROOT / "megatron_ledom/config/schema.py"
-NAMES = {"int": "integer", "float": "number", "str": "text", "bool": "true or false", "Direction": "`reverse` or `forward`"}
+NAMES = {
+    "int": "integer",
+    "float": "number",
+    "str": "text",
+    "bool": "true or false",
+    "Direction": "`reverse` or `forward`",
+    "ModelDirection": "`reverse`, `forward` or `both`",
+}
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 INTRODUCTION = """
 # Configuration
@@ -66,7 +73,8 @@ def described(node: ast.expr, aliases: dict[str, ast.expr]) -> str:
     if isinstance(node, ast.Name):
         return described(aliases[node.id], aliases) if node.id in aliases else NAMES.get(node.id, node.id)
     if isinstance(node, ast.BinOp):  # X | None: the default says what stands for None
-        return described(node.left, aliases)
+        sides = [node.left] if isinstance(node.right, ast.Constant) else [node.left, node.right]
+        return " or ".join(described(side, aliases) for side in sides)
     if isinstance(node, ast.Subscript):
         return _subscript(ast.unparse(node.value), node.slice, aliases)
     return ast.unparse(node)

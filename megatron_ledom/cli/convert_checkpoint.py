@@ -67,6 +67,16 @@ def _add_import(load: argparse.ArgumentParser) -> None:
             metavar="T",
             help=f"marker of the {direction} shards, as in `ledom preprocess-data --marker`; default: as the folder records",
         )
+    load.add_argument(
+        "--reverse-unit",
+        choices=["token", "word", "entity", "segment"],
+        help="unit of the reverse shards, as in `ledom preprocess-data --unit`; default: as the folder records, else token",
+    )
+    load.add_argument(
+        "--reverse-boundary-token",
+        metavar="T",
+        help="boundary of the reverse shards, as in `ledom preprocess-data --boundary-token`; default: as the folder records",
+    )
     load.add_argument("--tokenizer", metavar="PATH", help="folder or file of the tokenizer; default: --load")
     load.add_argument(
         "--eod-token",
@@ -128,8 +138,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         export_hf(arguments.load, arguments.save, **given, **both)
         return
     from megatron_ledom.convert.hf_import import import_hf
-    from megatron_ledom.direction import Direction
+    from megatron_ledom.convert.reading_options import ReadingOptions
+    from megatron_ledom.direction import Unit
 
     names = ("direction", "tokenizer", "eod_token", "seq_length", "params_dtype")
-    markers = {one: token for one in Direction if (token := getattr(arguments, f"{one}_marker")) is not None}
-    import_hf(arguments.load, arguments.save, markers=markers, **{key: getattr(arguments, key) for key in names}, **both)
+    tokens = {name: getattr(arguments, name) for name in ("forward_marker", "reverse_marker", "reverse_boundary_token")}
+    unit = None if arguments.reverse_unit is None else Unit(arguments.reverse_unit)
+    order = ReadingOptions(**tokens, reverse_unit=unit)
+    import_hf(arguments.load, arguments.save, order=order, **{key: getattr(arguments, key) for key in names}, **both)

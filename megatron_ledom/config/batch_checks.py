@@ -91,7 +91,7 @@ def tokens_to_draw(config: RunConfig) -> Problems:
     data, iterations = config.data, config.train.train_iters
     if data.blend_unit != "tokens" or not data.train_blend:
         return
-    blend_tokens = sum(tokens for tokens, _ in data.train_blend)
+    blend_tokens = sum(tokens for tokens, *_ in data.train_blend)
     least, drawn, most = (samples_before(config, count) * data.seq_length for count in range(iterations - 1, iterations + 2))
     if not least < blend_tokens < most:
         fitting = max(1, iterations_for(config, int(blend_tokens // data.seq_length)))

@@ -16,6 +16,7 @@ from megatron_ledom.config.derived import (
     next_multiple,
     padded_vocab_size,
     query_groups,
+    stated_directions,
 )
 from megatron_ledom.config.gpu_checks import GPU_RULES
 from megatron_ledom.config.multi_token_checks import multi_token
@@ -278,7 +279,7 @@ def profile(config: RunConfig) -> Problems:
 def blends(config: RunConfig) -> Problems:
     """Check that each blend lists a shard once, by its prefix without a suffix."""
     for key, blend in named_blends(config.data):
-        prefixes = [prefix for _, prefix in blend]
+        prefixes = [prefix for _, prefix, *_ in blend]
         for prefix in sorted({prefix for prefix in prefixes if prefixes.count(prefix) > 1}):
             yield f"{key} lists {prefix} {prefixes.count(prefix)} times; list it once, with the sum of its weights"
         for prefix in prefixes:
@@ -286,6 +287,24 @@ def blends(config: RunConfig) -> Problems:
                 yield f"{key} lists the file {prefix}; expected the prefix of a shard, {prefix.rsplit('.', 1)[0]}"
             elif not prefix.strip():
                 yield f"{key} has an entry with an empty prefix; expected [weight, prefix]"
+
+
+def blend_directions(config: RunConfig) -> Problems:
+    """Check that no blend states a direction that data.direction excludes, and that those of a two-way run are not all the same."""
+    direction, train = config.data.direction, config.data.train_blend
+    for key, blend in named_blends(config.data):
+        for prefix, stated in stated_directions(blend).items():
+            if direction not in (BOTH, stated):
+                yield (
+                    f"{key} says that {prefix} is {stated}, but data.direction={direction}; correct one of them, or set"
+                    " data.direction=both for a two-way model"
+                )
+    found = list(stated_directions(train).values())
+    if direction == BOTH and found and found == [found[0]] * len(train):
+        yield (
+            f"data.direction=both, but data.train_blend says that all its shards are {found[0]}; add {found[0].other} ones, or set"
+            f" data.direction={found[0]}"
+        )
 
 
 def held_out_sets(config: RunConfig) -> Problems:
@@ -301,7 +320,7 @@ def held_out_sets(config: RunConfig) -> Problems:
         for name, blend in getattr(data, key).items():
             if not blend or not name.strip():
                 yield f"data.{key} has the set {name!r} with {len(blend)} shards; give it a name and at least one shard"
-    for name in sorted({prefix for _, prefix in data.valid_blend} & data.valid_sets.keys()):
+    for name in sorted({prefix for _, prefix, *_ in data.valid_blend} & data.valid_sets.keys()):
         yield f"{name} names a shard of data.valid_blend and a set of data.valid_sets; choose another name for the set"
 
 
@@ -381,6 +400,7 @@ RULES: tuple[Callable[[RunConfig], Problems], ...] = (
     watchdog,
     profile,
     blends,
+    blend_directions,
     retention,
     mirror,
     trackers,

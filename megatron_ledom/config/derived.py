@@ -1,10 +1,12 @@
 """Numbers, and one path, that follow from a RunConfig; each is computed only here."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from megatron_ledom.config.batch_schedule import samples_before
 from megatron_ledom.config.schema import BlendEntry, DataConfig, ModelConfig, ParallelConfig, RunConfig
+from megatron_ledom.direction import Direction
 
 
 def checkpoint_folder(config: RunConfig) -> str:
@@ -81,8 +83,33 @@ def validation_iterations(config: RunConfig) -> int:
 
 def blend_shares(blend: Sequence[BlendEntry]) -> list[float]:
     """Return the fraction of the samples that each source contributes; the fractions add up to 1."""
-    total = sum(weight for weight, _ in blend)
-    return [weight / total for weight, _ in blend]
+    total = sum(weight for weight, *_ in blend)
+    return [weight / total for weight, *_ in blend]
+
+
+def stated_directions(blend: Sequence[BlendEntry]) -> dict[str, Direction]:
+    """Return the directions that the entries of a blend state, by prefix."""
+    return {entry[1]: entry[2] for entry in blend if len(entry) == 3}
+
+
+def without_stated_directions(config: RunConfig) -> RunConfig:
+    """Return a config whose blends state no direction: the statement is checked, and changes no sample."""
+
+    def _plain(blend: Sequence[BlendEntry]) -> list[BlendEntry]:
+        return [(weight, prefix) for weight, prefix, *_ in blend]
+
+    def _plain_sets(sets: Mapping[str, Sequence[BlendEntry]]) -> dict[str, list[BlendEntry]]:
+        return {name: _plain(blend) for name, blend in sets.items()}
+
+    data = config.data
+    plain = replace(
+        data,
+        train_blend=_plain(data.train_blend),
+        valid_blend=_plain(data.valid_blend),
+        valid_sets=_plain_sets(data.valid_sets),
+        test_sets=_plain_sets(data.test_sets),
+    )
+    return replace(config, data=plain)
 
 
 def named_blends(data: DataConfig) -> list[tuple[str, list[BlendEntry]]]:

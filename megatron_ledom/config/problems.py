@@ -114,7 +114,10 @@ def describe_type(hint: Any) -> str:
     if origin is list and get_origin(arguments[0]) is Literal:
         return f"a list of some of {', '.join(get_args(arguments[0]))}"
     if origin is list:
-        return "a list of [weight, prefix], each weight a number above 0, as in [[0.7, data/a], [0.3, data/b]]"
+        return (
+            "a list of [weight, prefix] or [weight, prefix, direction], each weight a number above 0, as in"
+            " [[0.7, data/a], [0.3, data/b]]"
+        )
     if origin is dict:
         return "names, each with a list of [weight, prefix], as in {web: [[1, data/web_valid]]}"
     if origin is tuple:

@@ -14,7 +14,7 @@ NotNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NotNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-BlendEntry = tuple[PositiveFloat, str]
+BlendEntry = tuple[PositiveFloat, str] | tuple[PositiveFloat, str, Direction]
 SplitRatios = tuple[PositiveFloat, NotNegativeFloat, NotNegativeFloat]
 
 
@@ -117,7 +117,8 @@ class DataConfig:
     """Folder or file of the tokenizer, whose hash must equal that of the shards. The run folder keeps a copy for the
     export. Default: the path in the shards' manifest."""
     train_blend: list[BlendEntry] = field(default_factory=list)
-    """Training shards, a list of [weight, prefix]; blend_unit defines their meaning."""
+    """Training shards, a list of [weight, prefix]; blend_unit defines the meaning of the weights. An entry may end with
+    the direction of its shard, [weight, prefix, reverse]; a shard of the other direction is then refused."""
     blend_unit: Literal["weight", "tokens"] = "weight"
     """Meaning of the weights in train_blend. weight: relative parts of the samples. tokens: tokens to draw, whose sum
     must be that of the run."""

@@ -95,6 +95,8 @@ print(reverse.generate_preceding("and so it ends.", max_new_tokens=20)[0].text)
 **Warning:** without the marker of its direction, or in the wrong order, the model raises no error but its output is nonsense.""",
 }
 
+SHARD_WITH_DIRECTION = 7
+"""Number of values of a shard in `train_shards` of a two-way run. Of other runs it is one less."""
 STATES = {"weights": "the weights", "optimizer": "weights and optimizer state", "all": "all state and the position", "": ""}
 """Value of init_state -> the cell of a table."""
 
@@ -236,20 +238,33 @@ def _total(parts: list[TrainedPart]) -> str:
 
 def _blends(parts: list[TrainedPart]) -> str:
     """Return the table of the shards on which each run trained."""
-    rows = [["fraction of the samples", "text", "sha256 of the ids"]]
+    shards = [shard for part in parts for shard in part.shards or []]
+    direction = ["direction"] * any(len(shard) == SHARD_WITH_DIRECTION for shard in shards)
+    rows = [["fraction of the samples", "text", *direction, "sha256 of the ids"]]
     columns = 0
     if len(parts) > 1:
         rows, columns = [["texts of run", *rows[0]]], 1
     for number, part in enumerate(parts, 1):
         name = [f"{number}: {part.run}"][:columns]
         if part.shards is None:
-            rows.append([*name, "not recorded", "", ""])
+            rows.append([*name, "not recorded", *[""] * (len(rows[0]) - columns - 1)])
         elif part.tokens > 0 or len(parts) == 1:
             rows += [
-                [*name, f"{fraction:.4g}", os.path.basename(str(prefix)), bin_sha256[:12]]
-                for fraction, bin_sha256, *_, prefix in part.shards
+                [
+                    *name,
+                    f"{fraction:.4g}",
+                    os.path.basename(str(prefix)),
+                    *_direction_of(rest)[: len(direction)],
+                    bin_sha256[:12],
+                ]
+                for fraction, bin_sha256, *rest, prefix in part.shards
             ]
     return markdown_table(rows)
+
+
+def _direction_of(rest: list[Any]) -> list[str]:
+    """Return the direction of a shard of `train_shards`. rest: its values between the sha256 of .bin and the prefix."""
+    return [str(rest[-1]) if len(rest) == SHARD_WITH_DIRECTION - 3 else "not recorded"]
 
 
 def _averaged(average: dict[str, Any]) -> list[str]:

@@ -5,10 +5,8 @@ The checkpoint is iteration 0: a run of any layout starts from its weights with 
 
 import logging
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,9 +32,10 @@ from megatron_ledom.convert.hf_folder import (
     TOKENIZER,
     WeightsReader,
 )
+from megatron_ledom.convert.reading_options import ReadingOptions
 from megatron_ledom.convert.rules import Sizes, Weight, weights_of
 from megatron_ledom.convert.verify import Conversion, ParityCheck, VerifyMode, run_parity_check
-from megatron_ledom.direction import BOTH, Direction, ModelDirection, Reading
+from megatron_ledom.direction import BOTH, Direction, ModelDirection
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.provenance import Provenance, readings_from
@@ -49,7 +48,7 @@ from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
 log = logging.getLogger(__name__)
 
 CARD, MODEL_YAML = "import.json", "model.yaml"
-NO_MARKERS: Mapping[Direction, str] = MappingProxyType({})
+AS_RECORDED = ReadingOptions()
 IGNORED = (".rotary_emb.inv_freq",)
 """Endings of the names of unused tensors in old folders."""
 
@@ -59,7 +58,7 @@ def import_hf(
     save: str,
     *,
     direction: ModelDirection | None = None,
-    markers: Mapping[Direction, str] = NO_MARKERS,
+    order: ReadingOptions = AS_RECORDED,
     tokenizer: str | None = None,
     eod_token: str | None = None,
     seq_length: int | None = None,
@@ -69,11 +68,10 @@ def import_hf(
 ) -> ParityCheck | None:
     """Import the Hugging Face folder `load` as the new run folder `save`, to be trained in `direction`.
 
-    `direction`: may be None if the folder records it. `markers`: the marker of the documents of a direction; default: as the
-    folder records. `tokenizer`: its folder or file; None: `load`. `eod_token`: None: the eos
-    of the tokenizer. `seq_length`: length of the training samples; None: all positions of the model. `params_dtype`: bf16 or
-    fp32; None: bf16 if all weights are bf16, else fp32, which is exact. Files have at most `max_shard_size` bytes. `verify`
-    None skips the parity check. Returns the results of the check.
+    `direction`: may be None if the folder records it. `order`: markers, and unit of the reverse documents. `tokenizer`: its
+    folder or file; None: `load`. `eod_token`: None: the eos of the tokenizer. `seq_length`: length of the training samples;
+    None: all positions of the model. `params_dtype`: bf16 or fp32; None: bf16 if all weights are bf16, else fp32, which is
+    exact. Files have at most `max_shard_size` bytes. `verify` None skips the parity check. Returns the results of the check.
     """
     hf_config = load_hf_config(load)
     reader = WeightsReader(load, getattr(hf_config, "transformers_weights", None))
@@ -83,7 +81,7 @@ def import_hf(
     model, positions = read_model(hf_config, os.path.join(load, CONFIG), seq_length)
     model |= {"vocab_size": loaded.vocab_size, "params_dtype": params_dtype or _dtype_of(reader)}
     config = _run_config(model, positions, os.path.join(load, CONFIG), save, aim)
-    provenance = _provenance(hf_config, aim, markers, loaded, load)
+    provenance = _provenance(hf_config, aim, order, loaded, load)
     sizes = Sizes(config.model, loaded.vocab_size)
     weights = _check_weights(reader, sizes)
     checkpoints = os.path.relpath(checkpoint_folder(config), save)
@@ -122,35 +120,15 @@ def _direction(hf_config: PreTrainedConfig, given: ModelDirection | None, folder
 
 
 def _provenance(
-    hf_config: PreTrainedConfig, aim: ModelDirection, markers: Mapping[Direction, str], tokenizer: Tokenizer, folder: str
+    hf_config: PreTrainedConfig, aim: ModelDirection, options: ReadingOptions, tokenizer: Tokenizer, folder: str
 ) -> Provenance:
-    """Return the provenance of the training, with the markers that the user gives, else those that the folder records."""
-    aims = list(Direction) if aim == BOTH else [Direction(aim)]
-    if unused := [direction for direction in markers if direction not in aims]:
-        raise UsageError(f"--{unused[0]}-marker has no effect with --direction {aim}; omit it, or choose --direction both")
+    """Return the provenance of the training, with the model orders that the user gives, else those that the folder records."""
     try:
-        known = {reading.direction: reading for reading in readings_from(getattr(hf_config, "readings", None) or [])}
+        known = readings_from(getattr(hf_config, "readings", None) or [])
     except DataError as error:
         raise DataError(f"{folder}/config.json: {error}; write the folder again") from error
-    readings = []
-    for direction in aims:
-        reading = known.get(direction, Reading(direction=direction))
-        if direction in markers:
-            reading = replace(reading, marker_id=tokenizer.token_id(markers[direction]))
-        if reading.marker_id is not None and (
-            reading.marker_id == tokenizer.eod_id or reading.marker_id >= tokenizer.vocab_size
-        ):
-            raise UsageError(
-                f"the {direction} marker has the id {reading.marker_id}, which is the eod or not an id of {tokenizer.name}; give the marker of"
-                f" the shards by --{direction}-marker"
-            )
-        readings.append(reading)
-    if len({reading.marker_id for reading in readings}) < len(readings):
-        raise UsageError(
-            "--direction both needs documents of the two directions with different markers; name those of the shards by"
-            " --forward-marker and --reverse-marker"
-        )
-    return tokenizer.provenance(aims[0]).of_readings(*readings)
+    readings = options.readings(known, aim, tokenizer)
+    return tokenizer.provenance(readings[0].direction).of_readings(*readings)
 
 
 def _dtype_of(reader: WeightsReader) -> str:

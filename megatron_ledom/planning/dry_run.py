@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_ledom.config.checks import check_config
-from megatron_ledom.config.derived import named_blends, total_tokens
+from megatron_ledom.config.derived import named_blends, stated_directions, total_tokens
 from megatron_ledom.config.load import to_yaml
 from megatron_ledom.config.schema import ModelConfig, RunConfig
-from megatron_ledom.data.blends.plan import PlannedSource, describe_sources, planned_sources
+from megatron_ledom.data.blends.plan import PlannedSource, describe_sources, planned_sources, with_directions
 from megatron_ledom.data.blends.sources import check_manifests, split_shard
 from megatron_ledom.data.shards.shard import ShardManifest, load_manifest
+from megatron_ledom.direction import BOTH
 from megatron_ledom.planning import dry_run_rows as rows
 from megatron_ledom.planning.hardware import load_hardware
 from megatron_ledom.planning.plan import Plan
@@ -101,8 +102,12 @@ def _planned_sources(config: RunConfig, manifests: dict[str, ShardManifest]) -> 
     blend = config.data.train_blend
     if not blend:
         return []
-    sizes = {prefix: _train_tokens(config, prefix, manifests.get(prefix)) for _, prefix in blend}
-    return list(planned_sources(sizes, [weight for weight, _ in blend], total_tokens(config), config.data.seq_length))
+    sizes = {prefix: _train_tokens(config, prefix, manifests.get(prefix)) for _, prefix, *_ in blend}
+    sources = planned_sources(sizes, [weight for weight, *_ in blend], total_tokens(config), config.data.seq_length)
+    if config.data.direction != BOTH:
+        return sources
+    found = {prefix: manifest.direction for prefix, manifest in manifests.items()}
+    return with_directions(sources, stated_directions(blend) | found)
 
 
 def _train_tokens(config: RunConfig, prefix: str, manifest: ShardManifest | None) -> int | None:
@@ -137,7 +142,7 @@ def _blend_lines(config: RunConfig, sources: list[PlannedSource]) -> list[str]:
 
 def stored_manifests(config: RunConfig) -> dict[str, ShardManifest]:
     """Return the manifests of those shards of the run that exist, by prefix."""
-    prefixes = [prefix for _, blend in named_blends(config.data) for _, prefix in blend]
+    prefixes = [prefix for _, blend in named_blends(config.data) for _, prefix, *_ in blend]
     return {prefix: load_manifest(prefix) for prefix in prefixes if Path(f"{prefix}.json").exists()}
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from megatron_ledom.direction import Direction
+from megatron_ledom.direction import Direction, Unit
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.provenance import Provenance
 from megatron_ledom.reversal_units import WordPieces
@@ -226,6 +226,17 @@ def load_tokenizer(
             *(path, tokenizer.eod_token, tokenizer.eod_id, ", ".join(f"{token} = {id_}" for token, id_ in others.items())),
         )
     return tokenizer
+
+
+def word_pieces_of(tokenizer: Tokenizer, unit: Unit) -> WordPieces:
+    """Return where the words of a tokenizer's ids begin. Raises UsageError if its pieces do not show it."""
+    pieces = tokenizer.word_pieces
+    if pieces is None or not pieces.begins.any():
+        raise UsageError(
+            f"--unit {unit} needs a tokenizer whose pieces begin with the space before a word (byte-level BPE or SentencePiece), and"
+            f" those of {tokenizer.path} do not; use --unit token or segment"
+        )
+    return pieces
 
 
 def _eos_of(config: dict[str, Any], path: str) -> str:

@@ -18,7 +18,7 @@ from megatron_ledom.checkpoint.manifest import (
 from megatron_ledom.checkpoint.store import CheckpointStore
 from megatron_ledom.checkpoint.weight_ema import WeightEma
 from megatron_ledom.config.batch_schedule import batch_size_at
-from megatron_ledom.config.derived import checkpoint_folder
+from megatron_ledom.config.derived import checkpoint_folder, without_stated_directions
 from megatron_ledom.config.load import to_dict
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.blends.sources import Sources
@@ -169,8 +169,8 @@ def _take_position(state: TrainState, manifest: CheckpointManifest | None) -> No
 def load_checkpoint(state: TrainState, checkpoint: str) -> None:
     """Load weights, optimizer, schedule and position from a checkpoint of this run. Call on every rank."""
     manifest = state.store.load_manifest(checkpoint)
-    before = to_dict(manifest.run_config(checkpoint))
-    for change in [] if manifest.weights_only else differences(before, to_dict(state.config)):
+    before, now = (to_dict(without_stated_directions(one)) for one in (manifest.run_config(checkpoint), state.config))
+    for change in [] if manifest.weights_only else differences(before, now):
         log.warning("changed since the checkpoint: %s", change)
     state.store.load(checkpoint, state.model, state.optimizer, state.scheduler, state.ema)
     _take_position(state, manifest)

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from megatron_ledom.checkpoint.manifest import load_manifest
 from megatron_ledom.config.load import load_config
 from megatron_ledom.convert.hf_export import export_hf
 from megatron_ledom.convert.hf_import import import_hf
+from megatron_ledom.convert.reading_options import ReadingOptions
 from megatron_ledom.data.preprocess.pipeline import preprocess
 from megatron_ledom.data.preprocess.task import PreprocessSettings
 from megatron_ledom.data.shards.model_order import OrderSettings
@@ -31,6 +33,7 @@ from megatron_ledom.inference import ForwardLM, ReverseLM
 from megatron_ledom.inference.engines.remote_engine import RemoteEngine
 from megatron_ledom.inference.language_model import LanguageModel
 from megatron_ledom.inference.model_folder import COMMAND_OPTIONS
+from megatron_ledom.planning.dry_run import dry_run
 from megatron_ledom.pretrain import check_start
 from megatron_ledom.rewards import ReverseRewardFunction
 from megatron_ledom.storage.records import Record
@@ -110,6 +113,16 @@ def two_way(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> TwoWay:
     return TwoWay(path, folder / "run", folder / "export", shards)
 
 
+def blends(two_way: TwoWay, reverse: str, *stated: str, weights: Sequence[float] = (1.0, 1.0)) -> dict[str, str]:
+    """Return train_blend and valid_blend of the forward shard and of a reverse one. stated: the direction in each entry."""
+    names = list(zip(("forward", reverse), weights, zip(stated) if stated else ((), ()), strict=True))
+    parts = {"train_blend": "train", "valid_blend": "valid"}
+    return {
+        key: json.dumps([[weight, two_way.shards[f"{name}_{part}"], *direction] for name, weight, direction in names])
+        for key, part in parts.items()
+    }
+
+
 def validation(records: list[Record], shard: str) -> list[float]:
     """Return the validation losses of a shard, in the order of the iterations."""
     return [record["validation"][shard]["lm_loss"] for record in records if "validation" in record]
@@ -135,6 +148,25 @@ def test_a_resumed_two_way_run_equals_the_uninterrupted_one_on_two_ranks_too(two
     records = run_on_ranks(two_way.config, tmp_path / "split", *split, num_ranks=2)
     expected = [record["lm_loss"] for record in read_metrics(two_way.run_dir)[:10]]
     assert [record["lm_loss"] for record in records] == pytest.approx(expected, rel=2e-5)
+
+
+def test_stated_directions_are_shown_and_count_as_the_same_data(two_way: TwoWay, tmp_path: Path) -> None:
+    shutil.copytree(two_way.run_dir, tmp_path / "run")
+    stated = blends(two_way, "reverse", "forward", "reverse", weights=[2.0, 1.0])
+    chosen = [f"run_dir={tmp_path / 'run'}", *(f"data.{key}={value}" for key, value in stated.items())]
+    assert "the run is complete at iteration 60" in check_start(load_config(str(two_way.config), chosen), 1)
+    rows = dry_run(load_config(str(two_way.config), chosen), 1).text.partition("training data")[2].splitlines()[1:4]
+    assert [row.split()[1] for row in rows] == ["direction", "forward", "reverse"]
+    run_on_ranks(two_way.config, tmp_path / "run", *chosen[1:], "train.train_iters=61", "optimizer.lr_decay_iters=60")
+    log = (two_way.config.parent / f"{tmp_path.name}-run.log").read_text()
+    assert "changed since the checkpoint: train.train_iters" in log
+    assert "train_blend was" not in log
+    wrong = blends(two_way, "reverse", "reverse", "forward")
+    with pytest.raises(MismatchError, match="forward_train is reverse, but its manifest says forward; correct or omit"):
+        dry_run(load_config(str(two_way.config), [f"data.train_blend={wrong['train_blend']}"]), 1)
+    card = (two_way.folder / "README.md").read_text()
+    rows = [[cell.strip() for cell in row.split("|")[2:4]] for row in card.splitlines() if "_train |" in row]
+    assert rows == [["forward_train", "forward"], ["reverse_train", "reverse"]]
 
 
 def test_checkpoint_and_export_say_which_directions_the_model_reads(
@@ -291,19 +323,36 @@ def test_an_import_keeps_the_readings_or_takes_other_markers(two_way: TwoWay, tm
 
     assert imported("same") == ("both", 401, 402)
     assert imported("reverse", direction=Direction.REVERSE) == ("reverse", 402)
-    assert imported("other", direction=Direction.FORWARD, markers={Direction.FORWARD: "<b>"}) == ("forward", 403)
+    assert imported("other", direction=Direction.FORWARD, order=ReadingOptions(forward_marker="<b>")) == ("forward", 403)
     with pytest.raises(UsageError, match="--reverse-marker has no effect with --direction forward"):
-        imported("x", direction=Direction.FORWARD, markers={Direction.REVERSE: "<b>"})
+        imported("x", direction=Direction.FORWARD, order=ReadingOptions(reverse_marker="<b>"))
     with pytest.raises(UsageError, match="different markers"):
-        imported("x", markers={Direction.REVERSE: "<fwd>"})
+        imported("x", order=ReadingOptions(reverse_marker="<fwd>"))
     with pytest.raises(UsageError, match="the reverse marker has the id 400, which is the eod"):
-        imported("x", markers={Direction.REVERSE: EOD_TOKEN})
+        imported("x", order=ReadingOptions(reverse_marker=EOD_TOKEN))
+    by_word = ReadingOptions(reverse_unit=Unit.WORD, reverse_boundary_token="<b>")
+    assert imported("by_word", order=by_word) == ("both", 401, 402)
+    chosen = [f"run_dir={tmp_path / 'by_word'}", *(f"data.{key}={value}" for key, value in blends(two_way, "words").items())]
+    check_start(load_config(str(two_way.config), chosen), 1)
+    refused = {
+        "--reverse-unit word needs --reverse-boundary-token": ReadingOptions(reverse_unit=Unit.WORD),
+        "--reverse-boundary-token <b> has no effect with the unit token": ReadingOptions(reverse_boundary_token="<b>"),
+        "have the same id 402": ReadingOptions(reverse_unit=Unit.SEGMENT, reverse_boundary_token="<rev>"),
+        "the reverse boundary-token has the id 400, which is the eod": ReadingOptions(
+            reverse_unit=Unit.SEGMENT, reverse_boundary_token=EOD_TOKEN
+        ),
+    }
+    for message, order in refused.items():
+        with pytest.raises(UsageError, match=message):
+            imported("x", order=order)
+    with pytest.raises(UsageError, match="--reverse-unit has no effect with --direction forward"):
+        imported("x", direction=Direction.FORWARD, order=by_word)
     words = tmp_path / "words"
     shutil.copytree(two_way.folder, words)
     config = json.loads((words / "config.json").read_text())
     config["readings"][1] |= {"unit": "word", "boundary_id": 403}
     (words / "config.json").write_text(json.dumps(config))
-    import_hf(str(words), str(tmp_path / "again"), verify=None, markers={Direction.REVERSE: "<rev>"})
+    import_hf(str(words), str(tmp_path / "again"), verify=None, order=ReadingOptions(reverse_marker="<rev>"))
     found = load_manifest(str(latest_checkpoint(str(tmp_path / "again/checkpoints")))).provenance.readings[1]
     assert (found.unit, found.boundary_id, found.marker_id) == (Unit.WORD, 403, 402)
     check_start(load_config(str(two_way.config), [f"run_dir={tmp_path / 'same'}"]), 1)

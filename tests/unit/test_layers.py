@@ -34,7 +34,7 @@ parallel: config errors platform
 model: config errors ops parallel platform
 planning: config errors tables model
 planning.calibration: config parallel platform storage
-planning.dry_run: config data
+planning.dry_run: config data direction
 planning.verdicts: checkpoint config errors
 data: config contamination direction errors lazy parallel platform provenance reversal_units storage tables tokenizers
 checkpoint: config errors parallel platform provenance storage

@@ -1,14 +1,14 @@
 """Plan a blend before training: the tokens from each source, how often it is read, and the lines for the config."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 from megatron_ledom.data.blends.interleave import Interleave
 from megatron_ledom.data.shards.prefixes import TASK, check_tasks_complete, expand_prefixes
 from megatron_ledom.data.shards.shard import check_shard
-from megatron_ledom.direction import ModelDirection
+from megatron_ledom.direction import BOTH, Direction, ModelDirection
 from megatron_ledom.errors import UsageError, VerificationError
 from megatron_ledom.provenance import Provenance
 from megatron_ledom.tables import aligned_lines
@@ -52,6 +52,8 @@ class PlannedSource:
     """Samples of the run from this source; None if their length is unknown."""
     samples_available: int | None = None
     """Samples of one pass over the shard."""
+    direction: Direction | None = None
+    """Direction of the shard. None if it is not known, or the same for all sources."""
 
     @property
     def epochs(self) -> float | None:
@@ -98,9 +100,11 @@ def parse_tokens(text: str, where: str) -> int:
 
 def plan_blend(settings: BlendSettings) -> BlendPlan:
     """Return the plan. Raises UsageError for options that do not fit together. Repeats are refused by `check_repeats`."""
-    sizes = _source_sizes(settings.input)
+    sizes, directions = _source_sizes(settings.input)
     weights, budget = _weights_and_budget(settings, list(sizes.values()))
-    return plan_of(sizes, weights, budget, settings.seq_length, settings.global_batch_size)
+    plan = plan_of(sizes, weights, budget, settings.seq_length, settings.global_batch_size)
+    is_two_way = len(set(directions.values())) > 1
+    return replace(plan, sources=with_directions(plan.sources, directions)) if is_two_way else plan
 
 
 def plan_of(
@@ -137,9 +141,15 @@ def planned_sources(
     ]
 
 
-def _source_sizes(inputs: Sequence[str]) -> dict[str, int]:
-    """Return the tokens of each source by name, in the given order."""
+def with_directions(sources: Sequence[PlannedSource], directions: Mapping[str, Direction]) -> list[PlannedSource]:
+    """Return the sources with their directions, which a two-way run needs. directions: by name."""
+    return [replace(source, direction=directions.get(source.name)) for source in sources]
+
+
+def _source_sizes(inputs: Sequence[str]) -> tuple[dict[str, int], dict[str, Direction]]:
+    """Return (the tokens of each source by name, in the given order; the directions of those that are shards)."""
     sizes: dict[str, int] = {}
+    directions: dict[str, Direction] = {}
     known: dict[ModelDirection, tuple[str, Provenance]] = {}
     for text in inputs:
         name, is_pair, tokens = text.rpartition("=")
@@ -153,11 +163,12 @@ def _source_sizes(inputs: Sequence[str]) -> dict[str, int]:
                 manifest = check_shard(prefix)
                 _check_fits(prefix, manifest.provenance, known)
                 found.append((prefix, manifest.num_tokens))
+                directions[prefix] = manifest.direction
         for name, size in found:
             if name in sizes:
                 raise UsageError(f"{name} is named more than once; name each source once, with the sum of its weights")
             sizes[name] = size
-    return sizes
+    return sizes, directions
 
 
 def _check_fits(prefix: str, provenance: Provenance, known: dict[ModelDirection, tuple[str, Provenance]]) -> None:
@@ -207,6 +218,10 @@ def describe_sources(sources: Sequence[PlannedSource], tokens: int) -> str:
     heads = ["source", "tokens", "weight", "share", "drawn", "epochs", *(["samples"] if samples else [])]
     rows = [heads, *[_row(source) for source in shown], _row(everything)]
     rows[-1][2] = ""
+    if any(source.direction for source in sources):
+        directions = ["direction", *(source.direction or "not known" for source in shown), ""]
+        rows = [[row[0], direction, *row[1:]] for row, direction in zip(rows, directions, strict=True)]
+        return "\n".join(aligned_lines(rows, "ll"))
     return "\n".join(aligned_lines(rows, "l"))
 
 
@@ -238,6 +253,7 @@ def _grouped(sources: Sequence[PlannedSource]) -> list[PlannedSource]:
             sum(source.share for source in group),
             sum(source.drawn for source in group),
             None if group[0].samples is None else sum(source.samples or 0 for source in group),
+            direction=group[0].direction if len({source.direction for source in group}) == 1 else None,
         )
         for name, group in groups.items()
     ]
@@ -264,8 +280,12 @@ def to_yaml(plan: BlendPlan) -> str:
         lines.append(f"  seq_length: {plan.seq_length}")
     if any(source.repeats for source in plan.sources):
         lines.append("  allow_repeats: true")
+    if any(source.direction for source in plan.sources):
+        lines.append(f"  direction: {BOTH}")
     lines.append("  train_blend:")
-    lines += [f"    - [{_yaml_number(source.weight)}, {_yaml_text(source.name)}]" for source in plan.sources]
+    for source in plan.sources:
+        stated = f", {source.direction}" if source.direction else ""
+        lines.append(f"    - [{_yaml_number(source.weight)}, {_yaml_text(source.name)}{stated}]")
     if plan.train_iters is not None:
         lines += ["train:", f"  train_iters: {plan.train_iters}", f"  global_batch_size: {plan.global_batch_size}"]
     return "\n".join(lines)

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ledom.config.derived import blend_shares, named_blends, train_samples
+from megatron_ledom.config.derived import blend_shares, named_blends, stated_directions, train_samples
 from megatron_ledom.config.schema import BlendEntry, DataConfig, RunConfig
 from megatron_ledom.data.blends.interleave import Interleave
-from megatron_ledom.data.blends.plan import describe_sources, planned_sources, samples_available
+from megatron_ledom.data.blends.plan import describe_sources, planned_sources, samples_available, with_directions
 from megatron_ledom.data.shards.index_file import map_index
 from megatron_ledom.data.shards.shard import ShardManifest, check_shard
 from megatron_ledom.data.shards.shard_files import ShardFiles
@@ -101,8 +101,9 @@ class Sources:
         """Return one list for each training shard. These lists and the seed determine all samples:
 
         [fraction of the samples, sha256 of .bin (and .targets), sha256 of .idx, first document, last document + 1, prefix].
-        The prefix is only a name.
+        The prefix is only a name. Those of a two-way run have the direction before the prefix.
         """
+        is_two_way = self.provenance.direction == BOTH
         return [
             [
                 source.weight,
@@ -110,6 +111,7 @@ class Sources:
                 source.manifest.idx_sha256,
                 source.documents.first,
                 source.documents.last,
+                *([str(source.manifest.direction)] if is_two_way else []),
                 source.prefix,
             ]
             for source in self.train.sources
@@ -132,7 +134,7 @@ def load_sources(config: RunConfig) -> Sources:
     if not data.train_blend:
         raise ConfigError("data.train_blend is empty: give it shards as [[weight, prefix], ...], made by ledom preprocess-data")
     blends = [blend for _, blend in named_blends(data)]
-    manifests, files = _open({prefix: None for blend in blends for _, prefix in blend})
+    manifests, files = _open({prefix: None for blend in blends for _, prefix, *_ in blend})
     provenance = check_manifests(config, manifests)
     train, valid, test = _divide(config, manifests, files)
     sources = Sources(train, valid, test, provenance)
@@ -156,6 +158,7 @@ def check_manifests(config: RunConfig, manifests: Mapping[str, ShardManifest]) -
 
     Raises a LedomError that names the first shard that does not fit.
     """
+    _check_stated(config, manifests)
     prefix, first = next(iter(manifests.items()))
     firsts: dict[Direction, tuple[str, Provenance]] = {}
     for other, manifest in manifests.items():
@@ -176,6 +179,17 @@ def check_manifests(config: RunConfig, manifests: Mapping[str, ShardManifest]) -
     return provenance
 
 
+def _check_stated(config: RunConfig, manifests: Mapping[str, ShardManifest]) -> None:
+    """Raise MismatchError for a blend that states another direction than that of its shard."""
+    for key, blend in named_blends(config.data):
+        for prefix, stated in stated_directions(blend).items():
+            if prefix in manifests and (found := manifests[prefix].direction) is not stated:
+                raise MismatchError(
+                    f"{key} says that the shard {prefix} is {stated}, but its manifest says {found}; correct or omit the direction in {key}, or"
+                    f" name a {stated} shard, which ledom reverse-shards makes of a {found} one"
+                )
+
+
 def _check_direction(prefix: str, manifest: ShardManifest, direction: ModelDirection) -> None:
     found = manifest.direction
     if direction not in (BOTH, found):
@@ -188,7 +202,7 @@ def _check_direction(prefix: str, manifest: ShardManifest, direction: ModelDirec
 
 def _check_both_ways(config: RunConfig, manifests: Mapping[str, ShardManifest]) -> None:
     """Raise MismatchError unless the training blend of a two-way run has both directions, with different markers."""
-    prefixes = [prefix for _, prefix in config.data.train_blend]
+    prefixes = [prefix for _, prefix, *_ in config.data.train_blend]
     known = [prefix for prefix in prefixes if prefix in manifests]  # a dry run may have only some of the shards
     trained = {manifests[prefix].direction: (prefix, manifests[prefix].model_order) for prefix in known}
     if stock := next((prefix for prefix, manifest in manifests.items() if manifest.bos_token), None):
@@ -241,7 +255,7 @@ def _divide(
     """Return (training blend, validation sets, test sets)."""
     data, samples = config.data, train_samples(config)
     if data.split is None:
-        valid = {prefix: [(1.0, prefix)] for _, prefix in data.valid_blend} | data.valid_sets
+        valid = {prefix: [(1.0, prefix)] for _, prefix, *_ in data.valid_blend} | data.valid_sets
         return (
             Blend.of(_whole_sources(data.train_blend, manifests, files), samples),
             {name: _held_out(config, name, _whole_sources(blend, manifests, files)) for name, blend in valid.items()},
@@ -265,7 +279,7 @@ def _whole_sources(
     entries = zip(blend, blend_shares(blend), strict=True)
     return [
         Source(prefix, fraction, manifests[prefix], whole_shard(manifests[prefix]), files[prefix])
-        for (_, prefix), fraction in entries
+        for (_, prefix, *_), fraction in entries
     ]
 
 
@@ -353,11 +367,13 @@ def _check_repeats(config: RunConfig, blend: Blend) -> None:
 def describe_blend(config: RunConfig, sources: Sources) -> str:
     """Return the table of the training blend: tokens, weight, share, drawn tokens, epochs and samples of each source."""
     sizes = {source.prefix: source.documents.num_tokens for source in sources.train.sources}
-    weights = [weight for weight, _ in config.data.train_blend]
+    weights = [weight for weight, *_ in config.data.train_blend]
     tokens = sources.train.num_samples * config.data.seq_length
-    table = describe_sources(planned_sources(sizes, weights, tokens, config.data.seq_length), tokens)
+    planned = planned_sources(sizes, weights, tokens, config.data.seq_length)
     if config.data.direction != BOTH:
-        return table
+        return describe_sources(planned, tokens)
+    directions = {source.prefix: source.manifest.direction for source in sources.train.sources}
+    table = describe_sources(with_directions(planned, directions), tokens)
     shares = dict.fromkeys(sources.provenance.readings, 0.0)
     for source in sources.train.sources:
         shares[source.manifest.model_order] += source.weight

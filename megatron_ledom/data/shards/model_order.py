@@ -9,8 +9,8 @@ import numpy.typing as npt
 from megatron_ledom.data.shards.shard import ShardManifest
 from megatron_ledom.direction import Direction, Reading, Unit
 from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.reversal_units import DEFAULT_SEGMENT_TOKENS, SegmentSettings, UnitOrder, WordPieces
-from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer
+from megatron_ledom.reversal_units import DEFAULT_SEGMENT_TOKENS, SegmentSettings, UnitOrder
+from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, word_pieces_of
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -97,17 +97,6 @@ def unit_order(reading: Reading, tokenizer: Tokenizer | None, segments: SegmentS
             f"documents in {reading.unit} order need their tokenizer, which is not on this machine; name it by --tokenizer"
         )
     return UnitOrder(reading, word_pieces_of(tokenizer, reading.unit))
-
-
-def word_pieces_of(tokenizer: Tokenizer, unit: Unit) -> WordPieces:
-    """Return where the words of a tokenizer's ids begin. Raises UsageError if its pieces do not show it."""
-    pieces = tokenizer.word_pieces
-    if pieces is None or not pieces.begins.any():
-        raise UsageError(
-            f"--unit {unit} needs a tokenizer whose pieces begin with the space before a word (byte-level BPE or SentencePiece), and"
-            f" those of {tokenizer.path} do not; use --unit token or segment"
-        )
-    return pieces
 
 
 def contents(

@@ -77,6 +77,17 @@ REFUSED: list[tuple[list[str], int, str]] = [
         "train.tasks are evaluated in the direction of the model, but data.direction=both; remove train.tasks",
     ),
     (
+        ["data.train_blend=[[1, 'a', 'reverse'], [1, 'b', 'forward']]"],
+        1,
+        "data.train_blend says that b is forward, but data.direction=reverse; correct one of them, or set data.direction=both",
+    ),
+    (
+        ["data.direction='both'", "data.train_blend=[[1, 'a', 'forward'], [1, 'b', 'forward']]"],
+        1,
+        "data.direction=both, but data.train_blend says that all its shards are forward; add reverse ones, or set"
+        " data.direction=forward",
+    ),
+    (
         ["checkpoint.mirror_keep_interval=2000", "checkpoint.mirror_keep_last=None"],
         1,
         "checkpoint.mirror_keep_interval=2000 without checkpoint.mirror_keep_last has no effect",

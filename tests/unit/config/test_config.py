@@ -102,6 +102,10 @@ def test_later_override_wins_and_leaves_neighbours(tmp_path: Path) -> None:
         ("train.seed=null", "train.seed=null is empty; expected a whole number 0 or more"),
         ("data.train_blend=[[0,a]]", "data.train_blend=[[0, 'a']] is not possible; expected a list of [weight, prefix]"),
         ("data.train_blend=[a]", "data.train_blend=['a'] is not possible; expected a list of [weight, prefix]"),
+        (
+            "data.train_blend=[[1,a,up]]",
+            "[[1, 'a', 'up']] is not possible; expected a list of [weight, prefix] or [weight, prefix, dir",
+        ),
     ],
 )
 def test_wrong_value_names_key_found_and_expected(tmp_path: Path, override: str, sentence: str) -> None:

@@ -105,6 +105,13 @@ def test_shards_are_measured_by_their_manifests(tmp_path: Path) -> None:
     reading = {"direction": "forward", "reading": {"unit": "token", "marker_id": 5}, "format_version": 2}
     path.write_text(json.dumps({**json.loads(path.read_text()), **reading}))
     assert [drawn for _, drawn, _ in plan(a, two_way, tokens="4")] == [2, 2]
+    made = plan_blend(BlendSettings(input=[a, two_way, "later=10"], tokens="4"))
+    rows = [row.split()[1:3] for row in describe(made).splitlines()]
+    assert rows[:3] == [["direction", "tokens"], ["reverse", "10"], ["forward", "10"]]
+    assert rows[3:] == [["not", "known"], ["30", "100.00%"]]
+    lines = yaml.safe_load(to_yaml(made))["data"]
+    assert (lines["direction"], [entry[2:] for entry in lines["train_blend"]]) == ("both", [["reverse"], ["forward"], []])
+    assert "direction" not in to_yaml(plan_blend(BlendSettings(input=[a], tokens="4")))
     odd = legible_shard(tmp_path / "lr=2", [legible_ids(3, 9)])
     assert plan(odd, tokens="5") == [(odd, 5, 0.5)]
 

@@ -13,7 +13,7 @@ from megatron_ledom.data.blends.sources import Sources, describe_blend, load_sou
 from megatron_ledom.data.shards.shard import ShardReader, load_manifest
 from megatron_ledom.data.shards.targets import counted_bytes_per_token
 from megatron_ledom.direction import Direction
-from megatron_ledom.errors import ConfigError
+from megatron_ledom.errors import ConfigError, MismatchError
 from tests.support.tiny_runs import TinyData, documents, write_shard
 
 
@@ -97,6 +97,24 @@ def test_the_table_before_training_lists_the_samples_of_each_source(data: TinyDa
     assert [row[-1] for row in table[1:]] == [str(counts[0]), str(counts[1]), "160"]
     stored = load_manifest(data.shard("reverse_train")).num_tokens
     assert table[1][1:6] == [f"{stored:,}", "3", "75.00%", f"{counts[0] * 32:,}", f"{counts[0] * 32 / stored:.4f}"]
+
+
+def test_a_stated_direction_must_be_that_of_the_shard(data: TinyData) -> None:
+    train, valid = data.shard("reverse_train"), data.shard("reverse_valid")
+    stated, plain = (opened(data, f"data.train_blend=[{entry}]")[1] for entry in (f"[1,{train},reverse]", f"[1,{train}]"))
+    assert stated.train_shards() == plain.train_shards()
+    sets = f"data.valid_sets={{own: [[1,{data.shard('forward_valid')},reverse]]}}"
+    with pytest.raises(
+        MismatchError, match=r"data.valid_sets.own says that .*forward_valid is reverse, but its manifest says forw"
+    ):
+        opened(data, sets)
+    chosen = ["data.direction=both", f"data.train_blend=[[1,{train},reverse],[1,{valid},forward]]"]
+    expected = (
+        rf"data.train_blend says that the shard {valid} is forward, but its manifest says reverse; correct or omit the direction in"
+        " data.train_blend, or name a forward shard, which ledom reverse-shards makes of a reverse one"
+    )
+    with pytest.raises(MismatchError, match=expected):
+        opened(data, *chosen)
 
 
 def test_a_table_of_many_shards_has_a_row_for_each_array() -> None:
