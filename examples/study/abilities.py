@@ -68,17 +68,18 @@ class Abilities:
     def _run(self, seed: int, direction: str) -> Path:
         return self.twins.folder / "runs" / self._name(seed, direction)
 
-    def _set_folder(self, name: str) -> Path:
+    def set_folder(self, name: str) -> Path:
+        """Return the folder of a synthetic set: texts and questions."""
         return self.folder / "made" / name
 
     def _make(self, name: str, num: int) -> Step:
-        folder = self._set_folder(name)
+        folder = self.set_folder(name)
         command = tool("tools/make_analysis_data.py", "--task", name, "--out", folder, "--num", num, "--seed", 0)
         return Step(name=f"make_{name}", outputs=[folder], commands=[command])
 
     def _gather(self) -> Step:
         outputs = [self.folder / "train.jsonl", self.folder / "asked"]
-        inputs = [self._set_folder(name) for name in self.settings.num]
+        inputs = [self.set_folder(name) for name in self.settings.num]
         return Step(name="gather", inputs=inputs, outputs=outputs, work=self._write, settings=self.settings.repeats)
 
     def _write(self) -> None:
@@ -89,8 +90,8 @@ class Abilities:
         questions, texts = self.folder / "asked", list[dict[str, Any]]()
         questions.mkdir(exist_ok=True)
         for name, times in self.settings.repeats.items():
-            texts += times * list(read_lines(self._set_folder(name) / "train.jsonl"))
-            for path in self._set_folder(name).glob("*.jsonl"):
+            texts += times * list(read_lines(self.set_folder(name) / "train.jsonl"))
+            for path in self.set_folder(name).glob("*.jsonl"):
                 if path.name != "train.jsonl":
                     shutil.copy(path, questions)
         random.Random(CORPUS).shuffle(texts)

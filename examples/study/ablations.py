@@ -12,8 +12,9 @@ from commands import tool
 from families import mark_adjusted
 from lines import write_lines
 from losses import ISOLATED, export_step, train_step
-from rewards import GOLD, PARTS, Rewards, ranking_step, with_values
+from rewards import GOLD, PARTS, Rewards, ranking_step
 from steps import Step
+from valued import with_values
 
 from megatron_ledom.evaluation.grading.answers import answers_by
 from megatron_ledom.evaluation.intervals import LEVEL, Values, crossed_p_value

@@ -18,9 +18,10 @@ from omegaconf import OmegaConf
 from planting import NEVER, check_search, choose, plant, read_plan
 from problems import GOLD
 from reinforce import chosen_weight
-from rewards import PARTS, Rewards, ranking_step, with_values
+from rewards import PARTS, Rewards, ranking_step
 from steps import Step
 from twins import DIRECTIONS
+from valued import with_values
 
 from megatron_ledom.evaluation.grading.answers import answers_by, is_right
 from megatron_ledom.evaluation.intervals import LEVEL, Values, crossed_interval

@@ -1,7 +1,7 @@
 """The corpora of the twins: text of this machine, synthetic word problems, and word problems written by people."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -151,12 +151,14 @@ class Corpora:
         files |= {domain: self.held_out_file(corpus, domain) for domain in self.domains[corpus]}
         return self.shards_step(f"{corpus}_{direction}", files, corpus, direction, self.shards(corpus, direction))
 
-    def shards_step(self, name: str, files: dict[str, Path], corpus: str, direction: str, output: Path) -> Step:
-        """Return the step that writes the shards of files, by name, with the tokenizer of a corpus."""
+    def shards_step(
+        self, name: str, files: dict[str, Path], corpus: str, direction: str, output: Path, options: Sequence[str] = ()
+    ) -> Step:
+        """Return the step that writes the shards of files, by name, with the tokenizer of a corpus. options: further ones of the tool."""
         tokenizer, commands = self.tokenizer(corpus), []
         for shard, file in files.items():
             names = ["--input", file, "--tokenizer", tokenizer, "--output-prefix", output / shard, "--direction", direction]
-            commands.append(tool("tools/preprocess_data.py", *names, "--workers", 1, "--overwrite"))
+            commands.append(tool("tools/preprocess_data.py", *names, "--workers", 1, "--overwrite", *options))
         return Step(name=f"shards_{name}", inputs=[*files.values(), tokenizer], outputs=[output], commands=commands)
 
     def counts(self) -> dict[str, Any]:

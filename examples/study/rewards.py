@@ -172,13 +172,3 @@ def ranking_step(name: str, questions: Path, output: Path, models: Sequence[Path
     names = ["--forward", models[0], "--reverse", models[1], "--input", questions, "--output", output, "--batch-size", BATCH]
     command = tool("tools/rerank.py", *names, *options)
     return Step(name=name, inputs=[questions, *models], outputs=[output], commands=[command], resumes=True)
-
-
-def with_values(ranked: Path) -> list[dict[str, Any]]:
-    """Return the lines of a ranked file with candidates that have their forward values, for another reverse model."""
-    lines, names = [], ("forward_logprob", "forward_tokens")
-    for record in read_lines(ranked):
-        rows = zip(record["candidates"], record["scores"], strict=True)
-        valued = [{"text": text, **{name: score[name] for name in names}} for text, score in rows]
-        lines.append({**{name: record[name] for name in ("prompt", GOLD, "greedy")}, "candidates": valued})
-    return lines

@@ -13,8 +13,9 @@ from megatron_ledom.evaluation.synthetic.generators import GENERATORS
 
 HERE = Path(__file__).parent
 CORPORA = ("text", "maths", "gsm", "abilities")
-ALONE_PARTS = ("reinforcement", "contamination", "controls", "loss_gap", "infill")
+ALONE_PARTS = ("reinforcement", "contamination", "controls", "loss_gap", "infill", "two_way")
 """Parts that can run alone."""
+TWO_WAY_PARTS = ("development", "test", "held_out", "train")
 CONTROL_PARTS = ("labelled", "development", "test", "planted", "train")
 PROBLEM_PARTS = ("calibration", "development", "test", "valid", "train", "reinforcement")
 
@@ -153,6 +154,31 @@ class InfillSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TwoWaySettings:
+    """Settings of part 10: two-way models, twins, and a forward model alone."""
+
+    seeds: list[int]
+    """Seeds of the models. All are reported."""
+    model: str
+    """Name of the shape of every model."""
+    levels: list[Level]
+    """Levels of the problems, with equally many problems."""
+    num: dict[str, int]
+    """Problems per level by part: development, test, held_out (losses), train."""
+    repeats: int
+    """Copies of the facts of part 3's set `reversal` in the corpus."""
+    vocab_size: int
+    train_iters: int
+    """Iterations of the twins and of the two-way model of equal tokens. The others have twice as many."""
+    batch_size: int
+    """Samples of a step, of 256 tokens each."""
+    num_samples: int
+    """Answers to each question."""
+    units: list[str]
+    """Units of further two-way models, whose reverse documents have them: some of word, entity, segment."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """One size of the study."""
 
@@ -185,6 +211,7 @@ class Settings:
     controls: ControlSettings
     loss_gap: LossGapSettings
     infill: InfillSettings
+    two_way: TwoWaySettings
     parts: list[str]
     """Those of ALONE_PARTS that run unless `--parts` names others; the report says of the rest that they were not run."""
     beams: tuple[int, int]
@@ -236,7 +263,8 @@ def _check(settings: Settings) -> None:
     if unknown := set(abilities.num) - set(GENERATORS):
         raise UsageError(f"abilities.num names {', '.join(sorted(unknown))}; the sets are {', '.join(GENERATORS)}")
     by_part = {"seeds": settings.seeds, "abilities.seeds": abilities.seeds, "reinforcement.seeds": settings.reinforcement.seeds}
-    by_part |= {f"{name}.seeds": getattr(settings, name).seeds for name in ("contamination", "controls", "loss_gap", "infill")}
+    parts = ("contamination", "controls", "loss_gap", "infill", "two_way")
+    by_part |= {f"{name}.seeds": getattr(settings, name).seeds for name in parts}
     for name, seeds in by_part.items():
         if not seeds or len(set(seeds)) != len(seeds):
             raise UsageError(f"{name} is {seeds}; it needs at least one seed, and each only once")
@@ -245,6 +273,7 @@ def _check(settings: Settings) -> None:
     _check_reinforcement(settings)
     _check_contamination(settings)
     _check_controls(settings)
+    _check_two_way(settings)
     low, high, num = settings.backward
     if not 0 <= low <= high or num < 1:
         raise UsageError(
@@ -271,6 +300,20 @@ def _check_contamination(settings: Settings) -> None:
         raise UsageError(f"contamination.model is {found.model}; it must be one of models: {', '.join(settings.models)}")
     if not found.reads or min(found.reads) < 1 or len(set(found.reads)) != len(found.reads):
         raise UsageError(f"contamination.reads is {found.reads}; it needs different numbers of 1 or more")
+
+
+def _check_two_way(settings: Settings) -> None:
+    found = settings.two_way
+    if found.model not in settings.models:
+        raise UsageError(f"two_way.model is {found.model}; it must be one of models: {', '.join(settings.models)}")
+    if set(found.num) != set(TWO_WAY_PARTS) or min(found.num.values()) < 2:
+        raise UsageError(f"two_way.num is {found.num}; it needs {', '.join(TWO_WAY_PARTS)}, with at least 2 problems each")
+    if not found.levels or min(found.repeats, found.train_iters, found.batch_size, found.num_samples) < 1:
+        raise UsageError("two_way needs at least one level, and at least 1 as repeats, train_iters, batch_size and num_samples")
+    if unknown := set(found.units) - {"word", "entity", "segment"}:
+        raise UsageError(f"two_way.units names {', '.join(sorted(unknown))}; it can name word, entity, segment")
+    if "reversal" not in settings.abilities.num:
+        raise UsageError("two_way uses the facts of part 3, so abilities.num needs the set reversal")
 
 
 def _check_controls(settings: Settings) -> None:

@@ -26,7 +26,8 @@ def parse() -> argparse.Namespace:
         "--parts",
         "--only",
         metavar="NAME[,NAME]",
-        help="run these parts and what they need, and write only their sections: reinforcement, contamination, controls, loss_gap, infill",
+        help="run these parts and what they need, and write only their sections: reinforcement, contamination, controls, loss_gap, infill,"
+        " two_way",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the settings of the size")
     return parser.parse_args()
@@ -51,6 +52,7 @@ def main() -> None:
     from rewards import Rewards
     from steps import Runner, steps_for
     from study_report import write_part, write_study
+    from two_way import TwoWay
 
     from megatron_ledom.evaluation.intervals import check_statistics
     from megatron_ledom.reports.pages import check_plots
@@ -64,9 +66,10 @@ def main() -> None:
     twins = Twins(output, settings)
     rewards = Rewards(twins)
     alone = {"reinforcement": Reinforcement(rewards), "contamination": Contamination(rewards)}
-    alone |= {"controls": Controls(twins), "loss_gap": LossGap(twins), "infill": Infilling(twins)}
+    abilities = Abilities(twins)
+    alone |= {"controls": Controls(twins), "loss_gap": LossGap(twins), "infill": Infilling(twins), "two_way": TwoWay(abilities)}
     chosen = [part for name, part in alone.items() if name in wanted]
-    parts = (twins, rewards, Backward(rewards), Ablations(rewards), Abilities(twins), *chosen)
+    parts = (twins, rewards, Backward(rewards), Ablations(rewards), abilities, *chosen)
     runner = Runner(output, at_once=len(os.sched_getaffinity(0)))
     stages = [(part, steps) for part in parts for steps in part.stages()]
     needed = [steps for _, steps in stages]

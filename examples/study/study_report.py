@@ -38,6 +38,9 @@ from rewards import Rewards
 from sections import Section, ablation, claims, loss, not_reproduced, reward
 from settings import Settings
 from twins import DIRECTIONS, read_metrics
+from two_way import TwoWay
+from two_way_report import TITLE as TWO_WAY
+from two_way_report import two_way_section
 
 from megatron_ledom.reports import pages
 from megatron_ledom.reports.method_comparison import plots_of
@@ -88,6 +91,7 @@ ALONE: dict[str, tuple[str, Callable[[Rewards], Any], Callable[[Any], Section]]]
     "controls": (CONTROLS, lambda rewards: Controls(rewards.twins).results(), controls_section),
     "loss_gap": (LOSS_GAP, lambda rewards: LossGap(rewards.twins).results(), loss_gap_section),
     "infill": (INFILL, lambda rewards: Infilling(rewards.twins).results(), infill_section),
+    "two_way": (TWO_WAY, lambda rewards: TwoWay(Abilities(rewards.twins)).results(), two_way_section),
 }
 """Parts that `--parts` runs alone: title, function of the results, and function of the section."""
 

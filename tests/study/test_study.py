@@ -148,13 +148,14 @@ print("done")
         (["backward=[9,3,2]"], "backward is [9, 3, 2]"),
         (["reinforcement.steps=3"], "num_problems.reinforcement=4 is too small: 3 steps of 2 questions need 6"),
         (["reinforcement.num_generations=1"], "at least 2 num_generations"),
-        (["parts=[riddles]"], "parts names riddles; it can name reinforcement, contamination, controls, loss_gap"),
+        (["parts=[riddles]"], "parts names riddles; it can name reinforcement, contamination, controls, loss_gap, two_way"),
         (["--parts", "controls,riddles"], "--parts names 'riddles'; it can name"),
         (["controls.num.test=1"], "with at least 2 problems each"),
         (["controls.model=huge"], "controls.model is huge; it must name some of models: large"),
         (["loss_gap.contexts=[64,100]"], "loss_gap has the contexts [100]; each must be 8 or more and divide batch_tokens=256"),
         (["loss_gap.contexts=[128,64]"], "it needs different numbers, in order"),
         (["infill.model=huge"], "infill.model is huge; it must name some of models: large"),
+        (["two_way.units=[letter]"], "two_way.units names letter; it can name word, entity, segment"),
     ],
 )
 def test_bad_settings_are_refused_before_any_step_runs(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -439,6 +440,7 @@ def test_the_tiny_study_resumes_after_a_kill_and_fills_every_table(tiny_study: P
     assert controls["budget"]["rows"]["verifier"]["tokens"] >= controls["budget"]["rows"]["R"]["tokens"] == 24 * 256
     assert set(results["loss_gap"]["cells"]) == {"gsm_symbolic|large|64"}
     assert set(results["infill"]["num_items"]) == {"code", "prose"}
+    assert results["two_way"]["tokens"]["two_way_double"] == [48 * 256, 24 * 256]
     page = (tiny_study / "report.html").read_text()
     assert "https://" not in page
     for step in tiny_study.glob("steps/*.json"):
@@ -453,6 +455,7 @@ def test_the_tiny_study_resumes_after_a_kill_and_fills_every_table(tiny_study: P
         ("controls", "controls_registration"),
         ("loss_gap", "train_gap_primes_large_64_1_reverse"),
         ("infill", "infill_answers_1"),
+        ("two_way", "train_two_way_two_way_double_1"),
     ],
 )
 def test_a_part_alone_uses_the_steps_of_the_study_and_has_its_own_report(
