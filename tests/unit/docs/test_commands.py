@@ -265,7 +265,12 @@ def test_the_quickstart_writes_these_blocks(monkeypatch: pytest.MonkeyPatch) -> 
     keys = re.findall(r'\("[^"]+", "(\w+)", "\{', Path(report.__file__).read_text(encoding="utf-8"))
     models = {direction: dict.fromkeys(keys, 1) for direction in ("reverse", "forward")}
     machine = {"cores": 2, "cpu": "a processor", "gpu": None, "torch": "2"}
-    found = {"machine": machine, "overrides": ["a=b"], "seconds": 61.0, "models": models}
+    right = {"accuracy": 0.5, "interval": [0.4, 0.6]}
+    gain = [{"against": "majority vote", "difference": 0.1, "interval": [-0.1, 0.2]}]
+    problems: dict[str, object] = {"num_questions": 200, "num_candidates": 16, "comparisons": gain, "comparisons_at_equal_tokens": gain}
+    problems |= {"methods": {"Reverse Reward": right, "majority vote": right}}
+    problems["equal_tokens"] = [{"method": "Reverse Reward", "num_candidates": 3}]
+    found = {"machine": machine, "overrides": ["a=b"], "seconds": 61.0, "models": models, "problems": problems}
     short = report.to_short_markdown(found).splitlines()
     stored = marked(PAGES["README.md"], "quickstart", "README.md")[1].splitlines()
     assert [line.split("|")[1:2] for line in short] == [line.split("|")[1:2] for line in stored]
@@ -275,13 +280,13 @@ def test_the_quickstart_writes_these_blocks(monkeypatch: pytest.MonkeyPatch) -> 
     ranked["scores"] = [{"reward": 1.0, "forward_logprob": 1.0, "reverse_logprob": None}]
     found |= {"corpus": corpus, "resumed_at": 3, "phases": {"train": 1.0}, "generated": texts, "reranked": ranked}
     shapes = {
-        re.sub(r"[\d.,]+", "", line.split("|")[1] if "|" in line else line)
+        re.sub(r"[\d.,+-]+", "", line.split("|")[1] if "|" in line else line)
         for line in PAGES["docs/get_started.md"].splitlines()
     }
     written = [
         line for line in report.to_markdown(found).splitlines() if not re.match(r"````|One run|.*⟧|\| 1|\| train ", line)
     ]
-    own = {re.sub(r"[\d.,]+", "", line.split("|")[1] if "|" in line else line) for line in written if "`p`" not in line}
+    own = {re.sub(r"[\d.,+-]+", "", line.split("|")[1] if "|" in line else line) for line in written if "`p`" not in line}
     assert not sorted(own - shapes - {"Eight continuations of `'p'` by the forward twin ranked by Reverse Reward:"})
 
 
