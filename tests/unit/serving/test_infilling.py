@@ -8,7 +8,8 @@ from openai import BadRequestError, OpenAI
 from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.infilling.command import load_models
 from megatron_ledom.inference.infilling.infiller import Gap, Infiller, InfillSettings
-from tests.support.served import Served
+from tests.support.served import Served, serving
+from tests.support.upstream_server import upstream_in_thread
 
 PREFIX, SUFFIX = "The capital of France", " is nice, of course."
 
@@ -64,3 +65,15 @@ def test_a_server_without_a_forward_model_refuses_to_infill(lone: Served) -> Non
     answer = lone.post("/v1/completions", {"prompt": "a", "suffix": "b"}, headers={"Authorization": "Bearer right key"})
     assert answer.status_code == 400
     assert "needs a forward and a reverse model" in answer.json()["error"]["message"]
+
+
+def test_a_model_on_an_upstream_fills_gaps_with_one_of_this_process(folders: tuple[Path, Path], served: Served) -> None:
+    body = {"prompt": PREFIX, "suffix": SUFFIX, "temperature": 0, "max_tokens": 6}
+    local = served.post("/v1/completions", body).json()["choices"][0]
+    with (
+        upstream_in_thread(folders[1]) as upstream,
+        serving("--forward", folders[0], "--reverse", folders[1], "--upstream", f"{upstream.url}/v1") as server,
+    ):
+        answer = server.post("/v1/completions", body).json()
+    assert answer["choices"][0]["text"] == local["text"]
+    assert answer["choices"][0]["score"] == pytest.approx(local["score"], abs=1e-2)
