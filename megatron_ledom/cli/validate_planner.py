@@ -26,12 +26,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     arguments = build_parser(prog).parse_args(argv)
     from megatron_ledom.markdown import write_between
     from megatron_ledom.planning.hardware import load_hardware
-    from megatron_ledom.planning.validation.accuracy import PRIORS, fit, validation_page, worked_examples
+    from megatron_ledom.planning.validation.accuracy import PRIORS, file_of, fit, validation_page, worked_examples
 
     hardware = load_hardware(arguments.hardware)
     if arguments.fit:
         hardware = fit(hardware)
-        print("\n".join(f"{name}: {getattr(hardware, name):.4f}" for name in PRIORS), end="\n\n")
+        print("\n".join(f"{name}: {getattr(hardware, name):.4f}" for name in PRIORS[file_of(hardware)]), end="\n\n")
     page = validation_page(hardware)
     print(page, end="")
     if arguments.write:

@@ -39,6 +39,8 @@ class PassTimes:
     transfer: float = 0.0
     transfer_blocks: bool = False
     """True if the sender waits, as in megatron-core's plain schedule; the interleaved one overlaps."""
+    deferred: float = 0.0
+    """Seconds of work that the last stage does after its passes, while the others finish theirs."""
 
 
 def num_warmup(stage: int, stages: int, chunks: int, microbatches: int) -> int:
@@ -130,18 +132,23 @@ def pipeline_seconds(times: PassTimes, microbatches: int) -> float:
     """Return the seconds of the whole schedule. Only the first rounds of many micro-batches are simulated, as they repeat."""
     stages = len(times.forward)
     if stages == 1:
-        return microbatches * (sum(times.forward[0]) + sum(times.backward[0]))
+        return microbatches * (sum(times.forward[0]) + sum(times.backward[0])) + times.deferred
     short, long = (STEADY_ROUNDS - 1) * stages, STEADY_ROUNDS * stages
     rest = microbatches % stages
     if microbatches <= long or (len(times.forward[0]) > 1 and rest):
-        return _simulated_seconds(times, microbatches)
-    short_end, long_end = _simulated_seconds(times, short), _simulated_seconds(times, long)
-    return long_end + (microbatches - long) * (long_end - short_end) / stages
+        end, idle = _simulated_seconds(times, microbatches)
+        return end + max(0.0, times.deferred - idle)
+    (short_end, _), (long_end, idle) = _simulated_seconds(times, short), _simulated_seconds(times, long)
+    steady = long_end + (microbatches - long) * (long_end - short_end) / stages
+    return steady + max(0.0, times.deferred - idle)
 
 
 @cache
-def _simulated_seconds(times: PassTimes, microbatches: int) -> float:
-    return last_end(simulate(times, microbatches))
+def _simulated_seconds(times: PassTimes, microbatches: int) -> tuple[float, float]:
+    """Return the end of the schedule, and the seconds that the last stage waits for it."""
+    events, last = simulate(times, microbatches), len(times.forward) - 1
+    end = last_end(events)
+    return end, end - last_end([event for event in events if event.stage == last])
 
 
 def last_end(events: Sequence[Event]) -> float:

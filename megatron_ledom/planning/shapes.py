@@ -87,6 +87,8 @@ class Layout:
     """Set if Muon updates the matrices of the layers: it keeps one momentum of them instead of two moments."""
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    overlap_tensor: bool = False
+    """True if Transformer Engine overlaps the tensor-parallel traffic with the matrix products, piece by piece."""
     recompute: Granularity | None = None
     recompute_modules: tuple[str, ...] = ("core_attn",)
     recompute_method: str = "uniform"
@@ -175,6 +177,7 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
         muon=muon_of(config.optimizer),
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        overlap_tensor=parallel.tp_comm_overlap,
         recompute=parallel.recompute_granularity,
         recompute_modules=tuple(parallel.recompute_modules),
         recompute_method=parallel.recompute_method or "uniform",

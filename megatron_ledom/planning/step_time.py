@@ -27,6 +27,13 @@ class Software:
     """True if a rank sends only its tensor-parallel part to the next stage, also without sequence parallelism."""
     blocking_transfers: bool = False
     """True if stages wait while they send, also with the interleaved schedule."""
+    gradient_bytes: int = 4
+    """Bytes of an element of the gradients that data-parallel ranks exchange."""
+    loss_bytes: int = 36
+    """Bytes that the loss reads and writes for each logit, forward and backward together."""
+    deferred_output: int = 0
+    """Number of micro-batches whose gradient of the output matrix is computed after the last stage's passes
+    (`wgrad_deferral_limit`)."""
     slowdown: float = 1.0
     """Factor on the time of every pass, for programs and clusters on which the hardware's numbers were not fitted."""
 
@@ -82,7 +89,8 @@ def step_time(model: Architecture, layout: Layout, hardware: Hardware, software:
     times, passes = pass_times(model, layout, hardware, software)
     pipeline = pipeline_seconds(times, layout.num_microbatches)
     computing = layout.num_microbatches * (sum(times.forward[0]) + sum(times.backward[0]))
-    data = data_comm_seconds(model, layout, hardware, times)
+    data = data_comm_seconds(model, layout, hardware, times, software.gradient_bytes)
+    data += hardware.congestion * math.log2(num_data_nodes(layout, hardware)) * pipeline
     optimizer = optimizer_seconds(model, layout, hardware)
     other = hardware.iteration_ms * 1e-3
     return StepTime(
@@ -115,6 +123,7 @@ def pass_times(model: Architecture, layout: Layout, hardware: Hardware, software
         backward=tuple(tuple(backward.total for _, backward in row) for row in stages),
         transfer=transfer_seconds(model, layout, hardware, software),
         transfer_blocks=layout.chunks == 1 or software.blocking_transfers,
+        deferred=min(software.deferred_output, layout.num_microbatches) * output_gradient_seconds(model, layout, hardware),
     )
     return times, max(sums, key=lambda cost: cost.total).times(layout.num_microbatches)
 
@@ -133,13 +142,25 @@ def chunk_cost(
         again = core.times(layers) if "core_attn" in layout.recompute_modules else again
         if "mlp" in layout.recompute_modules:
             again += _mlp_again(forward, model).times(layers)
-    ends = _ends(model, layout, hardware, is_first, is_last)
+    inline = 1 - min(1.0, software.deferred_output / layout.num_microbatches)
+    ends = _ends(model, layout, hardware, is_first, is_last, inline, software.loss_bytes)
     both = forward.times(layers) + ends[0], backward.times(layers) + again + ends[1]
     return both[0].times(software.slowdown), both[1].times(software.slowdown)
 
 
-def _ends(model: Architecture, layout: Layout, hardware: Hardware, is_first: bool, is_last: bool) -> tuple[Cost, Cost]:
-    """Return the costs of the embedding on the first chunk, and of norm, logits and loss on the last one."""
+def output_gradient_seconds(model: Architecture, layout: Layout, hardware: Hardware) -> float:
+    """Return the seconds of the gradient of the output matrix for one micro-batch."""
+    rows, hidden = model.padded_vocab_size // layout.tensor, model.hidden_size
+    return matmul_seconds(hardware, rows, hidden, layout.tokens, model.element_bytes, 8 * rows * hidden)
+
+
+def _ends(
+    model: Architecture, layout: Layout, hardware: Hardware, is_first: bool, is_last: bool, inline: float, loss_bytes: int
+) -> tuple[Cost, Cost]:
+    """Return the costs of the embedding on the first chunk, and of norm, logits and loss on the last one.
+
+    inline: the fraction of micro-batches whose gradient of the output matrix is not deferred.
+    """
     forward, backward = Cost(), Cost()
     e, hidden, tokens, tensor = model.element_bytes, model.hidden_size, layout.tokens, layout.tensor
     ranks, rows = group(tensor, 1, hardware), model.padded_vocab_size // tensor
@@ -150,8 +171,8 @@ def _ends(model: Architecture, layout: Layout, hardware: Hardware, is_first: boo
     if is_last:
         logits = matmul_seconds(hardware, tokens, rows, hidden, e)
         gradients = matmul_seconds(hardware, tokens, hidden, rows, e)
-        gradients += matmul_seconds(hardware, rows, hidden, tokens, e, 8 * rows * hidden)
-        loss = memory_seconds(hardware, rows * tokens * (e + 16))
+        gradients += inline * output_gradient_seconds(model, layout, hardware)
+        loss = memory_seconds(hardware, rows * tokens * (loss_bytes + 2 * (e - 2)) / 2)
         forward += Cost(matmul=logits, memory=loss, tensor_comm=reduce if layout.sequence_parallel else 0.0)
         backward += Cost(matmul=gradients, memory=loss, tensor_comm=reduce)
     return forward, backward
@@ -162,7 +183,7 @@ def layer_cost(model: Architecture, layout: Layout, hardware: Hardware, software
     products, inputs, weights = _products(model, layout, hardware)
     attention = _attention(model, layout, hardware)
     light = _element_wise(model, layout, hardware, software)
-    tensor_forward, tensor_backward = _tensor_comm(model, layout, hardware, inputs, weights)
+    tensor_forward, tensor_backward = _tensor_comm(model, layout, hardware, (products, inputs, weights))
     context_forward, context_backward = _context_comm(model, layout, hardware, attention)
     forward = Cost(products, attention[0], light[0], tensor_forward, context_forward)
     backward = Cost(inputs + weights, attention[1], light[1], tensor_backward, context_backward)
@@ -230,11 +251,15 @@ def _element_wise(model: Architecture, layout: Layout, hardware: Hardware, softw
     return memory_seconds(hardware, forward), memory_seconds(hardware, backward)
 
 
-def _tensor_comm(model: Architecture, layout: Layout, hardware: Hardware, inputs: float, weights: float) -> tuple[float, float]:
+def _tensor_comm(
+    model: Architecture, layout: Layout, hardware: Hardware, products: tuple[float, float, float]
+) -> tuple[float, float]:
     """Return the exposed forward and backward seconds of a layer's tensor-parallel traffic.
 
-    In the backward pass it overlaps with the matrix products of the gradients.
+    In the backward pass it overlaps with the matrix products of the gradients, with `overlap_tensor` in both passes. products: the
+    seconds of the forward products, of the gradients of inputs and of weights.
     """
+    forward, inputs, weights = products
     ranks = group(layout.tensor, 1, hardware)
     whole = model.element_bytes * model.hidden_size * layout.tokens
     if not layout.sequence_parallel:
@@ -242,6 +267,10 @@ def _tensor_comm(model: Architecture, layout: Layout, hardware: Hardware, inputs
         return 2 * each, exposed(hardware, 2 * each, weights / 2)
     each = gather_seconds(hardware, ranks, whole)
     hidden = exposed(hardware, 2 * each, inputs / 2) + exposed(hardware, 2 * each, weights / 2)
+    if layout.overlap_tensor:  # the first of as many pieces as ranks hides behind nothing
+        first = each / layout.tensor
+        ahead = max(4 * first, exposed(hardware, 4 * each, forward))
+        return ahead, max(2 * first, exposed(hardware, 2 * each, inputs / 2)) + hidden
     return 4 * each, 2 * each + hidden
 
 
@@ -267,23 +296,47 @@ def transfer_seconds(model: Architecture, layout: Layout, hardware: Hardware, so
     return model.element_bytes * model.hidden_size * tokens / (speed * hardware.collective_efficiency * 1e9)
 
 
-def data_comm_seconds(model: Architecture, layout: Layout, hardware: Hardware, times: PassTimes) -> float:
+def data_comm_seconds(
+    model: Architecture, layout: Layout, hardware: Hardware, times: PassTimes, gradient_bytes: int = 4
+) -> float:
     """Return the exposed seconds of reducing gradients and gathering parameters.
 
-    If the config overlaps them, the passes of one micro-batch hide a part.
+    If the config overlaps them, passes hide a part.
     """
     copies = layout.data * layout.context
     if copies == 1:
         return 0.0
     ranks = group(copies, layout.tensor, hardware)
     parameters = max(sum(stage_parameters(model, layout, stage).values()) for stage in {0, layout.pipeline - 1})
-    gradients = gather_seconds(hardware, ranks, 4 * parameters)
+    gradients = gather_seconds(hardware, ranks, gradient_bytes * parameters)
     gathered = gather_seconds(hardware, ranks, (model.element_bytes if layout.distributed_optimizer else 4) * parameters)
     if layout.overlap_grad_reduce:
-        gradients = exposed(hardware, gradients, max(map(sum, times.backward)))
+        gradients = exposed_behind_passes(hardware, layout, gradients, times.backward)
     if layout.overlap_param_gather:
-        gathered = exposed(hardware, gathered, max(map(sum, times.forward)))
+        gathered = exposed_behind_passes(hardware, layout, gathered, times.forward)
     return gradients + gathered
+
+
+def num_data_nodes(layout: Layout, hardware: Hardware) -> int:
+    """Return the number of nodes of a data-parallel group."""
+    ranks = group(layout.data * layout.context, layout.tensor, hardware)
+    return math.ceil(ranks.size / ranks.in_node)
+
+
+def exposed_behind_passes(
+    hardware: Hardware, layout: Layout, collective: float, passes: tuple[tuple[float, ...], ...]
+) -> float:
+    """Return the seconds that data-parallel traffic adds to the passes.
+
+    A plain schedule overlaps it with one micro-batch. With chunks, the interleaved schedule runs each chunk for as many micro-batches
+    as stages before the next one, and the traffic of a chunk starts or is needed at its own time. The traffic of the outermost chunk
+    overlaps with one of its passes only.
+    """
+    one = max(map(sum, passes))
+    if layout.chunks == 1:
+        return delay(hardware, collective, one)
+    whole = delay(hardware, collective, min(layout.pipeline, layout.num_microbatches) * one)
+    return max(whole, delay(hardware, collective / layout.chunks, one / layout.chunks))
 
 
 def optimizer_seconds(model: Architecture, layout: Layout, hardware: Hardware) -> float:
@@ -422,3 +475,9 @@ def all_reduce_seconds(hardware: Hardware, ranks: Group, num_bytes: float) -> fl
 def exposed(hardware: Hardware, collective: float, kernel_seconds: float) -> float:
     """Return the seconds of a collective that overlapping kernels of `kernel_seconds` do not hide."""
     return max(0.0, collective - hardware.overlap_efficiency * kernel_seconds)
+
+
+def delay(hardware: Hardware, collective: float, kernel_seconds: float) -> float:
+    """Return the seconds that a data-parallel collective adds to kernels of `kernel_seconds`, which it slows while they overlap."""
+    slowdown = hardware.overlap_slowdown
+    return max(collective * slowdown / (1 + slowdown), collective - kernel_seconds)

@@ -11,6 +11,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from megatron_ledom.errors import ConfigError
 
 FOLDER = Path(__file__).parent
+UNPLANNED = {"gb200", "gb300", "nvl72"}
+"""Hardware whose NVLink domain has more than 16 GPUs. Published runs do not suffice to fit and test a model of it."""
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
@@ -28,7 +30,7 @@ class Hardware:
     """Dense bf16 peak in 1e12 FLOP/s; MFU is a fraction of it."""
     memory_gb_per_second: PositiveFloat
     """Peak bandwidth of the device's memory, in 1e9 byte/s."""
-    gpus_per_node: Annotated[int, Field(gt=0)]
+    gpus_per_node: Annotated[int, Field(gt=0, le=16)]
     node_gb_per_second: PositiveFloat
     """Bandwidth of a device inside its node, in each direction, in 1e9 byte/s."""
     network_gb_per_second: PositiveFloat
@@ -63,6 +65,12 @@ class Hardware:
     """Write speed of a node to the shared file system, in 1e9 byte/s. A guess in the files of this folder."""
     price_per_device_hour: Annotated[float, Field(ge=0)]
     """Price in any currency. A guess in the files of this folder."""
+    overlap_slowdown: Annotated[float, Field(ge=0)] = 0.189
+    """Fraction by which kernels take longer while data-parallel traffic overlaps with them. The default is the mean that Lee et al. 2025
+    (arXiv 2507.03114, abstract) measured on A100, H100, MI210 and MI250."""
+    congestion: Annotated[float, Field(ge=0)] = 0.0
+    """Fraction by which the passes take longer each time that the nodes of a data-parallel group double: congestion of the network, and
+    waits for the slowest rank. 0 plans none; VALIDATION.md has the growth of published runs."""
     is_cpu: bool = False
     """True if the devices are ranks of a CPU, where torch keeps other tensors."""
     source: str = ""
@@ -85,6 +93,11 @@ def load_hardware(name: str) -> Hardware:
     """Load hardware by name, or from the path of a YAML file. Raises ConfigError for an unknown name or a bad file."""
     known = hardware_files()
     path = Path(name) if name.endswith((".yaml", ".yml")) else known.get(name)
+    if name.lower().partition("-")[0] in UNPLANNED:
+        raise ConfigError(
+            f"hardware {name} has an NVLink domain of 72 GPUs, which the planner does not model, because published runs do not suffice"
+            " to fit and test such a model; plan a run on nodes of eight with b200, or give the path of a YAML file of your own"
+        )
     if path is None or not path.is_file():
         close = [other for other in known if other.startswith(name.lower())]
         close = close or difflib.get_close_matches(name.lower(), known, 1)

@@ -1,4 +1,4 @@
-"""Published measurements of runs, from `published.yaml`. Some fit the planner's numbers, the others test it."""
+"""Published measurements of runs, from the YAML files of this folder. Some fit the planner's numbers, the others test it."""
 
 import itertools
 from collections.abc import Iterator
@@ -12,7 +12,9 @@ import yaml
 from megatron_ledom.planning.shapes import Architecture, Layout
 from megatron_ledom.planning.step_time import Software
 
-FILE = Path(__file__).with_suffix(".yaml")
+FILES = ("published.yaml", "published_h100.yaml")
+OWN_SOFTWARE = ("deferred_output", "gradient_bytes")
+"""Keys of Software that differ between the points of a family."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +25,15 @@ class Point:
     family: str
     """Name of a group of points: one program on one cluster."""
     source: str
+    hardware: str
     model: Architecture
     layout: Layout
+    software: Software
     seconds: float
     use: Literal["fitted", "scaled", "unfitted"]
     """fitted: sets the hardware's numbers; scaled: sets the slowdown of its family; unfitted: tests the planner."""
+    run: str = ""
+    """Name of the run without its number of GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +47,7 @@ class LayerPoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UncertainPoint:
-    """A published time whose layout or program is not fully known. The planner gives an interval over its variants."""
+    """A published time whose layout or program is not fully known. The planner plans each of its variants."""
 
     name: str
     source: str
@@ -57,13 +63,17 @@ class UncertainPoint:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """Everything in `published.yaml`."""
+    """Everything in the YAML files."""
 
     points: list[Point]
-    software: dict[str, Software]
-    """The program of each family of points."""
     layers: list[LayerPoint]
     uncertain_points: list[UncertainPoint]
+    judged: list[UncertainPoint]
+    """Runs that no number was fitted on; each has one plan, that of its fastest variant that fits into memory."""
+    other_releases: list[dict[str, Any]]
+    """Seconds of one run in several releases of its program, by release."""
+    refused: list[dict[str, str]]
+    """Runs that the planner does not plan, with the reason."""
     table_3: dict[str, tuple[Architecture, dict[str, Any], list[float]]]
     """Models and layouts of Korthikanti et al. 2022, arXiv 2205.05198, table 3, and GiB a device by its formulas."""
 
@@ -75,22 +85,46 @@ class Published:
 
 @cache
 def published() -> Published:
-    """Read `published.yaml`."""
-    data = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    """Read the YAML files."""
+    data: dict[str, Any] = {}
+    for file in FILES:
+        for key, found in yaml.safe_load(Path(__file__).with_name(file).read_text(encoding="utf-8")).items():
+            data[key] = {**data[key], **found} if isinstance(data.get(key), dict) else found
     models = {name: _architecture(values) for name, values in data["models"].items()}
-    points = []
-    for family, found in data["families"].items():
-        for row in found["points"]:
-            model = models[row["model"]]
-            (layout,) = _layouts(model, row["layout"])
-            points.append(Point(row["name"], family, found["source"], model, layout, _seconds(row, model, layout), row["use"]))
+    families = data["families"].items()
     return Published(
-        points=points,
-        software={family: Software(**found["software"]) for family, found in data["families"].items()},
+        points=[
+            point for family, found in families for row in found["points"] for point in _points(family, found, row, models)
+        ],
         layers=[LayerPoint(Layout(**row["layout"]), row["forward"], row["backward"]) for row in data["layers"]],
         uncertain_points=[_uncertain_point(row, models[row["model"]]) for row in data["open"]],
+        judged=[_uncertain_point(row, models[row["model"]]) for row in data["judged"]],
+        other_releases=data["other_releases"],
+        refused=data["refused"],
         table_3={name: (models[name], row["layout"], row["gib"]) for name, row in data["table_3"].items()},
     )
+
+
+def _points(family: str, found: dict[str, Any], row: dict[str, Any], models: dict[str, Architecture]) -> Iterator[Point]:
+    """Yield the points of a row: one, or one for each number of GPUs. Of several, the first has the row's use."""
+    own = {key: row[key] for key in OWN_SOFTWARE if key in row}
+    model, software = models[row.get("model", row["name"])], Software(**{**found["software"], **own})
+    scales = row.get("seconds")
+    for index, (ranks, seconds) in enumerate(scales.items() if isinstance(scales, dict) else [(None, scales)]):
+        several = {} if ranks is None else {"ranks": ranks}
+        (layout,) = _layouts(model, {**row["layout"], **several})
+        yield Point(
+            name=row["name"] if ranks is None else f"{row['name']}, {ranks:,} GPUs",
+            family=family,
+            source=found["source"],
+            hardware=found["hardware"],
+            model=model,
+            layout=layout,
+            software=software,
+            seconds=_seconds({**row, "seconds": seconds} if seconds is not None else row, model, layout),
+            use=row["use"] if ranks is None else "unfitted" if index else found["use"],
+            run=row["name"],
+        )
 
 
 def _architecture(values: dict[str, Any]) -> Architecture:
@@ -105,16 +139,19 @@ def _layouts(model: Architecture, values: dict[str, Any]) -> Iterator[Layout]:
     choices = [value if isinstance(value, list) else [value] for value in values.values()]
     for chosen in itertools.product(*choices):
         keys = dict(zip(values, chosen, strict=True))
-        tensor = keys.get("tensor", 1)
+        tensor, pipeline = keys.get("tensor", 1), keys.get("pipeline", 1)
         if "ranks" in keys:
-            keys["data"] = keys.pop("ranks") // (tensor * keys.get("pipeline", 1))
+            keys["data"] = keys.pop("ranks") // (tensor * pipeline * keys.get("context", 1))
         if "samples" in keys:
             keys["num_microbatches"], rest = divmod(keys.pop("samples"), keys["micro_batch_size"] * keys["data"])
             if rest or model.num_attention_heads % tensor:
                 continue
+        if keys.get("chunks", 1) > 1 and keys["num_microbatches"] % pipeline:
+            continue
         if "overlap" in keys:
             keys["overlap_grad_reduce"] = keys["overlap_param_gather"] = keys.pop("overlap")
-        keys["sequence_parallel"] = keys.get("sequence_parallel", False) and tensor > 1
+        for key in ("sequence_parallel", "overlap_tensor"):
+            keys[key] = keys.get(key, False) and tensor > 1
         yield Layout(**keys)
 
 
@@ -124,8 +161,9 @@ def _seconds(row: dict[str, Any], model: Architecture, layout: Layout) -> float:
         return float(row["seconds"])
     if "tokens_per_second" in row:
         return layout.tokens_per_iteration / layout.num_ranks / float(row["tokens_per_second"])
-    fraction, key = (1.0, "tflops") if "tflops" in row else (0.75, "model_tflops")
-    return fraction * hardware_flops(model, layout) / (float(row[key]) * 1e12 * layout.num_ranks)
+    if "tflops" in row:
+        return hardware_flops(model, layout) / (float(row["tflops"]) * 1e12 * layout.num_ranks)
+    return megatron_flops(model, layout) / (float(row["megatron_tflops"]) * 1e12 * layout.num_ranks)
 
 
 def hardware_flops(model: Architecture, layout: Layout) -> float:
@@ -135,9 +173,19 @@ def hardware_flops(model: Architecture, layout: Layout) -> float:
     return 96.0 * layout.tokens_per_iteration * layers * h * h * correction
 
 
+def megatron_flops(model: Architecture, layout: Layout) -> float:
+    """Return the FLOPs of an iteration as Megatron-LM counts them for GPT, with all of the scores.
+
+    Its function is `num_floating_point_operations` of training.py, at the commit that published the table.
+    """
+    h, layers = model.hidden_size, model.num_layers
+    correction = 1 + layout.seq_length / (6 * h) + model.padded_vocab_size / (12 * layers * h)
+    return 72.0 * layout.tokens_per_iteration * layers * h * h * correction
+
+
 def _uncertain_point(row: dict[str, Any], model: Architecture) -> UncertainPoint:
-    layouts, fused = list(_layouts(model, row["layout"])), row["fused"]
-    programs = [Software(fused=one) for one in (fused if isinstance(fused, list) else [fused])]
+    layouts, software = list(_layouts(model, row["layout"])), row["software"]
+    programs = [Software(**one) for one in (software if isinstance(software, list) else [software])]
     return UncertainPoint(
         **{key: row[key] for key in ("name", "source", "hardware", "unknown", "gpu", "num_bytes") if key in row},
         model=model,
