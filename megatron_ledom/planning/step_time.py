@@ -267,7 +267,7 @@ def _tensor_comm(
         return 2 * each, exposed(hardware, 2 * each, weights / 2)
     each = gather_seconds(hardware, ranks, whole)
     hidden = exposed(hardware, 2 * each, inputs / 2) + exposed(hardware, 2 * each, weights / 2)
-    if layout.overlap_tensor:  # the first of as many pieces as ranks hides behind nothing
+    if layout.overlap_tensor:  # the first of as many pieces as ranks is always exposed
         first = each / layout.tensor
         ahead = max(4 * first, exposed(hardware, 4 * each, forward))
         return ahead, max(2 * first, exposed(hardware, 2 * each, inputs / 2)) + hidden
@@ -311,9 +311,9 @@ def data_comm_seconds(
     gradients = gather_seconds(hardware, ranks, gradient_bytes * parameters)
     gathered = gather_seconds(hardware, ranks, (model.element_bytes if layout.distributed_optimizer else 4) * parameters)
     if layout.overlap_grad_reduce:
-        gradients = exposed_behind_passes(hardware, layout, gradients, times.backward)
+        gradients = exposed_with_passes(hardware, layout, gradients, times.backward)
     if layout.overlap_param_gather:
-        gathered = exposed_behind_passes(hardware, layout, gathered, times.forward)
+        gathered = exposed_with_passes(hardware, layout, gathered, times.forward)
     return gradients + gathered
 
 
@@ -323,7 +323,7 @@ def num_data_nodes(layout: Layout, hardware: Hardware) -> int:
     return math.ceil(ranks.size / ranks.in_node)
 
 
-def exposed_behind_passes(
+def exposed_with_passes(
     hardware: Hardware, layout: Layout, collective: float, passes: tuple[tuple[float, ...], ...]
 ) -> float:
     """Return the seconds that data-parallel traffic adds to the passes.

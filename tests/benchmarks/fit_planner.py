@@ -38,7 +38,7 @@ def model_of(point: Point) -> str:
     return point.run.split(",")[0]
 
 
-def left_out_errors(hardware: Hardware) -> list[tuple[str, int, list[Comparison]]]:
+def errors_without_each(hardware: Hardware) -> list[tuple[str, int, list[Comparison]]]:
     """Return for each model of the fitted series: its name, the rows of the fit without it, and its rows with their plans."""
     fitted = fitted_points(hardware)
     families = {point.family for point in fitted}
@@ -51,9 +51,9 @@ def left_out_errors(hardware: Hardware) -> list[tuple[str, int, list[Comparison]
     return found
 
 
-def left_out_table(found: list[tuple[str, int, list[Comparison]]]) -> str:
+def table_without_each(found: list[tuple[str, int, list[Comparison]]]) -> str:
     """Return the errors on each model by a fit on the others."""
-    rows = [["left out", "fitted rows", "tested rows", "mean error", "largest"]]
+    rows = [["skipped", "fitted rows", "tested rows", "mean error", "largest"]]
     every: list[float] = []
     for model, count, comparisons in found:
         sizes = [abs(one.error) for one in comparisons]
@@ -97,7 +97,7 @@ def cross_validation() -> str:
     return "\n\n".join(
         [
             f"The {hardware.name}'s numbers fitted without one model, and tested on the rows of that model:",
-            left_out_table(left_out_errors(hardware)),
+            table_without_each(errors_without_each(hardware)),
             "Measured growth of an iteration with the number of nodes, for `congestion` in a hardware file:",
             growth_table(growth(points_of(hardware), hardware)) + "\n",
         ]

@@ -16,7 +16,7 @@ from megatron_ledom.planning.shapes import Layout, architecture_of, layout_of
 from megatron_ledom.planning.step_time import (
     all_reduce_seconds,
     delay,
-    exposed_behind_passes,
+    exposed_with_passes,
     gather_seconds,
     group,
     matmul_seconds,
@@ -148,10 +148,10 @@ def test_interleaved_passes_hide_the_traffic_of_all_but_one_chunk() -> None:
     free = replace(A100, overlap_slowdown=0.0)
     layout = Layout(seq_length=8, micro_batch_size=1, num_microbatches=8, pipeline=4, chunks=2)
     passes = ((1.0, 1.0),) * 4
-    assert exposed_behind_passes(free, replace(layout, chunks=1), 6.0, passes) == 4.0
-    assert exposed_behind_passes(free, layout, 6.0, passes) == 2.0  # half of it behind one pass of one chunk
-    assert exposed_behind_passes(free, layout, 2.0, passes) == 0.0
-    assert exposed_behind_passes(free, layout, 12.0, passes) == 5.0
+    assert exposed_with_passes(free, replace(layout, chunks=1), 6.0, passes) == 4.0
+    assert exposed_with_passes(free, layout, 6.0, passes) == 2.0  # half of it during one pass of one chunk
+    assert exposed_with_passes(free, layout, 2.0, passes) == 0.0
+    assert exposed_with_passes(free, layout, 12.0, passes) == 5.0
 
 
 def test_deferred_gradients_fill_the_wait_of_the_last_stage() -> None:
