@@ -323,9 +323,7 @@ def num_data_nodes(layout: Layout, hardware: Hardware) -> int:
     return math.ceil(ranks.size / ranks.in_node)
 
 
-def exposed_with_passes(
-    hardware: Hardware, layout: Layout, collective: float, passes: tuple[tuple[float, ...], ...]
-) -> float:
+def exposed_with_passes(hardware: Hardware, layout: Layout, collective: float, passes: tuple[tuple[float, ...], ...]) -> float:
     """Return the seconds that data-parallel traffic adds to the passes.
 
     A plain schedule overlaps it with one micro-batch. With chunks, the interleaved schedule runs each chunk for as many micro-batches
