@@ -50,6 +50,11 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     return world_size // model_parallel_size(parallel)
 
 
+def bucket_elements(bucket_size: int | None, data_parallel_size: int) -> int:
+    """Return the elements of a bucket of gradients if buckets are reduced one by one; None for megatron-core's default."""
+    return bucket_size or max(40_000_000, 1_000_000 * data_parallel_size)
+
+
 def num_microbatches(config: RunConfig, world_size: int, global_batch_size: int | None = None) -> int:
     """Return the micro-batches of one rank in an iteration of `global_batch_size`; None for `train.global_batch_size`."""
     samples_at_once = config.train.micro_batch_size * data_parallel_size(config.parallel, world_size)

@@ -22,7 +22,7 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
-from megatron_ledom.config.derived import head_dim, padded_vocab_size, query_groups
+from megatron_ledom.config.derived import bucket_elements, head_dim, padded_vocab_size, query_groups
 from megatron_ledom.config.schema import ModelConfig, RunConfig
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.model.layer_specs import LayerChoice, build_layer_spec, start_user_buffers
@@ -30,9 +30,6 @@ from megatron_ledom.model.multi_token import build_mtp_spec
 from megatron_ledom.ops.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ledom.parallel.groups import ParallelGroups
 from megatron_ledom.platform.core_versions import frees_sent_outputs
-
-SMALLEST_BUCKET, BUCKET_OF_A_RANK = 40_000_000, 1_000_000
-"""megatron-core's default of `bucket_size`: at least the first, and at least the second for each data-parallel rank."""
 
 
 class LanguageModel(GPTModel):  # type: ignore[misc]
@@ -138,8 +135,7 @@ def _whole_matrices(chunk: LanguageModel, ddp_config: DistributedDataParallelCon
 
     tag_params_for_buffer_routing([chunk])
     ranks = chunk.pg_collection.dp_cp.size()
-    default = max(SMALLEST_BUCKET, BUCKET_OF_A_RANK * chunk.pg_collection.dp.size())
-    bucket_size = (ddp_config.bucket_size or default) if is_bucketed else None
+    bucket_size = bucket_elements(ddp_config.bucket_size, chunk.pg_collection.dp.size()) if is_bucketed else None
     params = [param for param in chunk.parameters() if param.requires_grad]
     return LayerWiseDistributedOptimizer.compute_full_param_layout(params, bucket_size, ranks, ddp_config)
 

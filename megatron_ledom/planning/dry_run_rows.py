@@ -20,7 +20,7 @@ from megatron_ledom.config.derived import (
 from megatron_ledom.config.gpu_checks import FP8_NEEDS
 from megatron_ledom.config.schema import ModelConfig, OptimizerSettings, ParallelConfig, RunConfig
 from megatron_ledom.model.arithmetic import count_parameters, flops_per_token
-from megatron_ledom.planning.memory import GIB, muon_parameters, stage_parameters, state_bytes
+from megatron_ledom.planning.memory import GIB, stage_parameters, stage_state_bytes
 from megatron_ledom.planning.plan import bytes_of_checkpoint
 from megatron_ledom.planning.plan_text import Row, shortened
 from megatron_ledom.planning.shapes import architecture_of, layout_of
@@ -72,10 +72,7 @@ def layout_rows(config: RunConfig, world_size: int, model: ModelConfig) -> Itera
 def state_gibibytes(config: RunConfig, model: ModelConfig, world_size: int) -> float:
     """Return GiB of weights, fp32 gradients and the optimizer's state of one rank, on the largest pipeline stage."""
     shape, layout = architecture_of(model), layout_of(config, world_size)
-    stages = [stage_parameters(shape, layout, stage) for stage in range(layout.pipeline)]
-    return (
-        max(sum(state_bytes(shape, layout, sum(counts.values()), muon_parameters(layout, counts))) for counts in stages) / GIB
-    )
+    return max(sum(stage_state_bytes(shape, layout, stage)) for stage in range(layout.pipeline)) / GIB
 
 
 def execution_rows(config: RunConfig) -> Iterator[Row]:

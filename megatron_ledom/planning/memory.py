@@ -5,11 +5,11 @@ tensors that torch saves for this package's layers on a CPU. `cuda`: the same wi
 have them on GPUs.
 """
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from megatron_ledom.planning.matrix_shards import matrix_shards, matrix_sizes
 from megatron_ledom.planning.schedule import most_in_flight
 from megatron_ledom.planning.shapes import Architecture, Layout
 
@@ -237,30 +237,32 @@ def muon_parameters(layout: Layout, counts: dict[str, int]) -> int:
     return counts["attention"] + counts["mlp"] if layout.muon else 0
 
 
+def buffer_elements(model: Architecture, layout: Layout, stage: int) -> int:
+    """Return the elements of the buffers of weights and of gradients on each rank, with the padding of whole matrices."""
+    counts = stage_parameters(model, layout, stage)
+    padding = matrix_shards(model, layout, stage).padded - muon_parameters(layout, counts) if layout.is_layer_wise else 0
+    return sum(counts.values()) + padding
+
+
 def state_bytes(model: Architecture, layout: Layout, parameters: int, in_muon: int = 0) -> tuple[int, int, int]:
     """Return the bytes of weights, fp32 gradients and the optimizer's state; for bf16 the state includes fp32 weights.
 
     in_muon: the weights with one momentum (Muon); the others have two moments (AdamW). A moving average of the weights counts as state.
     """
-    optimizer = (
-        parameters * (12 if model.element_bytes == 2 else 8) - 4 * in_muon + (EMA_BYTES * parameters if layout.ema else 0)
-    )
+    each = (12 if model.element_bytes == 2 else 8) + (EMA_BYTES if layout.ema else 0)
     copies = layout.data * layout.context if layout.distributed_optimizer else 1
-    share = -(-optimizer // copies)
-    if in_muon and copies > 1:  # each matrix is whole on one rank
-        share = max(share, (8 if model.element_bytes == 2 else 4) * max(map(math.prod, matrices_of_rank(model, layout))))
-    return parameters * model.element_bytes, parameters * 4, share
+    return parameters * model.element_bytes, parameters * 4, -(-(parameters * each - 4 * in_muon) // copies)
 
 
-def matrices_of_rank(model: Architecture, layout: Layout) -> list[tuple[int, int]]:
-    """Return [out, in] of the matrices of a layer on a rank: queries with keys and values, output of attention, feed-forward."""
-    hidden, keys, inner = model.hidden_size, model.head_dim * model.num_query_groups, model.ffn_hidden_size
-    return [
-        ((model.query_width + 2 * keys) // layout.tensor, hidden),
-        (hidden, model.query_width // layout.tensor),
-        ((model.gates - 1) * inner // layout.tensor, hidden),
-        (hidden, inner // layout.tensor),
-    ]
+def stage_state_bytes(model: Architecture, layout: Layout, stage: int) -> tuple[int, int, int]:
+    """Return `state_bytes` of a pipeline stage, on the rank with most. The layer-wise optimizer has whole matrices and padded buffers."""
+    counts = stage_parameters(model, layout, stage)
+    parameters, in_muon = sum(counts.values()), muon_parameters(layout, counts)
+    if not layout.is_layer_wise:
+        return state_bytes(model, layout, parameters, in_muon)
+    buffer, each = buffer_elements(model, layout, stage), state_bytes(model, replace(layout, data=1, context=1), 1, 1)[2]
+    most = int(matrix_shards(model, layout, stage).most(matrix_sizes(model, layout)))
+    return buffer * model.element_bytes, buffer * 4, state_bytes(model, layout, parameters - in_muon)[2] + most * each
 
 
 def working_bytes(model: Architecture, layout: Layout, counting: Counting) -> int:
@@ -282,8 +284,7 @@ def working_bytes(model: Architecture, layout: Layout, counting: Counting) -> in
 
 def stage_memory(model: Architecture, layout: Layout, stage: int, counting: Counting = "cuda") -> StageMemory:
     """Return the peak memory of each rank of a pipeline stage."""
-    counts = stage_parameters(model, layout, stage)
-    weights, gradients, optimizer = state_bytes(model, layout, sum(counts.values()), muon_parameters(layout, counts))
+    weights, gradients, optimizer = stage_state_bytes(model, layout, stage)
     activations, logits = activation_bytes(model, layout, stage, counting)
     boundary = model.element_bytes * model.hidden_size * layout.spread_tokens
     return StageMemory(

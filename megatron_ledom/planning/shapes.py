@@ -89,12 +89,19 @@ class Layout:
     overlap_param_gather: bool = False
     overlap_tensor: bool = False
     """True if Transformer Engine overlaps the tensor-parallel traffic with the matrix products, piece by piece."""
+    bucket_size: int | None = None
+    """Elements of a bucket of gradients, for the overlap; None for megatron-core's default."""
     recompute: Granularity | None = None
     recompute_modules: tuple[str, ...] = ("core_attn",)
     recompute_method: str = "uniform"
     recompute_num_layers: int = 1
     ema: bool = False
     """True for a moving average of the weights."""
+
+    @property
+    def is_layer_wise(self) -> bool:
+        """True if Muon's matrices are spread over data-parallel ranks, each whole on one of them."""
+        return self.muon is not None and self.distributed_optimizer
 
     @property
     def num_ranks(self) -> int:
@@ -178,6 +185,7 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         overlap_tensor=parallel.tp_comm_overlap,
+        bucket_size=parallel.bucket_size,
         recompute=parallel.recompute_granularity,
         recompute_modules=tuple(parallel.recompute_modules),
         recompute_method=parallel.recompute_method or "uniform",

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from megatron_ledom.planning.hardware import Hardware
-from megatron_ledom.planning.memory import stage_parameters
+from megatron_ledom.planning.matrix_shards import matrix_shards
+from megatron_ledom.planning.memory import buffer_elements, stage_parameters
 from megatron_ledom.planning.schedule import PassTimes, pipeline_seconds
 from megatron_ledom.planning.shapes import Architecture, Layout
 
@@ -307,7 +308,7 @@ def data_comm_seconds(
     if copies == 1:
         return 0.0
     ranks = group(copies, layout.tensor, hardware)
-    parameters = max(sum(stage_parameters(model, layout, stage).values()) for stage in {0, layout.pipeline - 1})
+    parameters = max(buffer_elements(model, layout, stage) for stage in {0, layout.pipeline - 1})
     gradients = gather_seconds(hardware, ranks, gradient_bytes * parameters)
     gathered = gather_seconds(hardware, ranks, (model.element_bytes if layout.distributed_optimizer else 4) * parameters)
     if layout.overlap_grad_reduce:
@@ -355,6 +356,7 @@ Product = tuple[int, int, int]
 def muon_products(model: Architecture, layout: Layout) -> list[list[Product]]:
     """Return the products of one Newton-Schulz iteration for each matrix of a layer, on each tensor-parallel rank.
 
+    The matrices are that of queries, keys and values, or each of the three, then fc1, proj and fc2 (`matrix_shards.matrix_sizes`).
     For a matrix of m rows and n columns, m <= n, these are X X^T, A A and B X: 2 m m n, 2 m m m and 2 m m n operations. `duplicated`
     takes the whole matrix on every rank, `blockwise` the rank's part alone, and `distributed` the rank's part of X with the length of
     the whole other side.
@@ -388,17 +390,19 @@ def muon_flops(model: Architecture, layout: Layout) -> int:
 def muon_seconds(model: Architecture, layout: Layout, hardware: Hardware) -> float:
     """Return the seconds of the Newton-Schulz iterations on the rank with most of them.
 
-    The layer-wise optimizer gives whole matrices to the data-parallel ranks: one rank has at least the largest.
+    The layer-wise optimizer gives whole matrices to the data-parallel ranks.
     """
     assert layout.muon is not None
     slower = 1 if hardware.is_cpu else SLOWER[layout.muon.precision]
-    each = [
+    *joint, fc1, proj, fc2 = (
         sum(matmul_seconds(hardware, rows, columns, depth) for rows, columns, depth in products)
         for products in muon_products(model, layout)
-    ]
-    total = model.num_layers // layout.pipeline * sum(each)
+    )
+    each = {"qkv": sum(joint), "fc1": fc1, "proj": proj, "fc2": fc2}
     if layout.distributed_optimizer:
-        total = max(total / (layout.data * layout.context), max(each))
+        total = max(matrix_shards(model, layout, stage).most(each) for stage in {0, layout.pipeline - 1})
+    else:
+        total = model.num_layers // layout.pipeline * sum(each.values())
     return slower * layout.muon.steps * total
 
 
