@@ -3,6 +3,7 @@
 The Newton-Schulz iterations are in fp32 here. In bf16, their default, layouts agree to its rounding only.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -96,12 +97,36 @@ def test_two_halves_with_muon_equal_the_whole_run_bit_for_bit(data: TinyData, tm
     assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
 
 
+def note_matrices() -> None:
+    """Write the names of the matrices of which this rank has a momentum into the run folder, after each step."""
+    from megatron_ledom.training import trainer
+
+    advance = trainer.TrainState.advance
+
+    def noting(state: trainer.TrainState) -> None:
+        advance(state)
+        parts = getattr(state.optimizer.chained_optimizers[0], "chained_optimizers", state.optimizer.chained_optimizers[:1])
+        kept = {id(main) for part in parts for main, values in part.optimizer.state.items() if "momentum_buffer" in values}
+        weights = state.model[0].named_parameters()
+        names = [name for name, weight in weights if id(getattr(weight, "main_param", weight)) in kept]
+        assert len(names) == len(kept)
+        Path(state.config.run_dir, f"matrices-{torch.distributed.get_rank()}.json").write_text(json.dumps(names))
+
+    trainer.TrainState.advance = noting  # type: ignore[method-assign]
+
+
+def matrices_of_ranks(run_dir: Path) -> list[set[str]]:
+    """Return the names that `note_matrices` wrote, of each of two ranks."""
+    return [set(json.loads((run_dir / f"matrices-{rank}.json").read_text())) for rank in range(2)]
+
+
 LAYER_WISE = [*BF16[:1], "parallel.use_distributed_optimizer=true"]
 OVERLAP = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true", "parallel.bucket_size=20000"]
 
 
 def test_the_layer_wise_optimizer_trains_as_the_ordinary_one_and_resumes(data: TinyData, tmp_path: Path) -> None:
-    """In bf16 losses of DP2 are equal to the last bit; sums of squares for the gradient norm have another order.
+    """In bf16 losses of DP2 are equal to the last bit; sums of squares for the gradient norm have another order. Each matrix has its
+    momentum on one of the ranks.
 
     The first half is resumed bit for bit by the same ranks, and also by one rank. The moving average has whole matrices too.
     """
@@ -112,7 +137,16 @@ def test_the_layer_wise_optimizer_trains_as_the_ordinary_one_and_resumes(data: T
         "halves": [*common, half],
         "overlap": [*common, *OVERLAP],
     }
-    run_each_on_ranks(data.config, {tmp_path / name: words for name, words in runs.items()}, num_ranks=2)
+    run_each_on_ranks(data.config, {tmp_path / name: words for name, words in runs.items()}, num_ranks=2, hook=note_matrices)
+    all_of_them = matrices_of_ranks(tmp_path / "ordinary")[0]
+    assert len(all_of_them) == 4 * 4  # of a layer, times layers
+    assert matrices_of_ranks(tmp_path / "ordinary")[1] == all_of_them
+    for name in ("whole", "overlap"):
+        first, second = matrices_of_ranks(tmp_path / name)
+        assert first
+        assert second
+        assert first.isdisjoint(second)
+        assert first | second == all_of_them
     shutil.copytree(tmp_path / "halves", tmp_path / "fewer")
     run_each_on_ranks(data.config, {tmp_path / "halves": common}, num_ranks=2)
     run_each_on_ranks(data.config, {tmp_path / "fewer": common}, num_ranks=1)
