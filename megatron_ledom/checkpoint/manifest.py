@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import megatron_ledom
-from megatron_ledom.config.batch_schedule import batch_phases
+from megatron_ledom.config.batch_schedule import batch_phases, iterations_for, largest_batch
 from megatron_ledom.config.derived import head_dim, query_groups
 from megatron_ledom.config.load import config_from_dict, to_dict
 from megatron_ledom.config.schema import ModelConfig, RunConfig
@@ -250,7 +250,29 @@ def check_same_samples(manifest: CheckpointManifest, config: RunConfig, train_sh
             f"{where} is at iteration {manifest.iteration:,}, after the end train.train_iters={config.train.train_iters}; set it to"
             f" at least {manifest.iteration}"
         )
+    _check_tokens_to_draw(manifest, config, where)
     return changed
+
+
+def _check_tokens_to_draw(manifest: CheckpointManifest, config: RunConfig, where: str) -> None:
+    """Raise ConfigError if a blend in tokens lists other tokens than the run will have drawn at its end, because its batch size was changed.
+
+    The rule of `config/batch_checks.py` counts as if it never was.
+    """
+    data, consumed = config.data, manifest.consumed_train_samples
+    if data.blend_unit != "tokens":
+        return
+    listed = sum(tokens for tokens, _ in data.train_blend)
+    drawn = manifest.consumed_train_tokens + (samples_at_end(manifest, config) - consumed) * data.seq_length
+    if abs(listed - drawn) < largest_batch(config) * data.seq_length:
+        return
+    left = int((listed - manifest.consumed_train_tokens) // data.seq_length)
+    fitting = iterations_for(config, consumed + left, iteration=manifest.iteration, consumed_samples=consumed)
+    raise ConfigError(
+        f"the numbers of data.train_blend add up to {listed:,.0f} tokens, but the run will have drawn {drawn:,} at train.train_iters="
+        f"{config.train.train_iters}: {manifest.consumed_train_tokens:,} up to {where}, with other batch sizes than now. Restore them, or set"
+        f" data.blend_unit=weight, which draws in the same proportions, and train.train_iters={fitting}"
+    )
 
 
 def _check_still_decidable(manifest: CheckpointManifest, trained: RunConfig, config: RunConfig, where: str) -> None:

@@ -110,11 +110,14 @@ def samples_before(config: RunConfig, iteration: int) -> int:
     return sum(phase.num_samples for phase in batch_phases(config, train_iters=iteration))
 
 
-def iterations_for(config: RunConfig, samples: int) -> int:
-    """Return the largest number of iterations that together have at most `samples` samples."""
+def iterations_for(config: RunConfig, samples: int, *, iteration: int = 0, consumed_samples: int = 0) -> int:
+    """Return the largest number of iterations that together have at most `samples` samples.
+
+    iteration, consumed_samples: iterations done and samples consumed so far; both numbers include them.
+    """
     smallest = min(step.global_batch_size for step in batch_steps(config))
-    done = 0
-    for phase in batch_phases(config, train_iters=samples // smallest):
+    done, most = iteration, iteration + max(0, samples - consumed_samples) // smallest
+    for phase in batch_phases(config, iteration=iteration, consumed_samples=consumed_samples, train_iters=most):
         whole = min(phase.num_iterations, max(0, samples - phase.first_sample) // phase.global_batch_size)
         done += whole
         if whole < phase.num_iterations:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core import num_microbatches_calculator as calculators
 
+from megatron_ledom.checkpoint.manifest import CheckpointManifest, check_same_samples, samples_at_end
 from megatron_ledom.config.batch_schedule import (
     batch_phases,
     batch_size_at,
@@ -20,7 +21,9 @@ from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import total_tokens, train_samples
 from megatron_ledom.config.load import config_from_dict
 from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.direction import Direction
 from megatron_ledom.errors import ConfigError
+from megatron_ledom.provenance import Provenance
 
 LENGTH = 32
 SIZES = st.integers(1, 40)
@@ -170,3 +173,25 @@ def test_a_blend_in_tokens_needs_the_tokens_of_the_schedule() -> None:
     check_config(config, 1)
     config.data.train_blend = [(4000.0, "a")]
     assert "train.train_iters=10 draws 3,200; set train.train_iters=11" in problems(config)
+
+
+def test_a_blend_in_tokens_counts_the_batches_before_a_resume() -> None:
+    """6 iterations of 4 samples and then of 8: 10 iterations draw 56 samples, but 80 of 32 tokens are listed, as for a run that never changed."""
+    before, config = run_with(20, global_batch_size=4), run_with(10, global_batch_size=8)
+    config.data = replace(config.data, blend_unit="tokens", train_blend=[(2560.0, "a")])
+    check_config(config, 1)
+    provenance = Provenance(direction=Direction.REVERSE, tokenizer_name="t", tokenizer_sha256="0" * 64, vocab_size=9, eod_id=0)
+    position = {"iteration": 6, "consumed_train_samples": 24, "consumed_train_tokens": 24 * 32}
+    manifest = CheckpointManifest.describe(before, provenance, [], 1, **position)
+    with pytest.raises(
+        ConfigError, match=r"2,560 tokens, but .* drawn 1,792 at train.train_iters=10: 768 up to here.*train_iters=13"
+    ):
+        check_same_samples(manifest, config, [], "here")
+    config.data, config.train.train_iters = replace(config.data, blend_unit="weight"), 13
+    assert samples_at_end(manifest, config) == 80
+    assert check_same_samples(manifest, config, [], "here") == []
+    config.data = replace(config.data, blend_unit="tokens")
+    assert check_same_samples(manifest, config, [], "here") == []
+    unchanged = run_with(10, global_batch_size=4)
+    unchanged.data = replace(unchanged.data, blend_unit="tokens", train_blend=[(1280.0, "a")])
+    assert check_same_samples(manifest, unchanged, [], "here") == []
