@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from megatron_ledom.callbacks.task_files import check_tasks
-from megatron_ledom.checkpoint.folder import finished_checkpoints, latest_checkpoint, saved_iteration, settle_latest
+from megatron_ledom.checkpoint.folder import latest_checkpoint, own_checkpoints, saved_iteration, settle_latest
 from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import checkpoint_folder, expected_world_size
 from megatron_ledom.config.load import load_config
@@ -310,7 +310,7 @@ def copy_the_rest(config: RunConfig, launch: Launch) -> None:
         check_mirror(config, may_adopt=False)
         with Uploader(config, Claim.of(config)) as uploader:
             last = saved_iteration(checkpoint_folder(config))  # later ones are of a run that was set back
-            uploader.add(iteration for iteration in finished_checkpoints(checkpoint_folder(config)) if iteration <= last)
+            uploader.add(iteration for iteration in own_checkpoints(checkpoint_folder(config)) if iteration <= last)
             most = config.checkpoint.mirror_wait_seconds
             uploader.finish(lambda: most if launch.world_size == 1 else min(most, ALONE_SECONDS))
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import torch.distributed as dist
 
-from megatron_ledom.checkpoint.folder import finished_checkpoints, latest_name
+from megatron_ledom.checkpoint.folder import latest_name, own_checkpoints
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.mirror.contents import Claim, number
 from megatron_ledom.mirror.uploader import Uploader
@@ -40,7 +40,7 @@ class Mirroring(Callback):
             return
         latest = latest_name(run.state.store.folder)
         last = -1 if latest is None else number(latest)
-        self._look(run, [iteration for iteration in finished_checkpoints(run.state.store.folder) if iteration <= last])
+        self._look(run, [iteration for iteration in own_checkpoints(run.state.store.folder) if iteration <= last])
 
     def on_step_start(self, run: TrainingRun) -> None:
         """Give a new checkpoint to the process. Its last record is in metrics.jsonl by now, and is copied too."""
@@ -52,7 +52,7 @@ class Mirroring(Callback):
         store, found = run.state.store, list(more or [])
         if store.newest != self._newest:
             try:
-                there = finished_checkpoints(store.folder)
+                there = own_checkpoints(store.folder)
             except OSError as error:
                 log.warning("%s cannot be listed (%s); the next step tries again", store.folder, error.strerror)
                 return

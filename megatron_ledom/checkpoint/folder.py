@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 
+from megatron_ledom.checkpoint.branches import abandoned_checkpoints
 from megatron_ledom.checkpoint.manifest import MANIFEST, load_manifest
 from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.errors import DataError, LedomError, UsageError
@@ -44,6 +45,13 @@ def finished_checkpoints(folder: str) -> dict[int, str]:
     """Return iteration -> name of every finished checkpoint, in order; {} without the folder."""
     whole = [name for name in _named_checkpoints(folder) if os.path.exists(os.path.join(folder, name, MANIFEST))]
     return {int(name.removeprefix("iter_")): name for name in whole}
+
+
+def own_checkpoints(folder: str) -> dict[int, str]:
+    """Return `finished_checkpoints` without those of a branch that the run has abandoned (see branches.py)."""
+    names = finished_checkpoints(folder)
+    others = abandoned_checkpoints(folder, names)
+    return {iteration: name for iteration, name in names.items() if iteration not in others}
 
 
 def _named_checkpoints(folder: str) -> list[str]:
@@ -94,7 +102,7 @@ def latest_checkpoint(folder: str) -> str | None:
 
 def how_to_resume(folder: str, other_than: str | None = None) -> str:
     """Return advice on how to resume without `latest`: from the newest complete checkpoint, except `other_than`."""
-    for name in reversed(finished_checkpoints(folder).values()):
+    for name in reversed(own_checkpoints(folder).values()):
         checkpoint = os.path.join(folder, name)
         try:
             problems = size_problems(checkpoint, load_manifest(checkpoint).files)
@@ -211,14 +219,19 @@ def outdated(iterations: list[int], latest: int, settings: CheckpointConfig, rep
 def retire(folder: str, settings: CheckpointConfig, replayed: Iterable[int] = (), held: Set[int] = frozenset()) -> None:
     """Move `outdated` checkpoints to the trash, except those of the iterations `held`, whose turn comes later.
 
-    If one cannot be moved, log a warning: the run continues.
+    Those of an abandoned branch do not count, and the run has replaced those that it has passed. If one cannot be moved, log a warning: the
+    run continues.
     """
     latest = latest_name(folder)
-    if latest is None:
+    if latest is None or settings.keep_last is None:
         return
     names = finished_checkpoints(folder)
     try:
-        for iteration in outdated(list(names), int(latest.removeprefix("iter_")), settings, replayed):
+        newest, others = int(latest.removeprefix("iter_")), abandoned_checkpoints(folder, names)
+        passed = [iteration for iteration in others if iteration < newest]
+        if passed:
+            log.info("deleting %s of the branch that the run has abandoned", ", ".join(map(checkpoint_name, passed)))
+        for iteration in passed + outdated([one for one in names if one not in others], newest, settings, replayed):
             if iteration not in held:
                 move_to_trash(folder, names[iteration])
     except (OSError, ValueError) as error:

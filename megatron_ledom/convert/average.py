@@ -15,7 +15,14 @@ from typing import Any
 
 from megatron_ledom.checkpoint.averaging import AveragedWeights
 from megatron_ledom.checkpoint.chain import describe_checkpoint, run_name, tokens_before
-from megatron_ledom.checkpoint.folder import LATEST, checkpoint_name, find_checkpoint, finished_checkpoints, latest_checkpoint
+from megatron_ledom.checkpoint.folder import (
+    LATEST,
+    checkpoint_name,
+    find_checkpoint,
+    finished_checkpoints,
+    latest_checkpoint,
+    own_checkpoints,
+)
 from megatron_ledom.checkpoint.manifest import MANIFEST, CheckpointManifest, check_sizes, load_manifest, other_architecture
 from megatron_ledom.checkpoint.stored_tensors import StoredTensors
 from megatron_ledom.checkpoint.weights_only import save_weights
@@ -105,8 +112,15 @@ def choose_checkpoints(load: Sequence[str], last: int | None, iterations: Sequen
                 f" {'several folders' if len(load) > 1 else load[0] + ', which is no run folder'}: give one run folder, or leave them out"
             )
         return [find_checkpoint(path) for path in load]
-    names = _kept(folder)
+    names, left_out = _kept(folder)
+    if left_out:
+        log.warning("left out, because they are of a branch that the run has abandoned: %s", ", ".join(left_out.values()))
     if iterations:
+        if other := [os.path.join(folder, left_out[number]) for number in iterations if number in left_out]:
+            raise UsageError(
+                f"{', '.join(other)} is of a branch that the run has abandoned: it was set back to an earlier checkpoint, and went on from"
+                " there. Leave it out of --iterations; to average it anyway, name the folder of each checkpoint with --load"
+            )
         absent = [number for number in iterations if number not in names]
         if absent:
             raise UsageError(
@@ -127,11 +141,15 @@ def choose_checkpoints(load: Sequence[str], last: int | None, iterations: Sequen
     return [os.path.join(folder, name) for name in trained[-last:]]
 
 
-def _kept(folder: str) -> dict[int, str]:
-    """Return iteration -> name of the checkpoints up to `latest`; a run that was set back replaces later ones."""
+def _kept(folder: str) -> tuple[dict[int, str], dict[int, str]]:
+    """Return iteration -> name of the checkpoints up to `latest` that count, and of those that a run that was set back left between."""
     latest = latest_checkpoint(folder)
     newest = -1 if latest is None else int(os.path.basename(latest).removeprefix("iter_"))
-    return {number: name for number, name in finished_checkpoints(folder).items() if number <= newest}
+    names = {number: name for number, name in finished_checkpoints(folder).items() if number <= newest}
+    own = own_checkpoints(folder)
+    return {number: name for number, name in names.items() if number in own}, {
+        number: name for number, name in names.items() if number not in own
+    }
 
 
 def _method(decay: float | None, factors: Sequence[float]) -> str:

@@ -14,6 +14,8 @@ import logging
 import os
 import re
 import secrets
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
@@ -21,6 +23,7 @@ from queue import Empty, Queue
 from threading import Thread
 from typing import Any
 
+from megatron_ledom.checkpoint.branches import abandoned
 from megatron_ledom.checkpoint.folder import NAME, saved_iteration
 from megatron_ledom.checkpoint.manifest import ARCHITECTURE_KEYS, MANIFEST
 from megatron_ledom.config.derived import checkpoint_folder
@@ -33,7 +36,7 @@ from megatron_ledom.storage.files import withdraw, write_whole
 from megatron_ledom.storage.hashes import FileSums
 from megatron_ledom.storage.jobs import differences
 from megatron_ledom.storage.locks import this_process
-from megatron_ledom.storage.records import BAD_STEPS, LAUNCHES, METRICS, SAVES, STEPS
+from megatron_ledom.storage.records import BAD_STEPS, LAUNCHES, METRICS, SAVES, STEPS, Record
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +80,30 @@ def whole_checkpoints(store: MirrorStore) -> dict[int, str]:
 def unfinished_checkpoints(store: MirrorStore, whole: dict[int, str]) -> list[str]:
     """Return the names of the copies that a kill interrupted."""
     return [name for name in store.names(CHECKPOINTS) if NAME.fullmatch(name) and number(name) not in whole]
+
+
+def abandoned_copies(store: MirrorStore, whole: dict[int, str], launches: Sequence[Record]) -> list[int]:
+    """Return the iterations of the whole copies of a branch that the run has abandoned, by the records of its launches."""
+
+    def created_at(iteration: int) -> str | None:
+        """Return the time in the manifest of a copy; None without one."""
+        try:
+            value = (_read_object(store, f"{folder_of(whole[iteration])}/{MANIFEST}") or {}).get("created_at")
+        except DataError:
+            return None
+        return value if isinstance(value, str) else None
+
+    return abandoned(launches, whole, created_at)
+
+
+def launches_with(store: MirrorStore, name: str) -> list[Record]:
+    """Return the records of launches.jsonl that were copied with a checkpoint, without those that are damaged."""
+    found = []
+    for line in (store.read(f"{folder_of(name)}/{RUN_FOLDER}/{LAUNCHES}") or b"").splitlines():
+        with suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            found += [record] if isinstance(record, dict) else []
+    return found
 
 
 def number(name: str) -> int:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_ledom.checkpoint.branches import launches_of
 from megatron_ledom.checkpoint.folder import outdated
 from megatron_ledom.checkpoint.manifest import MANIFEST, load_manifest
 from megatron_ledom.config.schema import CheckpointConfig
@@ -18,6 +19,7 @@ from megatron_ledom.mirror.contents import (
     RUN_FILES,
     RUN_FOLDER,
     Claim,
+    abandoned_copies,
     folder_of,
     number,
     read_latest,
@@ -47,6 +49,8 @@ class Copier:
     def __init__(self, store: MirrorStore, claim: Claim, settings: CheckpointConfig) -> None:
         self.store, self.claim, self.settings = store, claim, mirror_retention(settings)
         self._has_opened = False
+        self._abandoned: set[int] = set()
+        """Checkpoints on the mirror of a branch that the run has abandoned, and that are not replaced yet."""
         self._done: set[tuple[str, str, str]] = set()
         """Copied files of the checkpoint that is not whole yet: (checkpoint, file, sha256)."""
 
@@ -63,6 +67,7 @@ class Copier:
         mirrored = read_latest(self.store)
         if local_latest is not None and mirrored is not None and mirrored > local_latest:
             write_latest(self.store, f"iter_{local_latest:07d}")
+        self._abandoned = set(abandoned_copies(self.store, whole_checkpoints(self.store), launches_of(self.claim.run_dir)))
         self._has_opened = True
 
     def copy(self, name: str) -> int:
@@ -85,6 +90,7 @@ class Copier:
             self.claim.check_owner(self.store)
             write_latest(self.store, name)
         self._done.clear()
+        self._abandoned.discard(manifest.iteration)
         return 0 if is_there else sum(sums["bytes"] for sums in manifest.files.values())
 
     def _copy_files(self, local: str, name: str, files: FileSums) -> None:
@@ -127,13 +133,19 @@ class Copier:
     def delete_outdated(self, replayed: list[int], waiting: list[int]) -> list[str]:
         """Delete the copies that `checkpoint.mirror_keep_last` does not keep, and remains of earlier ones. Returns their names.
 
+        Copies of an abandoned branch do not count, and the run has replaced those that it has passed.
         waiting: iterations that are still to be copied, whose files may be there already.
         """
         self.claim.check_owner(self.store)
         latest, whole = read_latest(self.store), whole_checkpoints(self.store)
         if latest is None:
             return []
-        names = [whole[iteration] for iteration in outdated(list(whole), latest, self.settings, replayed)]
+        if self.settings.keep_last is not None:
+            names = [whole[iteration] for iteration in self._abandoned & whole.keys() if iteration < latest]
+        else:
+            names = []
+        counted = [iteration for iteration in whole if iteration not in self._abandoned]
+        names += [whole[iteration] for iteration in outdated(counted, latest, self.settings, replayed)]
         unfinished = [name for name in unfinished_checkpoints(self.store, whole) if number(name) < latest]
         names += [name for name in unfinished if number(name) not in waiting]
         for name in names:

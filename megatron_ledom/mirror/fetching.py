@@ -23,9 +23,11 @@ from megatron_ledom.mirror.contents import (
     RUN_FILES,
     RUN_FOLDER,
     Claim,
+    abandoned_copies,
     checked_sums,
     end_fetch,
     folder_of,
+    launches_with,
     read_latest,
     read_sums,
     whole_checkpoints,
@@ -75,10 +77,24 @@ def fetch_newest(config: RunConfig) -> None:
 
 
 def candidates_of(store: MirrorStore) -> list[str]:
-    """Return the names of the whole checkpoints that count, newest first. Raises DataError if all of them are gone."""
+    """Return the names of the whole checkpoints that count, newest first. Raises DataError if all of them are gone.
+
+    Those of a branch that the run has abandoned do not count; the launches that came with the newest one tell.
+    """
     latest = store.patient(lambda: read_latest(store))
     whole = store.patient(lambda: whole_checkpoints(store))
-    counted = [name for iteration, name in reversed(whole.items()) if latest is None or iteration <= latest]
+    whole = {iteration: name for iteration, name in whole.items() if latest is None or iteration <= latest}
+    if whole:
+        launches = store.patient(lambda: launches_with(store, whole[max(whole)]))
+        others = store.patient(lambda: abandoned_copies(store, whole, launches))
+        if others:
+            log.warning(
+                "the mirror %s has %s of a branch that the run has abandoned",
+                store.address,
+                ", ".join(whole[one] for one in others),
+            )
+        whole = {iteration: name for iteration, name in whole.items() if iteration not in others}
+    counted = [*reversed(whole.values())]
     if latest is not None and not counted:
         raise DataError(
             f"the mirror {store.address} had checkpoints up to iteration {latest}, but has no whole one any more: restore one, or set"

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.transformer.module import param_is_not_shared
 
-from megatron_ledom.checkpoint.folder import finished_checkpoints
+from megatron_ledom.checkpoint.folder import own_checkpoints
 from megatron_ledom.checkpoint.main_weights import single_optimizers, weight_pairs
 from megatron_ledom.checkpoint.manifest import load_manifest
 from megatron_ledom.checkpoint.store import unwrapped
@@ -159,7 +159,7 @@ def _config_then(config: RunConfig, iteration: int, launch: Record | None) -> Ru
 def last_checkpoint_before(config: RunConfig, iteration: int) -> str | None:
     """Return the newest finished checkpoint before the iteration; None if a replay begins with the initial weights."""
     folder = checkpoint_folder(config)
-    before = [name for number, name in finished_checkpoints(folder).items() if number < iteration]
+    before = [name for number, name in own_checkpoints(folder).items() if number < iteration]
     return os.path.join(folder, before[-1]) if before else None
 
 
