@@ -13,10 +13,15 @@ from tests.support.paths import ROOT
 
 PYTHON = """#!/bin/bash
 # `ledom alert` really runs; the trainer is three lines
+if [[ $1 == tools/alert.py && -n "${{ALERTS_DIE:-}}" ]]; then
+    echo >> starts
+    (($(wc -l < starts) > ALERTS_DIE)) || exit 137
+fi
 [[ $1 != tools/alert.py ]] || exec {real} {root}/tools/alert.py "${{@:2}}"
 [[ $1 != tools/check_nodes.py ]] || {{ echo "$BAD_NODE"; exit 1; }}
 if [[ " $* " == *" --progress "* ]]; then echo "$PROGRESS"; exit; fi
 until [[ -z "${{ALERT_WEBHOOK:-}}" || -e "$STATE" ]]; do sleep 0.05; done
+until ((${{ALERTS_DIE:-0}} < 4)) || (($(wc -l < starts) == 4)); do sleep 0.05; done
 [[ -z "$END" ]] || cp "$END" {run}/heartbeat.json
 exit "$CODE"
 """
@@ -119,6 +124,21 @@ def test_a_job_that_slurm_ends_tells_it_and_ends_at_once_even_if_nobody_answers(
 def test_a_receiver_that_cannot_work_changes_nothing(job: Job) -> None:
     job.start(0, progress="9 9", ALERT_WEBHOOK="no address", STATE="/")
     assert "the address of --webhook is not one of a web server" in job.output
+    assert "complete: iteration 9" in job.output
+
+
+def test_a_watcher_that_dies_is_started_again(job: Job) -> None:
+    end = job.beat("stopped", job.folder / "end.json", "the time limit is near")
+    with receiving() as hook:
+        job.start(0, end, ALERT_WEBHOOK=hook.address, ALERTS_DIE="2")
+    assert hook.events() == ["stopped"]
+    assert "ended with 137: it is started again (2 of at most 3 times)" in job.output
+    assert job.queued()
+
+
+def test_a_watcher_that_always_dies_changes_nothing(job: Job) -> None:
+    (job.folder / "tiny-7.alerts").touch()  # the fake trainer waits for it
+    job.start(0, progress="9 9", ALERT_WEBHOOK="http://127.0.0.1:9", ALERTS_DIE="9")
     assert "complete: iteration 9" in job.output
 
 

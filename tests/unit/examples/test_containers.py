@@ -205,6 +205,32 @@ def test_ranks_of_a_container_save_at_the_time_limit_and_their_status_counts(
         assert f"--container-image={image}" in progress
 
 
+BROKEN = {  # a runtime that fails once as pyxis does: srun ends with 1 on the second rank
+    "apptainer": 'if [[ "$*" != *--progress* && ${SLURM_PROCID:-0} == 1 ]]; then exit 1; fi\n',
+    "pyxis": 'if [[ "$*" != *--progress* ]]; then exit 1; fi\n',
+}
+
+
+@pytest.mark.parametrize("runtime", ["apptainer", "pyxis"])
+def test_container_that_does_not_start_is_no_error_of_the_trainer(containers: Containers, runtime: str) -> None:
+    """Both end with 1. The trainer's own 1 ends the job; the runtime's is a failure that is tried again."""
+    image, program = ("ledom.sif", "apptainer") if runtime == "apptainer" else ("nvcr.io#nvidia/cuda:13", "srun")
+    if runtime == "pyxis":
+        containers.use_pyxis()
+    containers.variables = {"CONTAINER": image}
+    assert containers.start(status=1, progress="3 7").wait(timeout=30) == 1
+    assert containers.recorded("queued") == ""
+    whole = (containers.folder / program).read_text()
+    (containers.folder / program).write_text(whole.replace(RECORD, RECORD + BROKEN[runtime]))
+    broken = containers.start(status=0, progress="3 7")
+    output, _ = broken.communicate(timeout=30)
+    assert broken.returncode == 1
+    assert f"only {'1' if runtime == 'apptainer' else '0'} of 2 ranks began in their container" in output
+    assert "failure 1 since iteration 3" in output
+    assert containers.recorded("queued") == "requeue 4007"
+    assert not list(containers.folder.glob("*.began"))
+
+
 def test_ranks_get_the_address_that_slurm_knows(containers: Containers) -> None:
     """Inside there is no scontrol."""
     (containers.folder / "python").write_text(
