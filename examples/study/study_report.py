@@ -18,9 +18,10 @@ from backward import section as backward_section
 from contamination import Contamination
 from contamination_report import TITLE as CONTAMINATION
 from contamination_report import contamination_section
+from control_budget import results_with_sampling, section_with_sampling
 from controls import Controls
 from controls_report import TITLE as CONTROLS
-from controls_report import controls_section, first_section
+from controls_report import first_section
 from families import mark_over_seeds
 from infill import Infilling
 from infill_report import TITLE as INFILL
@@ -88,7 +89,7 @@ def write_study(folder: Path, size: str, settings: Settings, notes: dict[str, di
 ALONE: dict[str, tuple[str, Callable[[Rewards], Any], Callable[[Any], Section]]] = {
     "reinforcement": (REINFORCEMENT, lambda rewards: Reinforcement(rewards).results(), reinforcement_section),
     "contamination": (CONTAMINATION, lambda rewards: Contamination(rewards).results(), contamination_section),
-    "controls": (CONTROLS, lambda rewards: Controls(rewards.twins).results(), controls_section),
+    "controls": (CONTROLS, lambda rewards: results_with_sampling(Controls(rewards.twins)), section_with_sampling),
     "loss_gap": (LOSS_GAP, lambda rewards: LossGap(rewards.twins).results(), loss_gap_section),
     "infill": (INFILL, lambda rewards: Infilling(rewards.twins).results(), infill_section),
     "two_way": (TWO_WAY, lambda rewards: TwoWay(Abilities(rewards.twins)).results(), two_way_section),

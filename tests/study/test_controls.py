@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.study.programs import run_python
+from tests.support.legible import legible_tokenizer
 
 SETUP = """
 import json
@@ -188,6 +189,32 @@ Controls._budget = lambda self: {
 }
 """
 )
+
+
+def test_the_budget_of_the_verifier_has_the_answers_that_it_learns_from(tmp_path: Path) -> None:
+    """Two answers to one question of 3 tokens: 2 x 3 read, 2 + 1 and 1 written, each with an end; a third of 6 x 10 operations a token."""
+    legible_tokenizer(tmp_path / "study/controls/tokenizer")
+    for seed in (1, 2):
+        file = tmp_path / f"study/controls/answers/{seed}/labelled.jsonl"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps({"prompt": "100 101 102", "candidates": ["103 104", "105"]}) + "\n")
+    code = (
+        SETUP
+        + """
+from control_budget import sampling_cost, section_with_sampling
+import control_budget
+from sections import Section
+row = {"tokens": 10, "flops": 600.0}
+budget = {"rows": {"F1": row, "verifier": {"tokens": 10, "flops": 300.0}}}
+found = sampling_cost(controls, budget)
+assert found == {"read": 6.0, "written": 5.0, "flops": 11 * 60 / 3}, found
+control_budget.controls_section = lambda results: Section(title="t")
+(table,) = section_with_sampling({"budget": budget, "sampling": found}).tables
+assert table[1] == ["verifier", "6", "5", "220", "300", "520", "87 %"], table
+print("done")
+"""
+    )
+    assert run_python(code, tmp_path) == "done\n"
 
 
 def test_the_section_says_what_known_scores_mean(tmp_path: Path) -> None:

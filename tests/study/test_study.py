@@ -441,6 +441,8 @@ def test_the_tiny_study_resumes_after_a_kill_and_fills_every_table(tiny_study: P
     assert controls["num_test"] == 8
     assert controls["registration"]["opened"] == json.loads((tiny_study / "controls/seal.json").read_text())["opened"]
     assert controls["budget"]["rows"]["verifier"]["tokens"] >= controls["budget"]["rows"]["R"]["tokens"] == 24 * 256
+    assert controls["sampling"]["written"] > 0
+    assert "FLOPs of sampling" in (tiny_study / "summary.md").read_text()
     assert set(results["loss_gap"]["cells"]) == {"gsm_symbolic|large|64"}
     assert set(results["infill"]["num_items"]) == {"code", "prose"}
     assert results["two_way"]["tokens"]["two_way_double"] == [48 * 256, 24 * 256]
