@@ -112,13 +112,13 @@ def choose_checkpoints(load: Sequence[str], last: int | None, iterations: Sequen
                 f" {'several folders' if len(load) > 1 else load[0] + ', which is no run folder'}: give one run folder, or leave them out"
             )
         return [find_checkpoint(path) for path in load]
-    names, left_out = _kept(folder)
-    if left_out:
-        log.warning("left out, because they are of a branch that the run has abandoned: %s", ", ".join(left_out.values()))
+    names, skipped = _kept(folder)
+    if skipped:
+        log.warning("skipped, because they are of a branch that the run has abandoned: %s", ", ".join(skipped.values()))
     if iterations:
-        if other := [os.path.join(folder, left_out[number]) for number in iterations if number in left_out]:
+        if other := [os.path.join(folder, skipped[number]) for number in iterations if number in skipped]:
             raise UsageError(
-                f"{', '.join(other)} is of a branch that the run has abandoned: it was set back to an earlier checkpoint, and went on from"
+                f"{', '.join(other)} is of a branch that the run has abandoned: it was set back to an earlier checkpoint, and continued from"
                 " there. Leave it out of --iterations; to average it anyway, name the folder of each checkpoint with --load"
             )
         absent = [number for number in iterations if number not in names]

@@ -53,7 +53,7 @@ def save(run: Path, minutes: int, iteration: int) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run that saved 10 to 40, was set back to 10, and went on with 15, 30 and 45, with a requeue at 30: 20 and 40 are left."""
+    """A run that saved 10 to 40, was set back to 10, and continued with 15, 30 and 45, with a requeue at 30: 20 and 40 are left."""
     run = tmp_path / "run"
     launch(run, 0, 0)
     for iteration in (10, 20, 30, 40):
@@ -90,7 +90,7 @@ def test_a_run_without_readable_launches_keeps_all(run: Path, caplog: pytest.Log
     assert len(own_checkpoints(str(run / "checkpoints"))) == 6
 
 
-def test_an_average_leaves_them_out_and_says_so_once(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_average_skips_them_and_reports_it_once(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     chosen = choose_checkpoints([str(run)], 3, [])
     assert [os.path.basename(one) for one in chosen] == ["iter_0000015", "iter_0000030", "iter_0000045"]
     assert caplog.text.count("of a branch that the run has abandoned: iter_0000020, iter_0000040") == 1
