@@ -262,7 +262,7 @@ def _check_tokens_to_draw(manifest: CheckpointManifest, config: RunConfig, where
     data, consumed = config.data, manifest.consumed_train_samples
     if data.blend_unit != "tokens":
         return
-    listed = sum(tokens for tokens, _ in data.train_blend)
+    listed = sum(tokens for tokens, *_ in data.train_blend)
     drawn = manifest.consumed_train_tokens + (samples_at_end(manifest, config) - consumed) * data.seq_length
     if abs(listed - drawn) < largest_batch(config) * data.seq_length:
         return
