@@ -267,7 +267,12 @@ def test_the_quickstart_writes_these_blocks(monkeypatch: pytest.MonkeyPatch) -> 
     machine = {"cores": 2, "cpu": "a processor", "gpu": None, "torch": "2"}
     right = {"accuracy": 0.5, "interval": [0.4, 0.6]}
     gain = [{"against": "majority vote", "difference": 0.1, "interval": [-0.1, 0.2]}]
-    problems: dict[str, object] = {"num_questions": 200, "num_candidates": 16, "comparisons": gain, "comparisons_at_equal_tokens": gain}
+    problems: dict[str, object] = {
+        "num_questions": 200,
+        "num_candidates": 16,
+        "comparisons": gain,
+        "comparisons_at_equal_tokens": gain,
+    }
     problems |= {"methods": {"Reverse Reward": right, "majority vote": right}}
     problems["equal_tokens"] = [{"method": "Reverse Reward", "num_candidates": 3}]
     found = {"machine": machine, "overrides": ["a=b"], "seconds": 61.0, "models": models, "problems": problems}
