@@ -205,9 +205,18 @@ def run(
         report_complete(config, launch)
         copy_the_rest(config, launch)
         return True
+    check_teacher(config, sources)
     return train_run(
         CheckedStart(config, launch, stop, started, sources, tokenizer, task_hashes, checkpoint, origin), callbacks
     )
+
+
+def check_teacher(config: RunConfig, sources: "Sources") -> None:
+    """Refuse a `train.auxiliary.teacher` that does not fit the data of the run, before anything is built."""
+    if config.train.auxiliary.kind is not None:
+        from megatron_ledom.reverse_teacher import find_teacher  # imports torch
+
+        find_teacher(config, sources.provenance)
 
 
 def train_run(start: CheckedStart, callbacks: "Sequence[Callback]" = ()) -> bool:
@@ -432,6 +441,7 @@ def check_start(
     origin = None if is_later else find_origin(config, sources.provenance, checkpoint)
     if is_complete(config, sources, checkpoint):
         return f"the run is complete at iteration {config.train.train_iters}: {COMPLETE}"
+    check_teacher(config, sources)
     iteration = saved_iteration(checkpoint_folder(config))
     if iteration > 0 or origin is not None:
         from megatron_ledom.training.state import check_resumable

@@ -53,9 +53,18 @@ def config_page() -> str:
     top = [key for key in keys(run, aliases) if key.type not in classes]
     parts = [GENERATED.format(source="megatron_ledom/config/schema.py"), INTRODUCTION, "\n## The run\n\n", _table(top)]
     for name, node in sections.items():
-        parts.append(f"\n## {name}\n\n{ast.get_docstring(node)}\n\n")
-        parts.append(_table(list(keys(node, aliases)), f"{name}."))
+        parts += _section(name, node, classes, aliases)
     return "".join(parts)
+
+
+def _section(name: str, node: ast.ClassDef, classes: dict[str, ast.ClassDef], aliases: dict[str, ast.expr]) -> Iterator[str]:
+    """Yield the part of a section, then those of the sections in it."""
+    found = list(keys(node, aliases))
+    yield f"\n## {name}\n\n{ast.get_docstring(node)}\n\n"
+    yield _table([key for key in found if key.type not in classes], f"{name}.")
+    for key in found:
+        if key.type in classes:
+            yield from _section(f"{name}.{key.name}", classes[key.type], classes, aliases)
 
 
 def keys(node: ast.ClassDef, aliases: dict[str, ast.expr]) -> Iterator[Key]:

@@ -65,6 +65,8 @@ def describe(record: Record, train_iters: int, lost: dict[str, int], *, is_skipp
     absent = "none (skipped)" if is_skipped else "not finite"
     for name, key, form in (("loss", "lm_loss", ".4f"), ("grad norm", "grad_norm", ".3f"), ("lr", "lr", ".3g")):
         parts.append(f"{name} {absent if record[key] is None else format(record[key], form)}")
+    if record.get("auxiliary_loss") is not None:
+        parts.append(f"auxiliary loss {record['auxiliary_loss']:.4f}")
     parts += [f"batch {record['global_batch_size']:,}"] if "global_batch_size" in record else []
     parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
     parts.append(f"MFU {100 * record['mfu']:.1f}%")

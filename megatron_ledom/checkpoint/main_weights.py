@@ -102,10 +102,13 @@ class MainWeights:
                     yield weight, _empty(weight) if mine is None else mine[id(weight)]
 
     def fill(self, values: Sequence[torch.Tensor], loaded: dict[str, Any]) -> None:
-        """Copy into `values`, in the order of `tensors`, this rank's slices of what was loaded for `sharded`."""
-        wholes = {id(weight): loaded[str(index)] for index, (weight, _) in enumerate(self._whole(None))}
+        """Copy into `values`, in the order of `tensors`, this rank's slices of what was loaded of `sharded`; the others stay."""
+        order = enumerate(self._whole(None))
+        wholes = {id(weight): loaded[str(index)] for index, (weight, _) in order if str(index) in loaded}
         slices = {id(weight): where for part in self._parts for weight, where in _slices(part)}
         for (weight, _), value in zip(self._pairs, values, strict=True):
+            if id(weight) not in wholes:
+                continue
             whole = wholes[id(weight)]
             if id(weight) in slices:
                 whole = whole.flatten()[slices[id(weight)]]

@@ -81,6 +81,8 @@ class CheckpointManifest:
     """For averaged weights: the method, and iteration, share and manifest hash of each checkpoint (see `convert.average`)."""
     started_from: list[dict[str, Any]] = field(default_factory=list)
     """The checkpoints of other runs that this run started from by `init_from`, the oldest first (see training/origin.py)."""
+    teacher: dict[str, Any] | None = None
+    """With `train.auxiliary.kind`: width and hash of the weights of the teacher (see megatron_ledom/reverse_teacher.py)."""
     format_version: int = FORMAT_VERSION
 
     @classmethod
@@ -91,6 +93,8 @@ class CheckpointManifest:
         train_shards: list[list[Any]],
         world_size: int,
         started_from: Sequence[dict[str, Any]] = (),
+        *,
+        teacher: dict[str, Any] | None = None,
         **position: int,
     ) -> "CheckpointManifest":
         """Return the manifest of the current state of a run, without the files."""
@@ -105,6 +109,7 @@ class CheckpointManifest:
             package_version=megatron_ledom.__version__,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
             started_from=list(started_from),
+            teacher=teacher,
         )
 
     @property
@@ -122,8 +127,9 @@ def save_manifest(manifest: CheckpointManifest, folder: str) -> None:
     values = {**asdict(manifest), "provenance": None, **manifest.provenance.to_dict()}
     del values["provenance"]
     values["format_version"] = FORMAT_VERSION if manifest.provenance.is_plain else WITH_READINGS
-    if manifest.average is None:
-        del values["average"]
+    for key in ("average", "teacher"):
+        if values[key] is None:
+            del values[key]
     content = json.dumps({**values, OWN_HASH: _hash(values)}, indent=2, allow_nan=False)
     write_synced(os.path.join(folder, MANIFEST), content.encode())
 
@@ -146,6 +152,7 @@ def load_manifest(folder: str) -> CheckpointManifest:
     values.setdefault("weights_only", False)  # older checkpoints were never weights only
     values.setdefault("started_from", [])
     values.setdefault("average", None)
+    values.setdefault("teacher", None)
     provenance = Provenance.from_dict(values, path)
     names = [name for name in CheckpointManifest.__dataclass_fields__ if name != "provenance"]
     missing = [name for name in names if name not in values]

@@ -104,13 +104,23 @@ class CheckpointStore:
         """Iteration of the last checkpoint that this launch completed, on the first rank; None before the first."""
         return self.writer.newest
 
-    def load(self, checkpoint: str, model: list[Any], optimizer: Any, scheduler: Any, ema: WeightEma | None = None) -> None:
+    def load(
+        self,
+        checkpoint: str,
+        model: list[Any],
+        optimizer: Any,
+        scheduler: Any,
+        ema: WeightEma | None = None,
+        *,
+        unread: str | None = None,
+    ) -> None:
         """Fill model, optimizer and scheduler from a checkpoint of any layout; from imported or averaged weights, only the model.
 
-        The optimizer gets its moments and number of updates from the checkpoint and keeps its own settings.
+        The optimizer gets its moments and number of updates from the checkpoint and keeps its own settings. unread: see `start_from`.
         """
         with advising_another(checkpoint):
-            self.start_from(checkpoint, model, optimizer, scheduler, ema, verify=self.settings.verify_on_load)
+            verify = self.settings.verify_on_load
+            self.start_from(checkpoint, model, optimizer, scheduler, ema, verify=verify, unread=unread)
 
     def start_from(
         self,
@@ -122,19 +132,21 @@ class CheckpointStore:
         *,
         only_weights: bool = False,
         verify: bool = True,
+        unread: str | None = None,
     ) -> None:
         """Do the same as `load` from a checkpoint of any run; with `only_weights`, fill only the model and begin a new `ema`.
 
-        verify: compare the sha256 of every file.
+        verify: compare the sha256 of every file. unread: beginning of the names of weights that keep their values, where only
+        weights are read.
         """
         manifest = self.load_manifest(checkpoint)
         if verify:
             _check_content(checkpoint, manifest)
         if manifest.weights_only or only_weights:
-            load_weights(checkpoint, model, self.metadata)
+            load_weights(checkpoint, model, self.metadata, unread=unread)
             optimizer.reload_model_params()  # its fp32 copies
             if manifest.average is not None and manifest.run_config(checkpoint).model.params_dtype != "fp32":
-                load_main_weights(checkpoint, model, optimizer, self.metadata)
+                load_main_weights(checkpoint, model, optimizer, self.metadata, unread)
             if ema is not None:
                 ema.restart()
             return
@@ -187,21 +199,36 @@ def sharded_weights(model: list[Any], metadata: dict[str, Any]) -> dict[str, Any
     return {key: _without(state, EXTRA_STATE_OF_NORMS) for key, state in states.items()}
 
 
-def load_weights(checkpoint: str, model: list[Any], metadata: dict[str, Any], prefix: str = "") -> None:
+def load_weights(
+    checkpoint: str, model: list[Any], metadata: dict[str, Any], prefix: str = "", *, unread: str | None = None
+) -> None:
     """Fill a model with the weights of a checkpoint of any layout; nothing else is read.
 
-    prefix: of the names of the tensors, such as `ema.` for the moving average.
+    prefix: of the names of the tensors, such as `ema.` for the moving average. unread: beginning of the names of weights that keep
+    their values.
     """
     wanted = {key: _without(part, EXTRA_STATE) for key, part in sharded_weights(model, metadata).items()}
+    if unread is not None:
+        wanted = {
+            key: {name: value for name, value in part.items() if not name.startswith(unread)} for key, part in wanted.items()
+        }
     add_prefix_for_sharding(wanted, prefix)
     state = _read(checkpoint, wanted, exact=False)
-    on_every_rank(lambda: _fill(model, state))
+    on_every_rank(lambda: _fill(model, state, unread))
 
 
-def load_main_weights(checkpoint: str, model: list[Any], optimizer: Any, metadata: dict[str, Any]) -> None:
-    """Fill the fp32 main weights from a checkpoint of averaged weights, of which the model has the rounded ones."""
+def load_main_weights(
+    checkpoint: str, model: list[Any], optimizer: Any, metadata: dict[str, Any], unread: str | None = None
+) -> None:
+    """Fill the fp32 main weights from a checkpoint of averaged weights, of which the model has the rounded ones.
+
+    unread: as in `load_weights`.
+    """
     main = MainWeights(optimizer)
-    state = _read(checkpoint, {"main": main.sharded(sharded_weights(model, metadata), MAIN, None)}, exact=False)
+    wanted = main.sharded(sharded_weights(model, metadata), MAIN, None)
+    if unread is not None:
+        wanted = {index: one for index, one in wanted.items() if not one.key.startswith(f"{MAIN}.{unread}")}
+    state = _read(checkpoint, {"main": wanted}, exact=False)
     on_every_rank(lambda: main.fill(main.tensors, state["main"]))
 
 
@@ -210,12 +237,14 @@ def _without(state: dict[str, Any], suffix: str) -> dict[str, Any]:
     return {name: value for name, value in state.items() if not name.endswith(suffix)}
 
 
-def _fill(model: list[Any], state: dict[str, Any]) -> None:
+def _fill(model: list[Any], state: dict[str, Any], unread: str | None = None) -> None:
     """Load the state of every model chunk; extra state that it lacks is None, which layers ignore."""
     for key, chunk in zip(_model_keys(model), model, strict=True):
         module = unwrapped(chunk)
-        absent = dict.fromkeys(name for name in module.state_dict() if name.endswith(EXTRA_STATE))
-        module.load_state_dict(absent | state[key])
+        now = module.state_dict()
+        absent = dict.fromkeys(name for name in now if name.endswith(EXTRA_STATE))
+        kept = {name: value for name, value in now.items() if unread is not None and name.startswith(unread)}
+        module.load_state_dict(absent | kept | state[key])
 
 
 def _check_content(checkpoint: str, manifest: CheckpointManifest) -> None:

@@ -22,7 +22,7 @@ from megatron_ledom.config.gpu_checks import GPU_RULES
 from megatron_ledom.config.multi_token_checks import multi_token
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.config.tracker_checks import trackers
-from megatron_ledom.direction import BOTH
+from megatron_ledom.direction import BOTH, Direction
 from megatron_ledom.errors import ConfigError
 
 Problems = Iterator[str]
@@ -386,6 +386,34 @@ def two_way_tasks(config: RunConfig) -> Problems:
         )
 
 
+def auxiliary(config: RunConfig) -> Problems:
+    """Check that a further loss has a forward model and a teacher, and that its keys are set only with it."""
+    settings, direction = config.train.auxiliary, config.data.direction
+    if settings.kind is None:
+        for key in dataclasses.fields(settings):
+            if getattr(settings, key.name) != key.default:
+                yield (
+                    f"train.auxiliary.{key.name}={getattr(settings, key.name)} needs train.auxiliary.kind=reverse_state, found null; remove"
+                    " it, or set train.auxiliary.kind"
+                )
+        return
+    if settings.teacher is None:
+        yield (
+            f"train.auxiliary.kind={settings.kind} needs train.auxiliary.teacher, found null; set it to the folder of a reverse model that"
+            " ledom convert-checkpoint wrote"
+        )
+    if config.model.mtp_num_layers is not None:
+        yield (
+            f"train.auxiliary.kind={settings.kind} cannot be used with model.mtp_num_layers={config.model.mtp_num_layers}: the two were not"
+            " tried together; remove one of them"
+        )
+    if direction is not Direction.FORWARD:
+        yield (
+            f"train.auxiliary.kind={settings.kind} needs data.direction=forward, found {direction}: the teacher reads from the end what a"
+            " forward model has not read yet; train a forward model, or remove train.auxiliary"
+        )
+
+
 RULES: tuple[Callable[[RunConfig], Problems], ...] = (
     heads,
     rotary_scaling,
@@ -409,6 +437,7 @@ RULES: tuple[Callable[[RunConfig], Problems], ...] = (
     tokens_to_draw,
     two_way_tasks,
     multi_token,
+    auxiliary,
     *GPU_RULES,
 )
 WORLD_RULES: tuple[Callable[[RunConfig, int], Problems], ...] = (world, batch, profiled_ranks)

@@ -4,20 +4,19 @@ OmegaConf parses and merges, pydantic checks types; this file combines them. `pu
 be published: without folders of the machine, free text and resolved secrets.
 """
 
-import dataclasses
 import json
 import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_ledom.config.problems import describe_problems, first_line, refuse_secrets
+from megatron_ledom.config.problems import config_keys, describe_problems, first_line, refuse_secrets
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.config.shipped import config_path, shipped_configs
 from megatron_ledom.errors import ConfigError
@@ -143,7 +142,10 @@ def whole_numbers(value: Any) -> Any:
     return value
 
 
-NAMED = ("run_dir", "init_from", "data.tokenizer", "data.train_blend", "data.valid_blend", "data.valid_sets", "data.test_sets")
+NAMED = (
+    *("run_dir", "init_from", "data.tokenizer", "data.train_blend", "data.valid_blend", "data.valid_sets", "data.test_sets"),
+    "train.auxiliary.teacher",
+)
 """Keys with paths whose last part describes the model."""
 
 
@@ -151,21 +153,17 @@ def published(config: RunConfig) -> dict[str, Any]:
     """Return every key of the config with its value, but without the user's texts; paths in NAMED keep only their last part."""
     values = to_dict(config)
     for key in text_keys():
-        section, _, name = key.rpartition(".")
-        keys = values[section] if section else values
+        *sections, name = key.split(".")
+        keys = values
+        for section in sections:
+            keys = keys[section]
         keys[name] = _last_parts(keys[name]) if key in NAMED else None
     return values
 
 
 def text_keys() -> Iterator[str]:
     """Yield every key whose value can be a text of the user, as `section.key`."""
-    for section, kind in get_type_hints(RunConfig).items():
-        if section in SINGLE_KEYS and _accepts_text(kind):
-            yield section
-        elif dataclasses.is_dataclass(kind):
-            hints = get_type_hints(kind)
-            names = [field.name for field in dataclasses.fields(kind)]
-            yield from (f"{section}.{name}" for name in names if _accepts_text(hints[name]))
+    yield from (key for key, hint in config_keys().items() if _accepts_text(hint))
 
 
 def _accepts_text(hint: Any) -> bool:

@@ -22,15 +22,13 @@ from megatron_ledom.errors import ConfigError
 _KINDS = {bool: "a truth value", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a section"}
 
 
-def config_keys() -> dict[str, Any]:
-    """Return every dotted key of RunConfig with its type, in the order of the classes."""
+def config_keys(of: type = RunConfig, prefix: str = "") -> dict[str, Any]:
+    """Return every dotted key of RunConfig, or of one section, with its type, in the order of the classes."""
     keys: dict[str, Any] = {}
-    for name, hint in get_type_hints(RunConfig, include_extras=True).items():
-        if is_dataclass(hint):
-            hints = get_type_hints(hint, include_extras=True)
-            keys |= {f"{name}.{entry.name}": hints[entry.name] for entry in fields(hint)}
-        elif name in {entry.name for entry in fields(RunConfig)}:
-            keys[name] = hint
+    hints = get_type_hints(of, include_extras=True)
+    sections = [name for name, hint in hints.items() if is_dataclass(hint)]
+    for name in [entry.name for entry in fields(of)]:  # type: ignore[arg-type]
+        keys |= config_keys(hints[name], f"{prefix}{name}.") if name in sections else {f"{prefix}{name}": hints[name]}
     return keys
 
 
@@ -46,22 +44,30 @@ def describe_problems(error: ValidationError, values: dict[str, Any], where: str
 
 def _explain(kind: str, location: Sequence[int | str], values: dict[str, Any]) -> tuple[str, str]:
     """Return the dotted key of a problem and its line of the message."""
-    parts = [str(part) for part in location[:2]]
-    key = ".".join(parts)
     known = config_keys()
+    parts = [str(part) for part in location]
     if kind == "unexpected_keyword_argument":
-        return key, _explain_unknown(parts, known)
+        return ".".join(parts), _explain_unknown(parts, known)
+    while ".".join(parts) not in known and len(parts) > 1 and not _names_below(parts, known):
+        parts.pop()  # a place inside the value
+    key = ".".join(parts)
     if kind.startswith("missing") and key in known:
         return key, f"{key} is missing; expected {describe_type(known[key])}; set it in the file or as {key}=VALUE"
     found = values
-    for part in location[: 1 if key not in known else 2]:
-        found = found[part]  # type: ignore[index]
+    for part in parts:
+        found = found[part]
     if key not in known:
         return key, f"{key}={_shown(found)} is {_kind(found)}; expected a section with keys below it"
     is_text = known[key] in (str, str | None) and isinstance(found, int | float)
     quoted = f'; quote it: {key}="{_shown(found)}"' if is_text else ""
-    wrong = _kind(found) if _is_wrong_kind(kind) and len(location) <= 2 else "not possible"
+    wrong = _kind(found) if _is_wrong_kind(kind) and len(location) <= len(parts) else "not possible"
     return key, f"{key}={_shown(found)} is {wrong}; expected {describe_type(known[key])}{quoted}"
+
+
+def _names_below(section: Sequence[str], known: dict[str, Any]) -> list[str]:
+    """Return the keys and sections of a section; none for a name that is not a section."""
+    prefix = "".join(f"{part}." for part in section)
+    return list(dict.fromkeys(name.removeprefix(prefix).split(".")[0] for name in known if name.startswith(prefix)))
 
 
 def _is_wrong_kind(kind: str) -> bool:
@@ -69,27 +75,26 @@ def _is_wrong_kind(kind: str) -> bool:
 
 
 def _explain_unknown(parts: list[str], known: dict[str, Any]) -> str:
-    key = ".".join(parts)
+    key, section = ".".join(parts), parts[:-1]
     near = _nearest(parts, list(known))
     if near:
         return f"{key} is not a key; did you mean {near}?"
-    section = [name for name in known if name.startswith(f"{parts[0]}.")]
-    if len(parts) == 2 and section:
-        return f"{key} is not a key; {parts[0]} has {', '.join(name.split('.')[1] for name in section)}"
-    return f"{key} is not a key or section; expected one of {', '.join(dict.fromkeys(name.split('.')[0] for name in known))}"
+    if section and (names := _names_below(section, known)):
+        return f"{key} is not a key; {'.'.join(section)} has {', '.join(names)}"
+    return f"{key} is not a key or section; expected one of {', '.join(_names_below([], known))}"
 
 
 def _nearest(parts: list[str], known: list[str]) -> str | None:
     """Return the key that was probably meant: same name elsewhere, similar in this section, similar section, similar anywhere."""
-    name = parts[-1]
+    *section, name = parts
     by_name = {full.split(".")[-1]: full for full in reversed(known)}
     if name in by_name:
         return by_name[name]
-    here = [full.split(".")[1] for full in known if len(parts) == 2 and full.startswith(f"{parts[0]}.")]
+    here = _names_below(section, dict.fromkeys(known)) if section else []
     if close := get_close_matches(name, here, n=1, cutoff=0.6):
-        return f"{parts[0]}.{close[0]}"
+        return ".".join([*section, *close])
     sections = {full.split(".")[0] for full in known}
-    if len(parts) == 1 and (close := get_close_matches(name, sections, n=1, cutoff=0.7)):
+    if not section and (close := get_close_matches(name, sections, n=1, cutoff=0.7)):
         return close[0]
     if close := get_close_matches(name, by_name, n=1, cutoff=0.6):
         return by_name[close[0]]

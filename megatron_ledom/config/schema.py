@@ -279,6 +279,27 @@ class OptimizerSettings:
 
 
 @dataclass(kw_only=True, slots=True)
+class AuxiliaryConfig:
+    """A further loss of a forward model beside the language loss. The head that it trains is not exported."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["reverse_state"] | None = None
+    """reverse_state: at each token t a head predicts the hidden state of a frozen reverse model that has read the document from
+    its end back to token t + 2. Default: no further loss."""
+    teacher: str | None = None
+    """Folder of the reverse model, as `ledom convert-checkpoint` writes it, with the tokenizer of the run. Needed with kind."""
+    weight: PositiveFloat = 1.0
+    """Factor of the further loss in the sum."""
+    head: Literal["mlp", "linear"] = "mlp"
+    """Head on the last hidden state. mlp: two matrices with SiLU between them and model.ffn_hidden_size channels inside; linear:
+    one matrix."""
+    teacher_layer: Positive | None = None
+    """Number of layers of the teacher after which its state is taken, before the final norm. Default: the last state, after
+    that norm."""
+
+
+@dataclass(kw_only=True, slots=True)
 class TrainConfig:
     """Length of the run, batch size, evaluations, stops and error handling."""
 
@@ -317,6 +338,7 @@ class TrainConfig:
     """Number of solved examples in the prompt of each item (few-shot)."""
     z_loss_coeff: NotNegativeFloat = 0.0
     """Weight of (log Z)^2 in the loss of each token, which keeps logits from drifting. 0 switches it off; PaLM used 1e-4."""
+    auxiliary: AuxiliaryConfig = field(default_factory=AuxiliaryConfig)
     exit_interval: Positive | None = None
     """Save and exit after each iteration that is a multiple of this; the same command resumes the run. Default: no such
     exit."""

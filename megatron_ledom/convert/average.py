@@ -83,7 +83,9 @@ def average_checkpoints(
     config = _run_config(newest, save)
     position = {"iteration": 0, "consumed_train_samples": 0, "consumed_train_tokens": 0}
     manifest = replace(
-        CheckpointManifest.describe(config, newest.manifest.provenance, [], 1, _chain_of(newest), **position),
+        CheckpointManifest.describe(
+            config, newest.manifest.provenance, [], 1, _chain_of(newest), teacher=newest.manifest.teacher, **position
+        ),
         average=_record(sources, _method(decay, factors), weights),
     )
     folder = os.path.relpath(checkpoint_folder(config), save)

@@ -200,9 +200,17 @@ def _training(config: RunConfig, manifest: CheckpointManifest, parts: list[Train
         "learning rate": f"{optimizer.lr:g} to {optimizer.min_lr:g}, {optimizer.lr_decay_style}",
         "weights": WEIGHTS[config.model.params_dtype],
         **({"average": f"exponential moving average of the weights, decay {optimizer.ema_decay}"} if ema else {}),
+        **({"auxiliary loss": _auxiliary(config)} if train.auxiliary.kind is not None else {}),
         "seed": train.seed,
     }
     return "\n\n".join(["## Training", _table(recipe), *_ancestors(parts, "This run")])
+
+
+def _auxiliary(config: RunConfig) -> str:
+    """Return the auxiliary loss in words."""
+    settings = config.train.auxiliary
+    name = os.path.basename((settings.teacher or "").rstrip("/"))
+    return f"{settings.weight:g} x distance to the states of the reverse model {name}; its head is not exported"
 
 
 def _muon(config: RunConfig) -> str:

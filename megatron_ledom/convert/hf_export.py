@@ -75,6 +75,10 @@ def export_hf(
         write_model_card(part, Path(save).name, checkpoint, manifest, hf_config, is_verified=check is not None, ema=ema)
         write_verification_card(part, CARD, _card(checkpoint, manifest, files, check, ema=ema))
         write_config(part, CONFIG + PART_SUFFIX, hf_config)
+    if config.train.auxiliary.kind is not None:
+        log.info(
+            "the head of train.auxiliary.kind=%s served only to train: the export does not have it", config.train.auxiliary.kind
+        )
     log.info("exported %s to %s as %s", checkpoint, save, hf_config.architectures[0])
     if config.model.mtp_num_layers is not None:
         log.info("without the modules of model.mtp_num_layers=%d, which only the training uses", config.model.mtp_num_layers)

@@ -11,7 +11,7 @@ global name and its layer, and every rank keeps its own part.
 import hashlib
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
 from megatron_ledom.config.derived import bucket_elements, head_dim, padded_vocab_size, query_groups
 from megatron_ledom.config.schema import ModelConfig, RunConfig
+from megatron_ledom.model.auxiliary_head import AuxiliaryHead
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.model.layer_specs import LayerChoice, build_layer_spec, start_user_buffers
 from megatron_ledom.model.multi_token import build_mtp_spec
@@ -51,6 +52,25 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
         return losses_SB.t()
 
 
+class ModelWithHead(LanguageModel):
+    """LanguageModel with a head for an auxiliary loss, whose prediction follows the losses of each token while it trains."""
+
+    def add_head(self, shape: Literal["mlp", "linear"], width: int) -> None:
+        """Add the head to the chunk with the output layer."""
+        self.auxiliary_head = AuxiliaryHead(self.config, shape, width, self.pg_collection)
+
+    def _postprocess(self, hidden_states: torch.Tensor, **rest: Any) -> torch.Tensor:
+        """Return what GPTModel returns; in training on the last stage, losses and prediction as one tensor [B, S, n + W].
+
+        n: 1, or 2 if `reports_log_z`.
+        """
+        found: torch.Tensor = super()._postprocess(hidden_states=hidden_states, **rest)
+        if not self.post_process or not self.training or rest["labels"] is None:
+            return found
+        losses = found if self.reports_log_z else found[..., None]
+        return torch.cat([losses, self.auxiliary_head(hidden_states).transpose(0, 1).to(losses.dtype)], -1)
+
+
 def checkpoint_metadata(groups: ParallelGroups) -> dict[str, Any]:
     """Return the metadata of sharded state dicts; only the format `fully_reshardable` can be loaded by every layout.
 
@@ -64,22 +84,30 @@ def checkpoint_metadata(groups: ParallelGroups) -> dict[str, Any]:
 
 
 def build_model_chunks(
-    config: RunConfig, vocab_size: int, groups: ParallelGroups, choice: LayerChoice, *, initialize: bool = True
+    config: RunConfig,
+    vocab_size: int,
+    groups: ParallelGroups,
+    choice: LayerChoice,
+    *,
+    initialize: bool = True,
+    predicted_width: int | None = None,
 ) -> list[LanguageModel]:
     """Return this rank's part of the model for `vocab_size` ids, one chunk per virtual stage, initialized, on its device.
 
-    Without `initialize` the matrices are not set, for weights that are loaded next.
+    Without `initialize` the matrices are not set, for weights that are loaded next. predicted_width: channels that the head of
+    train.auxiliary predicts; None for a model without it.
     """
     core_config = build_core_config(config)
     fuse_activation(core_config, choice)
     interleaved = config.parallel.virtual_pipeline_model_parallel_size is not None
     if config.parallel.tp_comm_overlap:
         start_user_buffers(config)
+    kind = LanguageModel if predicted_width is None else ModelWithHead
     chunks = []
     for chunk in range(groups.virtual_stages):
         stage = chunk if interleaved else None
         layers = build_layer_spec(choice, core_config, stage, unfused_attention=config.model.attention_backend == "unfused")
-        model = LanguageModel(
+        model = kind(
             core_config,
             layers,
             vocab_size=padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by),
@@ -96,6 +124,8 @@ def build_model_chunks(
         model.rotary_pos_emb.inv_freq = rotary_frequencies(config.model).to(model.rotary_pos_emb.inv_freq.device)
         model.num_ids, model.reports_log_z = vocab_size, config.train.z_loss_coeff > 0
         model.fuses_loss = choice.implementation != "torch"
+        if isinstance(model, ModelWithHead) and model.post_process and predicted_width is not None:
+            model.add_head(config.train.auxiliary.head, predicted_width)
         if torch.cuda.is_available():
             model.cuda(torch.cuda.current_device())
         if initialize:

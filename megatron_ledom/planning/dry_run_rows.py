@@ -163,6 +163,11 @@ def run_rows(config: RunConfig, model: ModelConfig) -> Iterator[Row]:
         yield "learning rate", f"{settings.lr:g} -> {settings.min_lr:g} {_decay_in_words(config)}"
     if config.train.z_loss_coeff:
         yield "z-loss", f"{config.train.z_loss_coeff:g} (log Z)^2"
+    if config.train.auxiliary.kind is not None:
+        yield (
+            "auxiliary loss",
+            f"{config.train.auxiliary.weight:g} x {config.train.auxiliary.kind}; its head and teacher are not counted below or in the plan",
+        )
     yield "checkpoints", _checkpoints(config, model)
     if config.checkpoint.mirror is not None:
         yield "mirror", _mirror(config, model)

@@ -47,10 +47,11 @@ def memory_verdict(config: RunConfig, plan: Plan | None) -> Verdict:
         known = "parallel.hardware is not set" if config.parallel.hardware is None else "the vocabulary is not known yet"
         return Verdict("memory", f"not planned: {known}")
     stage = max(plan.stages, key=plan.stage_gib).stage
-    without = "" if config.model.mtp_num_layers is None else ", without the modules of model.mtp_num_layers"
-    text = (
-        f"{plan.needed_gib:.1f} of {plan.hardware.memory_gib:g} GiB a device of {plan.hardware.name} on stage {stage}{without}"
-    )
+    text = f"{plan.needed_gib:.1f} of {plan.hardware.memory_gib:g} GiB a device of {plan.hardware.name} on stage {stage}"
+    if config.model.mtp_num_layers is not None:
+        text += ", without the modules of model.mtp_num_layers"
+    if config.train.auxiliary.kind is not None:
+        text += ", without the head and the teacher of train.auxiliary"
     remedy = "recompute more, or use more devices (ledom plan-run --search finds a layout)"
     return Verdict("memory", text, plan.fits, remedy)
 

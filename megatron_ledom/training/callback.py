@@ -170,11 +170,15 @@ class CallbackList:
 
 
 def _position(state: "TrainState", result: "StepResult | None") -> Record:
-    """Return the first keys of a record: iteration, loss, gradient norm, learning rate, position, and a batch size that changes.
+    """Return the first keys of a record: iteration, losses, gradient norm, learning rate, position, and a batch size that changes.
 
-    Loss and gradient norm are None if they are not finite or the iteration was skipped.
+    Losses and gradient norm are None if they are not finite or the iteration was skipped.
     """
     batch = {"global_batch_size": state.last_batch_size} if has_batch_schedule(state.config) else {}
+    auxiliary = {}
+    if state.teacher is not None:
+        measured = None if result is None else result.auxiliary_loss
+        auxiliary = {"auxiliary_loss": None if measured is None else _finite(measured)}
     return {
         "iteration": state.iteration,
         "lm_loss": None if result is None else _finite(result.lm_loss),
@@ -183,6 +187,7 @@ def _position(state: "TrainState", result: "StepResult | None") -> Record:
         "consumed_train_samples": state.consumed_train_samples,
         "consumed_train_tokens": state.consumed_train_tokens,
         **batch,
+        **auxiliary,
     }
 
 

@@ -23,12 +23,14 @@ from megatron_ledom.config.load import to_dict
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.blends.sources import Sources
 from megatron_ledom.data.dataset.blend_samples import BlendSamples, build_held_out_datasets, build_train_dataset, index_cache
+from megatron_ledom.model.auxiliary_head import HEAD
 from megatron_ledom.model.builder import build_model_chunks, checkpoint_metadata, wrap_for_training
 from megatron_ledom.model.layer_specs import LayerChoice
 from megatron_ledom.parallel.collectives import check_same, on_every_rank
 from megatron_ledom.parallel.groups import ParallelGroups, seed_iteration
 from megatron_ledom.platform.device import Platform
 from megatron_ledom.provenance import Provenance
+from megatron_ledom.reverse_teacher import ReverseTeacher, check_same_head, find_teacher, head_differences
 from megatron_ledom.storage.jobs import differences
 from megatron_ledom.storage.records import Record
 from megatron_ledom.training.optimizer import build_optimizer, build_scheduler
@@ -57,6 +59,8 @@ class TrainState:
     """Sets that are evaluated once, at the end."""
     sources: Sources
     store: CheckpointStore
+    teacher: ReverseTeacher | None = None
+    """The frozen reverse model of `train.auxiliary`."""
     ema: WeightEma | None = None
     """The moving average of the weights, with `optimizer.ema_decay`."""
     iteration: int = 0
@@ -90,6 +94,10 @@ def check_resumable(
     Returns the sources, with the samples that the run will have drawn at its end, and the changes of the training data since
     the checkpoint that data.allow_changed_data accepted.
     """
+    teacher = find_teacher(config, sources.provenance)
+    if checkpoint is None and origin is not None and origin.state != "weights":
+        otherwise = "restore the settings, or set init_state=weights, with which the head starts afresh"
+        check_same_head(origin.manifest, config, teacher, origin.checkpoint, otherwise)
     if checkpoint is None and origin is not None and origin.state == "all":
         checkpoint, manifest = origin.checkpoint, origin.manifest
     elif checkpoint is None:
@@ -98,6 +106,8 @@ def check_resumable(
         with advising_another(checkpoint):
             manifest = check_sizes(checkpoint)
         check_fits(manifest, config, sources.provenance, checkpoint)
+        otherwise = "restore the settings, or begin another run_dir, which can start from these weights with init_from"
+        check_same_head(manifest, config, teacher, checkpoint, otherwise)
     changed = check_same_samples(manifest, config, sources.train_shards(), checkpoint)
     return sources.of_samples(config, samples_at_end(manifest, config)), changed
 
@@ -119,8 +129,10 @@ def build_state(
     check_same("the checkpoint to resume from", checkpoint, OTHER_CHECKPOINT)
     check_same("the checkpoint of init_from", origin and origin.chain, OTHER_CHECKPOINT)
     seed_iteration(config.train.seed, 0, groups)
-    cache = index_cache(config)
-    model = wrap_for_training(config, build_model_chunks(config, sources.provenance.vocab_size, groups, choice))
+    cache, teacher = index_cache(config), on_every_rank(lambda: _load_teacher(config, sources.provenance, groups, platform))
+    width = None if teacher is None else teacher.folder.width
+    chunks = build_model_chunks(config, sources.provenance.vocab_size, groups, choice, predicted_width=width)
+    model = wrap_for_training(config, chunks)
     optimizer = build_optimizer(config, model, groups)
     state = TrainState(
         config=config,
@@ -134,6 +146,7 @@ def build_state(
         valid_datasets=on_every_rank(lambda: build_held_out_datasets(config, sources, sources.valid, cache)),
         test_datasets=on_every_rank(lambda: build_held_out_datasets(config, sources, sources.test, cache)),
         sources=sources,
+        teacher=teacher,
         ema=None if config.optimizer.ema_decay is None else WeightEma(optimizer, config.optimizer.ema_decay),
         store=CheckpointStore(checkpoint_folder(config), checkpoint_metadata(groups), config.checkpoint),
     )
@@ -146,11 +159,36 @@ def build_state(
     return state
 
 
+def _load_teacher(
+    config: RunConfig, provenance: Provenance, groups: ParallelGroups, platform: Platform
+) -> ReverseTeacher | None:
+    """Return the teacher of `train.auxiliary` on this rank; None without one."""
+    folder = find_teacher(config, provenance)
+    return None if folder is None else ReverseTeacher(folder, config, provenance.eod_id, groups, platform.device)
+
+
+def _unread(state: TrainState, manifest: CheckpointManifest, where: str) -> str | None:
+    """Return the beginning of the names of weights that start afresh where only weights are read: those of another or no head."""
+    if state.teacher is None:
+        return None
+    changed = head_differences(manifest, state.config, state.teacher.folder, where)
+    if not changed:
+        return None
+    log.info("the auxiliary head starts afresh, it is not that of %s: %s", where, "; ".join(changed))
+    return HEAD
+
+
 def start_from(state: TrainState, origin: Origin) -> None:
     """Load the checkpoint of another run, as far as `init_state` says. Call on every rank."""
     only_weights = origin.state == "weights"
     state.store.start_from(
-        origin.checkpoint, state.model, state.optimizer, state.scheduler, state.ema, only_weights=only_weights
+        origin.checkpoint,
+        state.model,
+        state.optimizer,
+        state.scheduler,
+        state.ema,
+        only_weights=only_weights,
+        unread=_unread(state, origin.manifest, origin.checkpoint) if only_weights else None,
     )
     _take_position(state, origin.manifest if origin.state == "all" else None)
     state.started_from = origin.chain
@@ -172,7 +210,8 @@ def load_checkpoint(state: TrainState, checkpoint: str) -> None:
     before, now = (to_dict(without_stated_directions(one)) for one in (manifest.run_config(checkpoint), state.config))
     for change in [] if manifest.weights_only else differences(before, now):
         log.warning("changed since the checkpoint: %s", change)
-    state.store.load(checkpoint, state.model, state.optimizer, state.scheduler, state.ema)
+    unread = _unread(state, manifest, checkpoint) if manifest.weights_only else None
+    state.store.load(checkpoint, state.model, state.optimizer, state.scheduler, state.ema, unread=unread)
     _take_position(state, manifest)
     state.started_from = continued_chain(checkpoint, manifest)
     log.info("%s %s at iteration %d", "weights of" if manifest.weights_only else "resumed from", checkpoint, state.iteration)
@@ -186,6 +225,7 @@ def save_checkpoint(state: TrainState) -> None:
         state.sources.train_shards(),
         dist.get_world_size(),
         state.started_from,
+        teacher=None if state.teacher is None else state.teacher.folder.record,
         iteration=state.iteration,
         consumed_train_samples=state.consumed_train_samples,
         consumed_train_tokens=state.consumed_train_tokens,

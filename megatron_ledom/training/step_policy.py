@@ -67,6 +67,8 @@ class StepResult:
     """Global gradient norm before clipping."""
     verdict: Verdict
     """The decision on the step, with its reason."""
+    auxiliary_loss: float | None = None
+    """Mean of the unweighted auxiliary loss over the positions that have one; None without `train.auxiliary.kind`."""
 
 
 @dataclass(frozen=True, slots=True)

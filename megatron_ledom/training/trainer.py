@@ -13,6 +13,7 @@ from megatron_ledom.config.derived import num_microbatches
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.dataset.batch import Batch, batch_iterators
 from megatron_ledom.parallel.groups import ParallelGroups, seed_iteration
+from megatron_ledom.reverse_teacher import ReverseTeacher
 from megatron_ledom.training.callback import Callback, CallbackList
 from megatron_ledom.training.recovery import Recovery
 from megatron_ledom.training.resilience import StopRequest
@@ -99,7 +100,16 @@ def compute_step(state: TrainState, batches: Batches, judge: Judge) -> StepResul
     """Do the step of the next iteration with that iteration's random state, without counting it."""
     seed_iteration(state.config.train.seed, state.iteration, state.groups)
     size = state.next_batch_size
-    result = train_step(state.config, state.model, state.optimizer, batches, state.groups, judge, global_batch_size=size)
+    result = train_step(
+        state.config,
+        state.model,
+        state.optimizer,
+        batches,
+        state.groups,
+        judge,
+        global_batch_size=size,
+        teacher=state.teacher,
+    )
     if state.ema is not None and result.verdict.is_applied:
         state.ema.update()
     return result
@@ -114,19 +124,25 @@ def train_step(
     judge: Judge,
     *,
     global_batch_size: int,
+    teacher: ReverseTeacher | None = None,
 ) -> StepResult:
-    """Compute loss and gradient of one global batch, and update unless `judge` rejects the step. Call on every rank."""
+    """Compute loss and gradient of one global batch, and update unless `judge` rejects the step. Call on every rank.
+
+    teacher: computes the auxiliary loss of a model with an auxiliary head.
+    """
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     size = global_batch_size
-    loss_sum, num_tokens = run_schedule(config, model, batches, groups, global_batch_size=size, forward_only=False)
+    loss_sum, num_tokens, *further = run_schedule(
+        config, model, batches, groups, global_batch_size=size, forward_only=False, teacher=teacher
+    )
     lm_loss = loss_sum / max(num_tokens, 1.0)
     grad_norm = measure_gradient(optimizer)
     verdict = judge(lm_loss, grad_norm)
     if verdict.is_applied:
         apply_gradient(optimizer, grad_norm)
-    return StepResult(lm_loss, grad_norm, verdict)
+    return StepResult(lm_loss, grad_norm, verdict, further[0] / max(further[1], 1.0) if further else None)
 
 
 def run_schedule(
@@ -137,14 +153,19 @@ def run_schedule(
     *,
     global_batch_size: int,
     forward_only: bool,
-) -> tuple[float, float]:
+    teacher: ReverseTeacher | None = None,
+) -> list[float]:
     """Run one global batch through megatron-core's schedule. Returns the loss sum and token count over all ranks.
 
-    global_batch_size: samples of this batch over all ranks, which a schedule changes during a run.
+    global_batch_size: samples of this batch over all ranks, which a schedule changes during a run. teacher: also return the sum of
+    its loss and the number of positions that have one.
     """
     schedule = get_forward_backward_func(groups.pipeline.size(), groups.virtual_stages if groups.virtual_stages > 1 else None)
+    one_step = partial(forward_step, config.train.z_loss_coeff)
+    if teacher is not None:
+        one_step = partial(one_step, teacher=teacher)
     reports = schedule(
-        forward_step_func=partial(forward_step, config.train.z_loss_coeff),
+        forward_step_func=one_step,
         data_iterator=batches if len(batches) > 1 else batches[0],
         model=model if len(model) > 1 else model[0],
         num_microbatches=num_microbatches(config, dist.get_world_size(), global_batch_size),
@@ -153,22 +174,38 @@ def run_schedule(
         forward_only=forward_only,
     )
     device = next(model[0].parameters()).device
-    total = torch.zeros(2, dtype=torch.float64, device=device)
+    names = ["lm_loss"] if teacher is None else ["lm_loss", "auxiliary_loss"]
+    total = torch.zeros(2 * len(names), dtype=torch.float64, device=device)
     for report in reports:  # empty except on the last pipeline stage
-        total += report["lm_loss"]
+        total += torch.cat([report[name] for name in names])
     dist.all_reduce(total, group=groups.data_and_context)
     dist.all_reduce(total, group=groups.pipeline)
-    return float(total[0]), float(total[1])
+    return [float(one) for one in total]
 
 
 def forward_step(
-    z_loss_coeff: float, batches: Iterator[Batch], model: Any
+    z_loss_coeff: float, batches: Iterator[Batch], model: Any, teacher: ReverseTeacher | None = None
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], LossTerms]]:
     """Run the next micro-batch forward; the schedule then calls the returned loss function with the output."""
     batch = next(batches)
     known = {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}  # multi-token prediction needs the mask
     output = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), **known)
+    if teacher is not None:
+        return output, partial(loss_with_teacher, teacher, batch, z_loss_coeff)
     return output, partial(masked_loss, batch["loss_mask"], z_loss_coeff)
+
+
+def loss_with_teacher(teacher: ReverseTeacher, batch: Batch, z_loss_coeff: float, output: torch.Tensor) -> LossTerms:
+    """Return what `masked_loss` returns, with the weighted distances to the teacher's states in the sum to differentiate.
+
+    output: the [b, s, n + W] of `ModelWithHead`. megatron-core divides the sum by the number of tokens that count in the language
+    loss, so that the result does not depend on the micro-batches; positions without a state count as 0.
+    """
+    num_losses = 2 if z_loss_coeff else 1
+    losses = output[..., :num_losses] if z_loss_coeff else output[..., 0]
+    kept, count, report = masked_loss(batch["loss_mask"], z_loss_coeff, losses)
+    distance, found = teacher.measure(batch, output[..., num_losses:])
+    return kept + teacher.weight * distance, count, {**report, "auxiliary_loss": found}
 
 
 def masked_loss(loss_mask: torch.Tensor, z_loss_coeff: float, output: torch.Tensor) -> LossTerms:

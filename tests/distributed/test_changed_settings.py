@@ -222,11 +222,12 @@ def keys_of(kind: str) -> list[str]:
 
 
 def test_every_key_of_optimizer_and_train_has_a_change_here() -> None:
-    """Or elsewhere: test_weight_ema.py has the moving average, and Muon's keys need another kind of optimizer (test_muon_layouts.py)."""
+    """Or elsewhere: the moving average in test_weight_ema.py, the auxiliary loss in test_reverse_teacher.py, Muon's keys, which need
+    another kind of optimizer, in test_muon_layouts.py."""
     sections = {"optimizer": OptimizerSettings, "train": TrainConfig}
     muon = {f"optimizer.{key.name}" for key in fields(OptimizerSettings) if key.name.startswith("muon_")}
     every = {f"{section}.{key.name}" for section, kind in sections.items() for key in fields(kind)}
-    assert set(CHANGES) | muon | {"optimizer.optimizer", "optimizer.ema_decay"} == every
+    assert set(CHANGES) | muon | {"optimizer.optimizer", "optimizer.ema_decay", "train.auxiliary"} == every
 
 
 @pytest.mark.parametrize(("kind", "key"), [(kind, key) for kind in OPTIMIZERS for key in keys_of(kind)])

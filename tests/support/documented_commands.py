@@ -106,6 +106,14 @@ RUN_BY_TESTS = {
     r" --prompt-template Question: {question}\nAnswer:  --answer-template {answer} --too-long skip": (
         "tests/unit/finetune/test_prepare_pairs.py"
     ),
+    **dict.fromkeys(
+        (
+            "ledom convert-checkpoint mcore-to-hf --load runs/reverse --save models/teacher",
+            "ledom train --config run.yaml run_dir=runs/taught data.direction=forward data.train_blend=[[1.0,data/web_forward]]"
+            " train.auxiliary.kind=reverse_state train.auxiliary.teacher=models/teacher",
+        ),
+        "tests/distributed/test_reverse_teacher.py",
+    ),
     "ledom train --config ledom_7b checkpoint.mirror=s3://my-bucket/ledom_7b": "tests/distributed/test_mirror.py",
     **dict.fromkeys(
         (

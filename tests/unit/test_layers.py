@@ -39,10 +39,12 @@ planning.verdicts: checkpoint config errors
 data: config contamination direction errors lazy parallel platform provenance reversal_units storage tables tokenizers
 checkpoint: config errors parallel platform provenance storage
 monitoring: checkpoint config errors platform storage
-training: checkpoint config data direction errors lazy model monitoring ops parallel platform provenance reversal_units storage tokenizers
+reverse_teacher: checkpoint config data direction errors inference parallel provenance storage tokenizers
+training: checkpoint config data direction errors lazy model monitoring ops parallel platform provenance reversal_units\
+ reverse_teacher storage tokenizers
 mirror: checkpoint config data errors platform storage
 callbacks: checkpoint config data direction errors evaluation inference mirror model parallel platform storage training
-pretrain: callbacks checkpoint config data errors mirror model ops parallel planning platform tokenizers training
+pretrain: callbacks checkpoint config data errors mirror model ops parallel planning platform reverse_teacher tokenizers training
 inference: direction errors lazy provenance storage tokenizers
 convert: checkpoint config direction errors inference lazy tables model parallel platform provenance storage tokenizers
 serving: direction errors inference monitoring tokenizers

@@ -14,7 +14,8 @@ from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.parallel.groups import ParallelGroups
 
 Batch = dict[str, torch.Tensor]
-"""tokens, labels, loss_mask, position_ids [b, s]. With isolated documents also attention_mask: the document of each position [b, T]."""
+"""tokens, labels, loss_mask, position_ids [b, s]. With isolated documents also attention_mask: the document of each position [b, T].
+With `train.auxiliary.kind` also sample: all tokens and the last label [b, T + 1]."""
 
 FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -66,10 +67,13 @@ def _batches(
     for sample in loader:
         batch = {name: sample[name] for name in FIELDS}
         documents = document_numbers(batch["tokens"], eod_id) if config.data.reset_attention_mask else None
+        whole = {}
+        if config.train.auxiliary.kind is not None:
+            whole["sample"] = torch.cat([batch["tokens"], batch["labels"][:, -1:]], 1)
         batch = context_part(batch, groups.context.rank(), groups.context.size())
         if documents is not None:
-            batch["attention_mask"] = documents  # for the positions of all ranks, because attention spans the whole sequence
-        yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+            whole["attention_mask"] = documents  # for the positions of all ranks, because attention spans the whole sequence
+        yield {name: value.to(device, non_blocking=True) for name, value in {**batch, **whole}.items()}
 
 
 def _outlive_sigterm(worker: int) -> None:

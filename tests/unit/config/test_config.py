@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,14 +43,15 @@ def test_every_key_is_listed_in_config_keys() -> None:
     assert listed == sorted(config_keys()), "a new key adds its line to tests/assets/config_keys.txt, sorted"
 
 
+def dotted(values: dict[str, object], prefix: str = "") -> Iterator[str]:
+    """Yield the keys of a config and of its sections; a dict without a key of the config in it is a value."""
+    for name, value in values.items():
+        is_section = isinstance(value, dict) and f"{prefix}{name}" not in config_keys()
+        yield from dotted(value, f"{prefix}{name}.") if is_section else [f"{prefix}{name}"]  # type: ignore[arg-type]
+
+
 def test_keys_are_those_of_a_loaded_run(tmp_path: Path) -> None:
-    sections = to_dict(load(tmp_path))
-    dotted = {
-        f"{section}.{key}" if isinstance(values, dict) else section
-        for section, values in sections.items()
-        for key in (values if isinstance(values, dict) else [None])
-    }
-    assert dotted == set(config_keys())
+    assert sorted(dotted(to_dict(load(tmp_path)))) == sorted(config_keys())
 
 
 def test_keys_that_the_file_omits_get_their_defaults(tmp_path: Path) -> None:
@@ -99,6 +101,9 @@ def test_later_override_wins_and_leaves_neighbours(tmp_path: Path) -> None:
         ("model.params_dtype=fp16", "model.params_dtype='fp16' is not possible; expected one of bf16, fp32"),
         ("data.tokenizer=12", 'data.tokenizer=12 is a whole number; expected text or null; quote it: data.tokenizer="12"'),
         ("train=3", "train=3 is a whole number; expected a section with keys below it"),
+        ("train.auxiliary=3", "train.auxiliary=3 is a whole number; expected a section with keys below it"),
+        ("train.auxiliary.weight=0", "train.auxiliary.weight=0 is not possible; expected a number above 0"),
+        ("train.auxiliary.kind=mtp", "train.auxiliary.kind='mtp' is not possible; expected one of reverse_state or null"),
         ("train.seed=null", "train.seed=null is empty; expected a whole number 0 or more"),
         ("data.train_blend=[[0,a]]", "data.train_blend=[[0, 'a']] is not possible; expected a list of [weight, prefix]"),
         ("data.train_blend=[a]", "data.train_blend=['a'] is not possible; expected a list of [weight, prefix]"),
@@ -119,6 +124,8 @@ def test_wrong_value_names_key_found_and_expected(tmp_path: Path, override: str,
         ("seq_len=16", "seq_len is not a key; did you mean data.seq_length?"),
         ("train.lr=1", "train.lr is not a key; did you mean optimizer.lr?"),
         ("optim.lr=1", "optim is not a key; did you mean optimizer?"),
+        ("train.auxiliary.tacher=a", "train.auxiliary.tacher is not a key; did you mean train.auxiliary.teacher?"),
+        ("train.auxiliary.zzz=1", "train.auxiliary.zzz is not a key; train.auxiliary has kind, teacher, weight"),
         ("logging.zzz=1", "logging.zzz is not a key; logging has log_interval, tensorboard"),
         ("zzz=1", "zzz is not a key or section; expected one of run_dir, init_from, init_state, model, data"),
     ],
@@ -247,6 +254,7 @@ def test_a_published_config_has_no_path_of_the_machine_and_no_free_text(
         "parallel.nccl_communicator_config_path=/scratch/somebody/nccl.yaml",
         "train.tasks=[/scratch/somebody/task]",
         "train.task_data=/scratch/somebody/tasks",
+        "train.auxiliary.teacher=/scratch/somebody/teacher",
         "init_from=/scratch/somebody/base",
         "logging.wandb_project=somebody",
         "logging.mlflow_experiment=somebody",
