@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from plan_tasks import TASKS, Siblings, Star
 from problems import Level
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -13,7 +14,7 @@ from megatron_ledom.evaluation.synthetic.generators import GENERATORS
 
 HERE = Path(__file__).parent
 CORPORA = ("text", "maths", "gsm", "abilities")
-ALONE_PARTS = ("reinforcement", "contamination", "controls", "loss_gap", "infill", "two_way")
+ALONE_PARTS = ("reinforcement", "contamination", "controls", "loss_gap", "infill", "two_way", "teacher")
 """Parts that can run alone."""
 TWO_WAY_PARTS = ("development", "test", "held_out", "train")
 CONTROL_PARTS = ("labelled", "development", "test", "planted", "train")
@@ -179,6 +180,30 @@ class TwoWaySettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherSettings:
+    """Settings of the part `teacher`: a reverse model as a teacher of forward models."""
+
+    tasks: list[str]
+    """Some of TASKS."""
+    seeds: list[int]
+    """Seeds of the models. All are reported."""
+    shape: Model
+    """The shape of every model."""
+    star: Star
+    siblings: Siblings
+    num: dict[str, int]
+    """Texts of a task by part: train, and test, which is also the number of samples of sibling discovery."""
+    train_iters: int
+    """Iterations of every model."""
+    batch_texts: int
+    """Texts of a step."""
+    lr: float
+    """Peak learning rate, the same for every model."""
+    weight: float
+    """Factor of the loss of multi-token prediction, and of that of the teacher's states."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """One size of the study."""
 
@@ -212,6 +237,7 @@ class Settings:
     loss_gap: LossGapSettings
     infill: InfillSettings
     two_way: TwoWaySettings
+    teacher: TeacherSettings
     parts: list[str]
     """Those of ALONE_PARTS that run unless `--parts` names others; the report says of the rest that they were not run."""
     beams: tuple[int, int]
@@ -274,6 +300,7 @@ def _check(settings: Settings) -> None:
     _check_contamination(settings)
     _check_controls(settings)
     _check_two_way(settings)
+    _check_teacher(settings.teacher)
     low, high, num = settings.backward
     if not 0 <= low <= high or num < 1:
         raise UsageError(
@@ -340,3 +367,20 @@ def _check_controls(settings: Settings) -> None:
         raise UsageError(
             f"loss_gap has the contexts {wrong}; each must be 8 or more and divide batch_tokens={gap.batch_tokens}"
         )
+
+
+def _check_teacher(found: TeacherSettings) -> None:
+    """Check the sizes of both tasks."""
+    star, siblings = found.star, found.siblings
+    if not found.tasks or not set(found.tasks) <= set(TASKS) or len(set(found.tasks)) != len(found.tasks):
+        raise UsageError(f"teacher.tasks is {found.tasks}; it must name some of {', '.join(TASKS)}, each only once")
+    needed = 1 + star.degree * (star.length - 1)
+    if star.degree < 2 or star.length < 3 or star.nodes < needed:
+        raise UsageError(
+            f"teacher.star has degree={star.degree}, length={star.length} and nodes={star.nodes}; it needs at least 2 arms of 3 nodes, and"
+            f" {needed} names for these arms"
+        )
+    if siblings.parents < 2 or siblings.children < 3:
+        raise UsageError("teacher.siblings needs at least 2 parents and 3 children of each")
+    if set(found.num) != {"train", "test"} or min(found.num.values()) < 2:
+        raise UsageError(f"teacher.num is {found.num}; it needs train and test, with at least 2 texts each")

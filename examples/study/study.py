@@ -27,7 +27,7 @@ def parse() -> argparse.Namespace:
         "--only",
         metavar="NAME[,NAME]",
         help="run these parts and what they need, and write only their sections: reinforcement, contamination, controls, loss_gap, infill,"
-        " two_way",
+        " two_way, teacher",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the settings of the size")
     return parser.parse_args()
@@ -52,6 +52,7 @@ def main() -> None:
     from rewards import Rewards
     from steps import Runner, steps_for
     from study_report import write_part, write_study
+    from teacher import Teacher
     from two_way import TwoWay
 
     from megatron_ledom.evaluation.intervals import check_statistics
@@ -67,7 +68,13 @@ def main() -> None:
     rewards = Rewards(twins)
     alone = {"reinforcement": Reinforcement(rewards), "contamination": Contamination(rewards)}
     abilities = Abilities(twins)
-    alone |= {"controls": Controls(twins), "loss_gap": LossGap(twins), "infill": Infilling(twins), "two_way": TwoWay(abilities)}
+    alone |= {
+        "controls": Controls(twins),
+        "loss_gap": LossGap(twins),
+        "infill": Infilling(twins),
+        "two_way": TwoWay(abilities),
+        "teacher": Teacher(twins),
+    }
     chosen = [part for name, part in alone.items() if name in wanted]
     parts = (twins, rewards, Backward(rewards), Ablations(rewards), abilities, *chosen)
     runner = Runner(output, at_once=len(os.sched_getaffinity(0)))

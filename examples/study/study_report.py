@@ -38,6 +38,9 @@ from reinforcement_report import reinforcement_section
 from rewards import Rewards
 from sections import Section, ablation, claims, loss, not_reproduced, reward
 from settings import Settings
+from teacher import Teacher
+from teacher_report import TITLE as TEACHER
+from teacher_report import teacher_section
 from twins import DIRECTIONS, read_metrics
 from two_way import TwoWay
 from two_way_report import TITLE as TWO_WAY
@@ -93,6 +96,7 @@ ALONE: dict[str, tuple[str, Callable[[Rewards], Any], Callable[[Any], Section]]]
     "loss_gap": (LOSS_GAP, lambda rewards: LossGap(rewards.twins).results(), loss_gap_section),
     "infill": (INFILL, lambda rewards: Infilling(rewards.twins).results(), infill_section),
     "two_way": (TWO_WAY, lambda rewards: TwoWay(Abilities(rewards.twins)).results(), two_way_section),
+    "teacher": (TEACHER, lambda rewards: Teacher(rewards.twins).results(), teacher_section),
 }
 """Parts that `--parts` runs alone: title, function of the results, and function of the section."""
 

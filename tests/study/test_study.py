@@ -159,6 +159,10 @@ print("done")
         (["loss_gap.contexts=[128,64]"], "it needs different numbers, in order"),
         (["infill.model=huge"], "infill.model is huge; it must name some of models: large"),
         (["two_way.units=[letter]"], "two_way.units names letter; it can name word, entity, segment"),
+        (["teacher.tasks=[maze]"], "teacher.tasks is ['maze']; it must name some of star, siblings"),
+        (["teacher.star.nodes=4"], "it needs at least 2 arms of 3 nodes, and 5 names for these arms"),
+        (["teacher.siblings.children=2"], "at least 2 parents and 3 children of each"),
+        (["teacher.num.test=1"], "with at least 2 texts each"),
     ],
 )
 def test_bad_settings_are_refused_before_any_step_runs(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -446,6 +450,8 @@ def test_the_tiny_study_resumes_after_a_kill_and_fills_every_table(tiny_study: P
     assert set(results["loss_gap"]["cells"]) == {"gsm_symbolic|large|64"}
     assert set(results["infill"]["num_items"]) == {"code", "prose"}
     assert results["two_way"]["tokens"]["two_way_double"] == [48 * 256, 24 * 256]
+    taught = results["teacher"]["budget"]["star|reverse teacher"]
+    assert taught["teacher"] > 0.9 * results["teacher"]["budget"]["star|plain"]["own"]
     page = (tiny_study / "report.html").read_text()
     assert "https://" not in page
     for step in tiny_study.glob("steps/*.json"):
@@ -461,6 +467,7 @@ def test_the_tiny_study_resumes_after_a_kill_and_fills_every_table(tiny_study: P
         ("loss_gap", "train_gap_primes_large_64_1_reverse"),
         ("infill", "infill_answers_1"),
         ("two_way", "train_two_way_two_way_double_1"),
+        ("teacher", "train_teacher_star_reverse_teacher_1"),
     ],
 )
 def test_a_part_alone_uses_the_steps_of_the_study_and_has_its_own_report(

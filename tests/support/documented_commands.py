@@ -26,6 +26,7 @@ RUN_BY_TESTS = {
     ".venv/bin/python examples/study/study.py --size full --parts controls": "tests/study/test_study.py",
     ".venv/bin/python examples/study/study.py --size full --parts loss_gap": "tests/study/test_study.py",
     ".venv/bin/python examples/study/study.py --size small --parts two_way": "tests/study/test_study.py",
+    ".venv/bin/python examples/study/study.py --size small --parts teacher": "tests/study/test_study.py",
     "make test": "Makefile",
     "make check": "Makefile",
     "ledom --help": "tests/unit/cli/test_ledom.py",
