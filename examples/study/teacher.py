@@ -16,7 +16,7 @@ from commands import tool
 from control_choice import differences, summary
 from lines import read_lines, write_lines
 from losses import Twins, export_step, speed_of, training_step
-from plan_tasks import SIBLINGS, STAR, TASKS, follows_edges, is_coherent, new_answers, write_tasks
+from plan_tasks import SIBLINGS, STAR, TASKS, begins_an_arm, is_coherent, new_answers, write_tasks
 from steps import Step
 from twins import DIRECTIONS
 
@@ -36,7 +36,7 @@ ROWS = 16
 UNTRAINED = ("optimizer.lr=1e-30", "optimizer.min_lr=0", "optimizer.lr_warmup_iters=0")
 """A step at this rate changes no weight."""
 MEASURES = {
-    STAR: ("right path", "right second node", "along edges"),
+    STAR: ("right path", "right second node", "an edge first"),
     SIBLINGS: ("new and right", "right", "in the training part"),
 }
 """Measures of a task; the first one is compared."""
@@ -176,7 +176,7 @@ class Teacher:
         right = {record["prompt"]: record["answer"] for record in read_lines(self._file(STAR, "test"))}
         exact = [record["answer"] == right[record["prompt"]] for record in records]
         second = [record["answer"].split()[:2] == right[record["prompt"]].split()[:2] for record in records]
-        return exact, second, [follows_edges(record["prompt"], record["answer"]) for record in records]
+        return exact, second, [begins_an_arm(record["prompt"], record["answer"]) for record in records]
 
     def _of_siblings(self, records: list[dict[str, str]]) -> tuple[list[bool], ...]:
         one, seed, answers = self.settings.siblings, self.twins.settings.problems_seed, [record["answer"] for record in records]

@@ -28,12 +28,12 @@ def test_a_star_has_arms_of_one_length_and_one_of_them_is_the_answer(
     code = f"""
 import json
 from random import Random
-from plan_tasks import Star, follows_edges
+from plan_tasks import Star, begins_an_arm
 star, random_ = Star(degree={degree}, length={length}, nodes={nodes}), Random(1)
 drawn = [star.draw(random_) for _ in range(60)]
 wrong = [(p, " ".join([a.split()[0], *reversed(a.split()[1:])])) for p, a in drawn]
-wrong += [(p, a.rsplit(" ", 1)[0]) for p, a in drawn] + [(p, a.split(" ", 1)[1]) for p, a in drawn] + [(p, "") for p, a in drawn]
-print(json.dumps([drawn, star.num_tokens, star.words, [follows_edges(*pair) for pair in drawn], [follows_edges(*pair) for pair in wrong]]))
+wrong += [(p, a.split(" ", 1)[1]) for p, a in drawn] + [(p, a.split()[0]) for p, a in drawn] + [(p, "") for p, a in drawn]
+print(json.dumps([drawn, star.num_tokens, star.words, [begins_an_arm(*pair) for pair in drawn], [begins_an_arm(*pair) for pair in wrong]]))
 """
     drawn, num_tokens, words, right, wrong = json.loads(run_python(code, tmp_path))
     assert all(right)
