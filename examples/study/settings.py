@@ -289,7 +289,7 @@ def _check(settings: Settings) -> None:
     if unknown := set(abilities.num) - set(GENERATORS):
         raise UsageError(f"abilities.num names {', '.join(sorted(unknown))}; the sets are {', '.join(GENERATORS)}")
     by_part = {"seeds": settings.seeds, "abilities.seeds": abilities.seeds, "reinforcement.seeds": settings.reinforcement.seeds}
-    parts = ("contamination", "controls", "loss_gap", "infill", "two_way")
+    parts = ("contamination", "controls", "loss_gap", "infill", "two_way", "teacher")
     by_part |= {f"{name}.seeds": getattr(settings, name).seeds for name in parts}
     for name, seeds in by_part.items():
         if not seeds or len(set(seeds)) != len(seeds):

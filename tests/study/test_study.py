@@ -161,8 +161,6 @@ print("done")
         (["two_way.units=[letter]"], "two_way.units names letter; it can name word, entity, segment"),
         (["teacher.tasks=[maze]"], "teacher.tasks is ['maze']; it must name some of star, siblings"),
         (["teacher.star.nodes=4"], "it needs at least 2 arms of 3 nodes, and 5 names for these arms"),
-        (["teacher.siblings.children=2"], "at least 2 parents and 3 children of each"),
-        (["teacher.num.test=1"], "with at least 2 texts each"),
     ],
 )
 def test_bad_settings_are_refused_before_any_step_runs(arguments: list[str], message: str, tmp_path: Path) -> None:
