@@ -159,8 +159,6 @@ print("done")
         (["loss_gap.contexts=[128,64]"], "it needs different numbers, in order"),
         (["infill.model=huge"], "infill.model is huge; it must name some of models: large"),
         (["two_way.units=[letter]"], "two_way.units names letter; it can name word, entity, segment"),
-        (["teacher.tasks=[maze]"], "teacher.tasks is ['maze']; it must name some of star, siblings"),
-        (["teacher.star.nodes=4"], "it needs at least 2 arms of 3 nodes, and 5 names for these arms"),
     ],
 )
 def test_bad_settings_are_refused_before_any_step_runs(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -448,8 +446,7 @@ def test_the_tiny_study_resumes_after_a_kill_and_fills_every_table(tiny_study: P
     assert set(results["loss_gap"]["cells"]) == {"gsm_symbolic|large|64"}
     assert set(results["infill"]["num_items"]) == {"code", "prose"}
     assert results["two_way"]["tokens"]["two_way_double"] == [48 * 256, 24 * 256]
-    taught = results["teacher"]["budget"]["star|reverse teacher"]
-    assert taught["teacher"] > 0.9 * results["teacher"]["budget"]["star|plain"]["own"]
+    assert results["teacher"]["tokens"] == {"star": 24 * 16 * 19}
     page = (tiny_study / "report.html").read_text()
     assert "https://" not in page
     for step in tiny_study.glob("steps/*.json"):

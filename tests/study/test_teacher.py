@@ -187,3 +187,24 @@ def test_a_teacher_that_does_not_help_or_helps_for_another_reason_is_reported(
 
 def test_a_missing_answer_means_that_the_part_was_not_run(tmp_path: Path) -> None:
     assert "Not run" in run_python(SETUP + "print(*teacher_section(teacher.results()).paragraphs)", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("teacher.tasks=[maze]", "teacher.tasks is ['maze']; it must name some of star, siblings"),
+        ("teacher.star.nodes=4", "it needs at least 2 arms of 3 nodes, and 5 names for these arms"),
+        ("teacher.siblings.children=2", "at least 2 parents and 3 children of each"),
+        ("teacher.num.test=1", "with at least 2 texts each"),
+    ],
+)
+def test_bad_sizes_are_refused(tmp_path: Path, change: str, message: str) -> None:
+    code = f"""
+from settings import load_settings
+from megatron_ledom.errors import UsageError
+try:
+    load_settings("tiny", [{change!r}])
+except UsageError as error:
+    print(error)
+"""
+    assert message in run_python(code, tmp_path)
