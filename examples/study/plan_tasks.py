@@ -14,6 +14,8 @@ from itertools import pairwise, permutations
 from pathlib import Path
 from random import Random
 
+from megatron_ledom.errors import DataError
+
 STAR, SIBLINGS = "star", "siblings"
 TASKS = (STAR, SIBLINGS)
 END, UNKNOWN = "</s>", "<unk>"
@@ -56,6 +58,11 @@ class Star:
         random_.shuffle(edges)
         arm = random_.choice(arms)
         return f"{' | '.join(edges)} / {centre} {arm[-1]} =", " ".join(map(str, arm))
+
+
+def edges_of(prompt: str) -> frozenset[str]:
+    """Return the edges of a star, whatever their order in the prompt."""
+    return frozenset(prompt.partition(" / ")[0].split(" | "))
 
 
 def begins_an_arm(prompt: str, answer: str) -> bool:
@@ -117,10 +124,18 @@ def new_answers(answers: Sequence[str], families: dict[str, str], trained: set[s
 def write_tasks(
     folder: Path, star: Star, siblings: Siblings, num: dict[str, int], seed: int
 ) -> dict[str, dict[str, list[dict[str, str]]]]:
-    """Return by task the records of its training and test part, and write the tokenizers. No star of the test part is trained on."""
+    """Return by task the records of its training and test part, and write the tokenizers.
+
+    No star of the test part is trained on, nor the same edges in another order or with another goal.
+    """
     random_ = Random(seed)
     test = dict(star.draw(random_) for _ in range(num["test"]))
-    drawn = [pair for pair in (star.draw(random_) for _ in range(num["train"])) if pair[0] not in test]
+    held_out = set(map(edges_of, test))
+    drawn = [pair for pair in (star.draw(random_) for _ in range(num["train"])) if edges_of(pair[0]) not in held_out]
+    if not drawn:
+        raise DataError(
+            f"with {star.nodes} names every star of the training part is one of the test part; raise teacher.star.nodes"
+        )
     trained, _ = siblings.answers(seed)
     lines = random_.choices(trained, k=num["train"])
     for task, words in ((STAR, star.words), (SIBLINGS, siblings.words)):

@@ -33,6 +33,8 @@ TEACHERS = {TAUGHT: "reverse", RANDOM: "untrained"}
 PAIRS = ((TAUGHT, PLAIN), (TAUGHT, MULTI), (TAUGHT, RANDOM))
 ROWS = 16
 """The rows of the embedding are a multiple of this: a vocabulary of words is small."""
+TEACHER_SEEDS = 1000
+"""A teacher has the seed of its arm plus this: with the same seed it would begin as the arm itself does."""
 UNTRAINED = ("optimizer.lr=1e-30", "optimizer.min_lr=0", "optimizer.lr_warmup_iters=0")
 """A step at this rate changes no weight."""
 MEASURES = {
@@ -118,7 +120,8 @@ class Teacher:
         changes += UNTRAINED if name == TEACHERS[RANDOM] else [f"optimizer.lr={one.lr}"]
         iters = 1 if name == TEACHERS[RANDOM] else one.train_iters
         tokenizer = self.folder / task / "tokenizer"
-        return training_step(self.run_of(task, name, seed), tokenizer, one.shape, seed, iters, inputs, changes)
+        own = seed + TEACHER_SEEDS if is_teacher else seed
+        return training_step(self.run_of(task, name, seed), tokenizer, one.shape, own, iters, inputs, changes)
 
     def _export(self, task: str, name: str, seed: int) -> Step:
         return export_step(self.run_of(task, name, seed), self.model_of(task, name, seed))

@@ -26,8 +26,11 @@ BLOCK_ELEMENTS = 1 << 20
 
 
 def weight_names(stored: StoredTensors) -> list[str]:
-    """Return the names of the weights of a checkpoint, in the order of the file, without those of the optimizer and of the EMA."""
-    others = ("optimizer.", f"{EMA}.")
+    """Return the names of the weights of a checkpoint, in the order of the file.
+
+    Without those of the optimizer, of the EMA and of the modules of multi-token prediction, which an average does not have.
+    """
+    others = ("optimizer.", f"{EMA}.", "mtp.")
     return [name for name in stored.entries if not name.startswith(others) and not name.endswith(EXTRA_STATE)]
 
 

@@ -189,6 +189,11 @@ def _check_sources(checkpoints: Sequence[str], factors: Sequence[float]) -> list
                 " architecture can be averaged"
             )
         one.manifest.provenance.check_same(first.manifest.provenance, f"the checkpoint {one.checkpoint}", first.checkpoint)
+        if one.manifest.teacher != first.manifest.teacher:
+            raise MismatchError(
+                f"{one.checkpoint} was trained with the teacher {one.manifest.teacher}, {first.checkpoint} with {first.manifest.teacher}"
+                " (train.auxiliary): their heads predict other states; average checkpoints with the same teacher"
+            )
     paths = [os.path.realpath(one.checkpoint) for one in sources]
     twice = next((path for path in paths if paths.count(path) > 1), None)
     if twice is not None:

@@ -41,6 +41,15 @@ def plan_of_config(config: RunConfig, world_size: int, model: ModelConfig) -> Pl
     return make_plan(replace(config, model=model), world_size, load_hardware(config.parallel.hardware))
 
 
+def not_counted(config: RunConfig) -> list[str]:
+    """Return the parts of a run that a plan counts neither in memory nor in time."""
+    parts = {
+        "the modules of model.mtp_num_layers": config.model.mtp_num_layers,
+        "the head and the teacher of train.auxiliary": config.train.auxiliary.kind,
+    }
+    return [part for part, setting in parts.items() if setting is not None]
+
+
 def memory_verdict(config: RunConfig, plan: Plan | None) -> Verdict:
     """Compare the fullest stage with the memory of a device."""
     if plan is None:
@@ -48,10 +57,7 @@ def memory_verdict(config: RunConfig, plan: Plan | None) -> Verdict:
         return Verdict("memory", f"not planned: {known}")
     stage = max(plan.stages, key=plan.stage_gib).stage
     text = f"{plan.needed_gib:.1f} of {plan.hardware.memory_gib:g} GiB a device of {plan.hardware.name} on stage {stage}"
-    if config.model.mtp_num_layers is not None:
-        text += ", without the modules of model.mtp_num_layers"
-    if config.train.auxiliary.kind is not None:
-        text += ", without the head and the teacher of train.auxiliary"
+    text += "".join(f", without {part}" for part in not_counted(config))
     remedy = "recompute more, or use more devices (ledom plan-run --search finds a layout)"
     return Verdict("memory", text, plan.fits, remedy)
 

@@ -16,6 +16,7 @@ from megatron_ledom.planning.memory import GIB
 from megatron_ledom.planning.plan import Plan, make_plan, name_layout
 from megatron_ledom.planning.plan_text import MEMORY, describe_plan
 from megatron_ledom.planning.schedule import simulate
+from megatron_ledom.planning.verdicts import not_counted
 from megatron_ledom.reports.pages import THEMES, draw_png, figure, page
 from megatron_ledom.storage.files import write_file
 from megatron_ledom.storage.locks import output_folder_lock
@@ -54,7 +55,7 @@ def plan_run(
         found = layouts.search(run, count, machine)
         run, text = found.ranked[0][0], layouts.describe_search(found) + "\n\n"
     plan = make_plan(run, count, machine)
-    text += describe_plan(plan)
+    text += describe_plan(plan) + "".join(f"\nnot counted, in memory and time: {part}\n" for part in not_counted(run))
     if save_config is not None:
         load.save_config(run, save_config)
         text += f"\n{save_config}: python -m megatron_ledom.pretrain --config {save_config}\n"

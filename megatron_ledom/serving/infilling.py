@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from threading import Event
 from typing import Any
 
@@ -108,11 +109,19 @@ def _fill(models: ServedModels, forward: ServedModel, works: Sequence[InfillWork
 
 
 def infill_fields(request: CompletionRequest, gaps: Sequence[Gap], found: Sequence[Filled]) -> dict[str, Any]:
-    """Return choices and usage of the response: of each gap the best `n` different texts, or fewer if there are fewer."""
-    texts = [(gap, one) for gap, filled in zip(gaps, found, strict=True) for one in list(_different(filled))[: request.n or 1]]
+    """Return choices and usage of the response: of each gap the best `n` different texts, or fewer if there are fewer.
+
+    The text of rank k of gap g has the index g * n + k, so that a client finds the gap of each.
+    """
+    most = request.n or 1
+    texts = [
+        (number * most + rank, gap, one)
+        for number, (gap, filled) in enumerate(zip(gaps, found, strict=True))
+        for rank, one in enumerate(islice(_different(filled), most))
+    ]
     read, written = (sum(sum(getattr(filled, name).values()) for filled in found) for name in ("read", "written"))
     return {
-        "choices": [_choice(index, gap, one, request) for index, (gap, one) in enumerate(texts)],
+        "choices": [_choice(index, gap, one, request) for index, gap, one in texts],
         "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
     }
 

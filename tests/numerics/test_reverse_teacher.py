@@ -13,6 +13,8 @@ from megatron_ledom.data.blends.sources import load_sources
 from megatron_ledom.data.dataset.batch import Batch
 from megatron_ledom.direction import Direction, to_model_order
 from megatron_ledom.inference.language_model import ReverseLM
+from megatron_ledom.model.builder import build_model_chunks
+from megatron_ledom.model.layer_specs import choose_layers
 from megatron_ledom.reverse_teacher import ReverseTeacher, find_teacher
 from megatron_ledom.storage.hashes import sha256_of
 from megatron_ledom.training.trainer import loss_with_teacher
@@ -125,6 +127,21 @@ def test_the_loss_is_the_language_loss_plus_the_weighted_mean_square_and_differe
     torch.testing.assert_close(report["auxiliary_loss"], torch.stack([(distance * counted).sum(), counted.sum()]))
     assert not [weight for weight in teacher._model.parameters() if weight.requires_grad]
     assert not teacher._model.training
+
+
+def test_the_loss_of_the_head_reaches_every_layer_of_the_model(data: TinyData, groups: Any) -> None:
+    config = load_config(str(data.config), ["data.direction=forward", "train.auxiliary.head=linear"])
+    (model,) = build_model_chunks(config, VOCAB_SIZE, groups, choose_layers(config), predicted_width=32)
+    positions = torch.arange(POSITIONS).expand(2, -1)
+    for weight in model.parameters():
+        weight.main_grad = torch.zeros_like(weight)
+    found = model.train()(SAMPLE[:, :-1], positions, None, labels=SAMPLE[:, 1:])
+    found[..., -32:].square().sum().backward()
+    layers = {name: weight for name, weight in model.named_parameters() if "decoder.layers" in name}
+    assert layers
+    assert [
+        name for name, weight in layers.items() if not (weight.main_grad if weight.grad is None else weight.grad).abs().sum()
+    ] == []
 
 
 def test_a_sample_without_a_state_adds_nothing(build: Any) -> None:

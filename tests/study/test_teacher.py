@@ -59,6 +59,23 @@ print(json.dumps([drawn, star.num_tokens, star.words, [begins_an_arm(*pair) for 
     assert len(places) > degree  # the answer's edge is at no fixed place
 
 
+def test_no_edges_of_a_star_of_the_test_part_are_trained_on(tmp_path: Path) -> None:
+    """Of five names there are 60 stars of two arms with three nodes, so 400 draws meet those of the test part."""
+    code = (
+        SETUP
+        + """
+from plan_tasks import Siblings, Star, edges_of, write_tasks
+from random import Random
+star = Star(degree=2, length=3, nodes=5)
+drawn = [star.draw(Random(seed))[0] for seed in range(400)]
+found = write_tasks(teacher.folder, star, Siblings(parents=2, children=3), {"test": 8, "train": 400}, 1)["star"]
+test, train = ({edges_of(record["prompt"]) for record in found[part]} for part in ("test", "train"))
+print(len(set(map(edges_of, drawn))), bool(test), bool(train), len(test & train))
+"""
+    )
+    assert run_python(code, tmp_path) == "60 True True 0\n"
+
+
 def test_half_of_the_sibling_pairs_are_trained_on_and_only_new_right_answers_count(tmp_path: Path) -> None:
     code = """
 import json

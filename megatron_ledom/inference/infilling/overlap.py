@@ -7,6 +7,7 @@ met it. All ids are in text order.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from heapq import heapify, heappop
 
 from megatron_ledom.direction import Direction, to_text_order
 from megatron_ledom.inference.joint_tokenizer import HealedPrompt, JointTokenizer
@@ -45,9 +46,10 @@ class Overlap:
 def find_overlap(tokenizer: JointTokenizer, forward: Side, reverse: Side, num_ids: int) -> Overlap | None:
     """Return the overlap in the fewest steps, if in each step both models write one id; None if they do not meet.
 
-    They meet where `num_ids` ids in a row of prefix and forward text equal ids in a row of reverse text and suffix. Of overlaps in
-    the same step, the one with the fewest written ids is taken, then the one with the fewest of the forward model. An overlap counts
-    only if the joined ids spell the prefix, some text that is whole characters, and the suffix.
+    They meet where `num_ids` ids in a row of prefix and forward text equal ids in a row of reverse text and suffix, unless the row is
+    only white space, on which any two texts agree. Of overlaps in the same step, the one with the fewest written ids is taken,
+    then the one with the fewest of the forward model. An overlap counts only if the joined ids spell the prefix, some text that is
+    whole characters, and the suffix.
     """
     before, after = forward.given_ids[-num_ids:], reverse.given_ids[:num_ids]
     onward, back = [*before, *forward.written_ids], [*reverse.written_ids, *after]
@@ -57,7 +59,11 @@ def find_overlap(tokenizer: JointTokenizer, forward: Side, reverse: Side, num_id
         num_reverse = max(0, len(reverse.written_ids) - other)
         found.append((max(num_forward, num_reverse), num_forward + num_reverse, num_forward, place, other))
     edges = (tokenizer.spell(before) + forward.edge, (reverse.edge + tokenizer.spell(after)).removeprefix(reverse.bridge))
-    for _, total, num_forward, place, other in sorted(found):
+    heapify(found)  # not sorted: a text that repeats itself has very many, and the first usually counts
+    while found:
+        _, total, num_forward, place, other = heappop(found)
+        if not tokenizer.spell(onward[place : place + num_ids]).strip():
+            continue
         middle = _between(tokenizer.spell(onward[:place] + back[other:]), *edges)
         if middle is not None:
             return Overlap(middle, num_forward, total - num_forward)

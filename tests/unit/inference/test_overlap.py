@@ -45,6 +45,8 @@ def test_models_that_write_the_whole_text_meet_in_exactly_the_middle(
     )
     if not kept or sides[Direction.REVERSE].bridge or len(whole) < num_ids:
         return  # the given ids are not those of the whole text, so no model would write its other ids
+    if not all(tokenizer.spell(whole[n : n + num_ids]).strip() for n in range(len(whole) - num_ids + 1)):
+        return  # a row of white space does not count, and may be the only place where they meet
     found = find_overlap(tokenizer, forward, reverse, num_ids)
     assert found is not None
     repeats = len(set(zip(*(whole[n:] for n in range(num_ids)), strict=False))) < len(whole) - num_ids + 1
@@ -83,6 +85,8 @@ def searched(tokenizer: JointTokenizer, forward: Side, reverse: Side, num_ids: i
         reaches = end >= len(forward.given_ids) and begin <= len(reverse.written_ids)
         if not reaches or one[end - num_ids : end] != other[begin : begin + num_ids]:
             continue
+        if not tokenizer.spell(one[end - num_ids : end]).strip():
+            continue
         joined = tokenizer.spell([*one[:end], *other[begin + num_ids :]])
         middle = joined[len(before) : len(joined) - len(after)]
         if len(joined) < len(before + after) or joined != before + middle + after:
@@ -106,6 +110,16 @@ def test_the_overlap_with_the_fewest_steps_is_taken_and_one_token_more_prevents_
     assert met is not None
     assert met.middle == " cat sat on the mat, and the dog "
     assert find_overlap(tokenizer, forward, reverse, len(ids(" the mat, and the dog")) + 1) is None
+
+
+def test_white_space_that_both_texts_have_is_no_overlap() -> None:
+    tokenizer = LOADED["byte_level"]
+    ids = tokenizer.encode
+    blank, dog, cat = ids("\n\n\n"), ids(" dog"), ids(" cat")
+    forward, reverse = Side(ids("Here"), [*blank, *dog], b""), Side(ids("."), [*cat, *blank], b"")
+    assert find_overlap(tokenizer, forward, reverse, len(blank)) is None
+    reverse = Side(ids("."), [*cat, *blank, *dog], b"")
+    assert find_overlap(tokenizer, forward, reverse, len(blank) + len(dog)) is not None
 
 
 def test_a_model_that_writes_into_the_given_text_of_the_other_has_met_it() -> None:

@@ -7,7 +7,9 @@ from openai import BadRequestError, OpenAI
 
 from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.infilling.command import load_models
-from megatron_ledom.inference.infilling.infiller import Gap, Infiller, InfillSettings
+from megatron_ledom.inference.infilling.infiller import Filled, Gap, Infiller, Infilling, InfillSettings
+from megatron_ledom.serving.infilling import infill_fields
+from megatron_ledom.serving.schemas import CompletionRequest
 from tests.support.served import Served, serving
 from tests.support.upstream_server import upstream_in_thread
 
@@ -40,7 +42,16 @@ def test_several_gaps_and_echo(served: Served) -> None:
     choices = served.post("/v1/completions", body).json()["choices"]
     assert [choice["text"].startswith(text) for choice, text in zip(choices, body["prompt"], strict=True)] == [True, True]
     assert [choice["text"].endswith(text) for choice, text in zip(choices, body["suffix"], strict=True)] == [True, True]
+    assert [choice["index"] for choice in choices] == [0, 1]
     assert {choice["finish_reason"] for choice in choices} <= {"stop", "length"}
+
+
+def test_the_index_of_a_text_tells_its_gap() -> None:
+    few, many = (Filled([Infilling(text, "both", 1, finished=True) for text in texts], {}, {}) for texts in ("a", "bc"))
+    request = CompletionRequest(prompt=["p", "q"], suffix=["s", "t"], n=2)
+    gaps = [Gap(PREFIX, SUFFIX, "0", InfillSettings()), Gap(PREFIX, SUFFIX, "1", InfillSettings())]
+    choices = infill_fields(request, gaps, [few, many])["choices"]
+    assert [(choice["index"], choice["text"]) for choice in choices] == [(0, "a"), (2, "b"), (3, "c")]
 
 
 @pytest.mark.parametrize(
