@@ -6,13 +6,19 @@ from typing import Any
 
 from commands import ROOT, ledom, run
 from problems import GOLD, Level, parts
-from twins import DIRECTIONS, Training, train_all
+from twins import DIRECTIONS, Training, export_twins, train_all
 
 FOLDER = Path("quickstart/problems")
 ANSWERS = FOLDER / "answers/answers.jsonl"
 REPORT = FOLDER / "answers/report"
 CONFIG = ROOT / "examples/quickstart/problems.yaml"
-LEVELS = [Level(steps=1, largest=9)]
+LEVELS = [
+    Level(steps=1, largest=5),
+    Level(steps=1, largest=9),
+    Level(steps=2, largest=9),
+    Level(steps=3, largest=9, distractors=1),
+]
+"""Those of the small study, which the models learn together; the questions have the first."""
 VOCAB_SIZE = 400
 SEED = 1
 
@@ -21,7 +27,7 @@ def write_problems(num_train: int, num_test: int) -> None:
     """Write the problems as JSON lines, train a tokenizer on them, and make a shard of each direction."""
     FOLDER.mkdir(parents=True)
     for part, problems in parts(LEVELS, {"test": num_test, "train": num_train}, SEED).items():
-        lines = [json.dumps(problem.as_fields()) for problem in problems]
+        lines = [json.dumps(problem.as_fields()) for problem in problems if part == "train" or problem.level == 1]
         (FOLDER / f"{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     names = ["--input", FOLDER / "train.jsonl"]
     run(ledom("train-tokenizer", *names, "--output", FOLDER / "tokenizer", "--vocab-size", VOCAB_SIZE))
@@ -42,9 +48,7 @@ def _settings(direction: str) -> list[str]:
 
 def choose_answers(num_answers: int) -> dict[str, Any]:
     """Export the twins, sample answers to the test problems, and compare the methods of choice. Returns the report of `report-rerank`."""
-    for direction in DIRECTIONS:
-        names = ["--load", FOLDER / "runs" / direction, "--save", FOLDER / "models" / direction]
-        run(ledom("convert-checkpoint", "mcore-to-hf", *names))
+    export_twins(FOLDER)
     names = ["--forward", FOLDER / "models/forward", "--reverse", FOLDER / "models/reverse"]
     ANSWERS.parent.mkdir()
     names += ["--input", FOLDER / "test.jsonl", "--output", ANSWERS]

@@ -4,6 +4,9 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 
 from megatron_ledom.errors import LedomError
@@ -48,6 +51,14 @@ def as_typed(program: Path) -> str:
 def show(command: list[str]) -> None:
     """Print a command as it can be typed."""
     print(f"$ {shlex.join(command)}", flush=True)
+
+
+def run_all(commands: Sequence[list[str]], stdouts: Sequence[Path | None] = ()) -> None:
+    """Print the commands and run them at the same time, with the arguments of `run`. Raises QuickstartError when one fails."""
+    with ThreadPoolExecutor() as pool:
+        each = [pool.submit(run, command, path) for command, path in zip_longest(commands, stdouts)]
+        for done in each:
+            done.result()
 
 
 def run(command: list[str], stdout: Path | None = None) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from commands import QuickstartError, ledom, run, tool
+from commands import QuickstartError, ledom, run, run_all, tool
 
 from megatron_ledom.errors import run_command
 from megatron_ledom.platform.quiet import quiet_libraries
@@ -124,9 +124,9 @@ def train(size: Size) -> Result:
 
 def export(size: Size) -> Result:
     """Export both models to Hugging Face folders; each has to pass the parity check."""
-    for direction in ("reverse", "forward"):
-        names = ["--load", OUTPUT / "runs" / direction, "--save", OUTPUT / "models" / direction]
-        run(ledom("convert-checkpoint", "mcore-to-hf", *names))
+    from twins import export_twins
+
+    export_twins(OUTPUT)
     return {}
 
 
@@ -134,11 +134,14 @@ def generate(size: Size) -> Result:
     """Write the text before three endings with the reverse model."""
     folder = OUTPUT / "generated"
     folder.mkdir(parents=True)
+    options = ["--max-new-tokens", size.max_new_tokens, "--temperature", 0.7, "--top-p", 0.9, "--seed", 1]
+    commands = [
+        ledom("generate", "--model", OUTPUT / "models/reverse", "--following", text, *options) for text in ENDINGS.values()
+    ]
+    run_all(commands, [folder / f"{kind}.txt" for kind in ENDINGS])
     endings = []
     for kind, following in ENDINGS.items():
-        options = ["--max-new-tokens", size.max_new_tokens, "--temperature", 0.7, "--top-p", 0.9, "--seed", 1]
         path = folder / f"{kind}.txt"
-        run(ledom("generate", "--model", OUTPUT / "models/reverse", "--following", following, *options), path)
         text = path.read_text(encoding="utf-8").removesuffix("\n")
         if not text.endswith(following) or text == following:
             raise QuickstartError(f"{path} does not end with the given text, or contains nothing else")

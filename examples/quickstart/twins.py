@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from commands import ROOT, QuickstartError, check_exit, ledom, show
+from commands import ROOT, QuickstartError, check_exit, ledom, run_all, show
 from tqdm import tqdm
 
 from megatron_ledom.config.load import load_config
@@ -163,6 +163,12 @@ def train_all(trainings: list[Training], stopped: Training | None = None) -> int
     finally:
         for training in trainings:
             training.close()
+
+
+def export_twins(folder: Path) -> None:
+    """Export the runs of a folder at the same time."""
+    places = [("--load", folder / "runs" / direction, "--save", folder / "models" / direction) for direction in DIRECTIONS]
+    run_all([ledom("convert-checkpoint", "mcore-to-hf", *names) for names in places])
 
 
 def _stop_and_start_again(training: Training) -> int:
