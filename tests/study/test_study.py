@@ -148,10 +148,7 @@ print("done")
         (["backward=[9,3,2]"], "backward is [9, 3, 2]"),
         (["reinforcement.steps=3"], "num_problems.reinforcement=4 is too small: 3 steps of 2 questions need 6"),
         (["reinforcement.num_generations=1"], "at least 2 num_generations"),
-        (
-            ["parts=[riddles]"],
-            "parts names riddles; it can name reinforcement, contamination, controls, loss_gap, infill, two_way",
-        ),
+        (["parts=[riddles]"], "parts names riddles; it can name reinforcement, contamination, controls, loss_gap"),
         (["--parts", "controls,riddles"], "--parts names 'riddles'; it can name"),
         (["controls.num.test=1"], "with at least 2 problems each"),
         (["controls.model=huge"], "controls.model is huge; it must name some of models: large"),
