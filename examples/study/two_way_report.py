@@ -61,7 +61,8 @@ def _about(results: Results) -> str:
     return (
         f"Seeds {results['seeds']}, all reported; models of the shape {one['model']}. One corpus for all: problems of {len(one['levels'])} levels"
         f" and the facts of the part on abilities, {one['repeats']} times; every document is shorter than a sample, so it begins with the marker"
-        f" of its direction, unless it continues from the sample before.{units} Losses: held-out problems without the first and the last token. Facts: chosen of four, chance 25 %."
+        f" of its direction, unless it continues from the sample before.{units}"
+        " Losses: held-out problems without the first and the last token. Facts: chosen of four, chance 25 %."
         f" Answers: {one['num_samples']} for each of {results['num_questions']} questions, lambda by the development questions. Intervals:"
         " bootstrap over seeds and items. All comparisons are one family (Holm); p-values are at least those of Student's t over the seeds."
     )
