@@ -216,11 +216,19 @@ def outdated(iterations: list[int], latest: int, settings: CheckpointConfig, rep
     ]
 
 
+def outdated_others(others: Iterable[int], own: Iterable[int], latest: int, settings: CheckpointConfig) -> list[int]:
+    """Return those of an abandoned branch (`others`) that are older than each of the `keep_last` newest of the run's own.
+
+    They are deleted no earlier than if they counted, because a clock that was set back makes own checkpoints look like them.
+    """
+    kept = sorted(iteration for iteration in own if iteration <= latest)[-(settings.keep_last or 0) :]
+    return [iteration for iteration in others if settings.keep_last is not None and kept and iteration < kept[0]]
+
+
 def retire(folder: str, settings: CheckpointConfig, replayed: Iterable[int] = (), held: Set[int] = frozenset()) -> None:
     """Move `outdated` checkpoints to the trash, except those of the iterations `held`, whose turn comes later.
 
-    Those of an abandoned branch do not count, and the run has replaced those that it has passed. If one cannot be moved, log a warning: the
-    run continues.
+    Those of an abandoned branch do not count. If one cannot be moved, log a warning: the run continues.
     """
     latest = latest_name(folder)
     if latest is None or settings.keep_last is None:
@@ -228,10 +236,11 @@ def retire(folder: str, settings: CheckpointConfig, replayed: Iterable[int] = ()
     names = finished_checkpoints(folder)
     try:
         newest, others = int(latest.removeprefix("iter_")), abandoned_checkpoints(folder, names)
-        passed = [iteration for iteration in others if iteration < newest]
+        own = [iteration for iteration in names if iteration not in others]
+        passed = [iteration for iteration in outdated_others(others, own, newest, settings) if iteration not in held]
         if passed:
-            log.info("deleting %s of the branch that the run has abandoned", ", ".join(map(checkpoint_name, passed)))
-        for iteration in passed + outdated([one for one in names if one not in others], newest, settings, replayed):
+            log.info("deleting %s of a branch that the run has abandoned", ", ".join(map(checkpoint_name, passed)))
+        for iteration in passed + outdated(own, newest, settings, replayed):
             if iteration not in held:
                 move_to_trash(folder, names[iteration])
     except (OSError, ValueError) as error:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_ledom.checkpoint.branches import launches_of
-from megatron_ledom.checkpoint.folder import outdated
+from megatron_ledom.checkpoint.folder import outdated, outdated_others
 from megatron_ledom.checkpoint.manifest import MANIFEST, load_manifest
 from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.errors import DataError
@@ -133,19 +133,16 @@ class Copier:
     def delete_outdated(self, replayed: list[int], waiting: list[int]) -> list[str]:
         """Delete the copies that `checkpoint.mirror_keep_last` does not keep, and remains of earlier ones. Returns their names.
 
-        Copies of an abandoned branch do not count, and the run has replaced those that it has passed.
+        Copies of an abandoned branch do not count.
         waiting: iterations that are still to be copied, whose files may be there already.
         """
         self.claim.check_owner(self.store)
         latest, whole = read_latest(self.store), whole_checkpoints(self.store)
         if latest is None:
             return []
-        if self.settings.keep_last is not None:
-            names = [whole[iteration] for iteration in self._abandoned & whole.keys() if iteration < latest]
-        else:
-            names = []
-        counted = [iteration for iteration in whole if iteration not in self._abandoned]
-        names += [whole[iteration] for iteration in outdated(counted, latest, self.settings, replayed)]
+        own = [iteration for iteration in whole if iteration not in self._abandoned]
+        past = outdated_others(self._abandoned & whole.keys(), own, latest, self.settings)
+        names = [whole[iteration] for iteration in past + outdated(own, latest, self.settings, replayed)]
         unfinished = [name for name in unfinished_checkpoints(self.store, whole) if number(name) < latest]
         names += [name for name in unfinished if number(name) not in waiting]
         for name in names:

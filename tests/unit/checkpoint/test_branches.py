@@ -105,8 +105,19 @@ def test_they_take_no_place_among_those_that_are_kept(run: Path, caplog: pytest.
     retire(str(run / "checkpoints"), CheckpointConfig(keep_last=None))
     assert len(finished_checkpoints(str(run / "checkpoints"))) == 6
     retire(str(run / "checkpoints"), CheckpointConfig(keep_last=3, keep_interval=20))
-    assert [*finished_checkpoints(str(run / "checkpoints"))] == [15, 30, 45]
-    assert "deleting iter_0000020, iter_0000040 of the branch" in caplog.text
+    assert [*finished_checkpoints(str(run / "checkpoints"))] == [15, 20, 30, 40, 45]
+    retire(str(run / "checkpoints"), CheckpointConfig(keep_last=2, keep_interval=20))
+    assert [*finished_checkpoints(str(run / "checkpoints"))] == [30, 40, 45]
+    assert "deleting iter_0000020 of a branch that the run has abandoned" in caplog.text
+
+
+def test_a_clock_that_was_set_back_deletes_none_of_the_newest(run: Path) -> None:
+    """The last launch began at 100 by its clock; by the corrected one, its checkpoint and a later one are older than that."""
+    save(run, 90, 50)
+    save(run, 91, 60)
+    (run / "checkpoints/latest").write_text("iter_0000060\n")
+    retire(str(run / "checkpoints"), CheckpointConfig(keep_last=2))
+    assert [*finished_checkpoints(str(run / "checkpoints"))] == [30, 40, 45, 50, 60]
 
 
 def test_those_that_the_run_may_still_replace_stay(run: Path) -> None:
@@ -133,5 +144,7 @@ def test_the_mirror_neither_counts_nor_offers_them(run: Path, tmp_path: Path) ->
     assert candidates_of(copier.store) == ["iter_0000045", "iter_0000030", "iter_0000015", "iter_0000010"]
     later = Copier(copier.store, copier.claim, config.checkpoint)
     later.open(45)
-    assert sorted(later.delete_outdated([], [])) == ["iter_0000010", "iter_0000020", "iter_0000040"]
-    assert [*whole_checkpoints(copier.store)] == [15, 30, 45]
+    assert sorted(later.delete_outdated([], [])) == ["iter_0000010"]
+    assert [*whole_checkpoints(copier.store)] == [15, 20, 30, 40, 45]
+    later.settings = replace(later.settings, keep_last=2)
+    assert sorted(later.delete_outdated([], [])) == ["iter_0000015", "iter_0000020"]
