@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     args = parser.parse_args(argv)
     if not (args.webhook or args.email):
         parser.error("nowhere to send: give --webhook or --email")
-    if not (args.runs or args.config or args.stages or args.test):
+    if not (args.runs or args.config or args.stages or args.test or args.check):
         parser.error("no run: give the folder of a run, --config or --stages")
     if not 1 <= args.interval <= 86400 or not 0 <= args.end_seconds <= 3600:
         parser.error("--interval expects 1 to 86400 seconds, --end-seconds 0 to 3600")

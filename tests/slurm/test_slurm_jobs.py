@@ -105,7 +105,7 @@ def test_array_evaluates_each_task_in_a_folder_of_its_own(cluster: Cluster, pyth
 def test_killed_preempted_and_repeated_evaluation_resumes(cluster: Cluster, python: Path, tmp_path: Path) -> None:
     """One task is killed, the other is preempted by a job of higher priority; a changed record of each shows that it is kept."""
     model, sets = random_model_folder(tmp_path / "forward", "byte_level", "forward"), write_sets(tmp_path / "sets")
-    num_items = {"boolq": 1500, "openbookqa": 4000}
+    num_items = {"boolq": 4500, "openbookqa": 8000}
     for name, num in zip(("boolq_validation", "openbookqa_test"), num_items.values(), strict=True):
         rows = (sets / f"{name}.jsonl").read_text().splitlines()
         (sets / f"{name}.jsonl").write_text("\n".join((rows * num)[:num]) + "\n")

@@ -253,6 +253,7 @@ def test_the_command_looks_once_and_sends_to_all(run: Path, tmp_path: Path, monk
         places = ["--webhook", "env:ALERT_WEBHOOK", "--email", "me@example.org", "--smtp", f"127.0.0.1:{server.port}"]
         for _ in range(2):
             assert alert.main(["runs", *places, "--once"]) == 0
+        assert alert.main(["--check", *places]) == 0  # sends nothing
         assert alert.main(["--test", *places, "--format", "slack"]) == 0
     assert [mail["Subject"] for mail in server.mails] == ["[ledom] tiny: failed", f"[ledom] {tmp_path.name}: test"]
     assert [each.get("event") for each in hook.messages] == ["failed", None]
