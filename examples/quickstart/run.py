@@ -6,6 +6,7 @@ It writes only below quickstart/ in the current folder. Each step is a command l
 import argparse
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from commands import QuickstartError, ledom, run, run_all, tool
 from megatron_ledom.errors import run_command
 from megatron_ledom.platform.quiet import quiet_libraries
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "study"))
+"""The quickstart uses the word problems of the study."""
 OUTPUT = Path("quickstart")
 RESULTS = OUTPUT / "phases"
 ENDINGS = {
