@@ -42,8 +42,9 @@ class Size:
     max_new_tokens: int
     overrides: tuple[str, ...]
     num_problems: int
-    """Word problems for training."""
+    """Word problems of each level for training."""
     num_questions: int
+    """Word problems that the forward twin answers."""
     num_answers: int
     """Sampled answers to each question."""
     problem_overrides: tuple[str, ...]

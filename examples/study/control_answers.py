@@ -5,6 +5,7 @@ import argparse
 from pathlib import Path
 
 from lines import read_lines, write_lines
+from sampling_options import add_sampling
 
 from megatron_ledom.errors import run_command
 
@@ -17,10 +18,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", required=True, metavar="DIR", help="folder of a forward model")
     parser.add_argument("--questions", required=True, nargs="+", type=Path, metavar="FILE", help="JSON lines with `prompt`")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the answers")
-    parser.add_argument("--num-samples", type=int, default=16, help="answers to each question (default %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="(default %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="(default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
+    add_sampling(parser, 16, "answers to each question", 64)
     return parser.parse_args()
 
 

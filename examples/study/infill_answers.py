@@ -8,6 +8,7 @@ from typing import Any
 
 from infill_texts import STOPS, fim_text
 from lines import read_lines, write_lines
+from sampling_options import add_sampling
 
 from megatron_ledom.errors import run_command
 
@@ -24,10 +25,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--output", required=True, type=Path, metavar="FILE", help="JSON lines: the items with `answers` and `met`"
     )
-    parser.add_argument("--num-samples", type=int, default=4, help="texts of each model (default %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=40, help="(default %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="(default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
+    add_sampling(parser, 4, "texts of each model", 40)
     return parser.parse_args()
 
 

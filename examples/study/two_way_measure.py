@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lines import read_lines, write_lines
+from sampling_options import add_sampling
 from valued import with_values
 
 from megatron_ledom.errors import run_command
@@ -37,10 +38,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--questions", required=True, type=Path, metavar="FILE", help="JSON lines with `prompt` and `answer`")
     parser.add_argument("--facts", required=True, type=Path, metavar="DIR", help="folder of the set `reversal`")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the results")
-    parser.add_argument("--num-samples", type=int, default=16, help="answers to each question (default %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="(default %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="(default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
+    add_sampling(parser, 16, "answers to each question", 64)
     return parser.parse_args()
 
 

@@ -5,6 +5,7 @@ import argparse
 from pathlib import Path
 
 from lines import write_lines
+from sampling_options import add_sampling
 
 from megatron_ledom.errors import run_command
 
@@ -15,10 +16,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="folder of a reverse model")
     parser.add_argument("--results", required=True, type=int, nargs="+", metavar="N", help="results of the problems")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="JSON lines")
-    parser.add_argument("--num-samples", type=int, default=8, help="problems per result (default %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="(default %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="(default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
+    add_sampling(parser, 8, "problems per result", 200)
     args = parser.parse_args()
 
     from megatron_ledom.inference import ReverseLM

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_ledom.convert.hf_export import export_hf
@@ -15,6 +16,8 @@ MODEL = (
     "train.eval_iters=2",
 )
 MODULES = ("model.mtp_num_layers=2", "model.mtp_loss_scaling_factor=0.5")
+FACTOR = "model.mtp_loss_scaling_factor"
+OTHER_FACTORS = (0.25, 1.0)
 LAYOUTS = {
     "TP2 with sequence parallel": ("tensor_model_parallel_size=2", "sequence_parallel=true"),
     "PP2": ("pipeline_model_parallel_size=2",),
@@ -52,6 +55,9 @@ def alone(data: TinyData, folder: Path) -> dict[Path, list[Record]]:
         folder / "plain": settings(data),
         folder / "one": settings(data, *MODULES),
     }
+    first = ("train.train_iters=1", "optimizer.lr_warmup_iters=0", MODULES[0])
+    runs |= {folder / f"factor_{factor}": settings(data, *first, f"{FACTOR}={factor}") for factor in OTHER_FACTORS}
+    runs[folder / "unmasked"] = settings(data, *first, MODULES[1], "data.eod_mask_loss=false")
     return run_each_on_ranks(data.config, runs, num_ranks=1)
 
 
@@ -76,6 +82,24 @@ def test_the_modules_train_with_the_model_and_their_losses_are_reported(alone: d
     assert [list(record["mtp_loss"]) for record in found] == [["1", "2"]] * STEPS
     assert all(found[-1]["mtp_loss"][module] < found[0]["mtp_loss"][module] for module in ("1", "2"))
     assert any(name.startswith("mtp.") for name in read_tensors(folder / "one"))
+
+
+def test_the_gradient_is_that_of_the_language_loss_plus_factor_times_that_of_the_modules(
+    alone: dict[Path, list[Record]], folder: Path
+) -> None:
+    """So its squared norm is a polynomial of degree 2 in the factor, which three factors decide and the fourth has to meet."""
+    names = {0.0: "plain", 0.5: "one", **{factor: f"factor_{factor}" for factor in OTHER_FACTORS}}
+    squares = {factor: alone[folder / name][0]["grad_norm"] ** 2 for factor, name in names.items()}
+    known = [0.0, *OTHER_FACTORS]
+    expected = np.polyval(np.polyfit(known, [squares[factor] for factor in known], 2), 0.5)
+    assert squares[0.5] == pytest.approx(expected, rel=1e-4)
+    assert squares[1.0] != pytest.approx(squares[0.0], rel=1e-2)
+
+
+def test_masked_tokens_do_not_count_in_the_losses_of_the_modules(alone: dict[Path, list[Record]], folder: Path) -> None:
+    every, found = (alone[folder / name][0] for name in ("unmasked", "one"))
+    for module in ("1", "2"):
+        assert every["mtp_loss"][module] != pytest.approx(found["mtp_loss"][module], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
