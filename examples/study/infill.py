@@ -90,7 +90,10 @@ class Infilling:
         return Step(name="infill_texts", inputs=[source], outputs=outputs, work=_write, settings=seed)
 
     def _items(self) -> Step:
-        """Return the step that draws gaps of held-out pieces, one of a piece, which leave room for two texts of MAX_NEW_TOKENS."""
+        """Return the step that draws gaps of held-out pieces, one of a piece.
+
+        They leave room for two texts of MAX_NEW_TOKENS, each text can be written whole, and none stands anywhere in the training text.
+        """
         files = {kind: self.twins.folder / "text" / f"{kind}.jsonl" for kind in KINDS}
         train, folder, output = self._file("train"), self.twins.corpora.tokenizer(CORPUS), self._file("items")
         num, seed = self.settings.num_items, self.twins.settings.problems_seed
@@ -98,13 +101,19 @@ class Infilling:
         def _write() -> None:
             random, tokenizer = Random(seed), JointTokenizer.from_pretrained(folder)
             known = {record["text"] for record in read_lines(train)}
+            trained = "".join(known)
+
+            def _usable(gap: tuple[str, str, str]) -> bool:
+                prefix, middle, suffix = gap
+                fits = len(tokenizer.encode(prefix + suffix)) <= LENGTH - 2 * MAX_NEW_TOKENS - NUM_MARKS
+                return fits and len(tokenizer.encode(middle)) < MAX_NEW_TOKENS and middle.strip() not in trained
+
             items: list[dict[str, str]] = []
             for kind, file in files.items():
                 pieces = dict.fromkeys(piece for record in read_lines(file) for piece in pieces_of(record["text"]))
-                gaps = [random.choice(gaps) for piece in pieces if piece not in known and (gaps := gaps_of(piece, kind))]
-                room = LENGTH - 2 * MAX_NEW_TOKENS - NUM_MARKS
-                fitting = [gap for gap in gaps if len(tokenizer.encode(gap[0] + gap[2])) <= room]
-                chosen = random.sample(fitting, min(num, len(fitting)))
+                each = [[*filter(_usable, gaps_of(piece, kind))] for piece in pieces if piece not in known]
+                gaps = [random.choice(one) for one in each if one]
+                chosen = random.sample(gaps, min(num, len(gaps)))
                 items += [
                     {"prompt": prefix, "suffix": suffix, "middle": middle, "kind": kind} for prefix, middle, suffix in chosen
                 ]
